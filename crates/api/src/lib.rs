@@ -1,0 +1,1 @@
+//! The HTTP surface: OpenAI endpoints, keys, limits, the console's files.

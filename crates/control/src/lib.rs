@@ -1,0 +1,1 @@
+//! State of the cluster and its reconciler: models, jobs, keys, leases.

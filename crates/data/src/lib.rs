@@ -1,0 +1,1 @@
+//! Text to documents, token shards and batches.

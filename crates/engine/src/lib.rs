@@ -1,0 +1,1 @@
+//! Continuous batching over paged KV blocks: ids in, ids out.

@@ -1,0 +1,1 @@
+//! Named immutable objects: RAM, local directory, S3.

@@ -1,0 +1,1 @@
+//! Metric names with units, Prometheus text, structured logs.

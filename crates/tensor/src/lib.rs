@@ -1,0 +1,1 @@
+//! Buffers and ops, forward and backward, on CPUs.
