@@ -1,0 +1,258 @@
+//! Ranks that are threads of one process.
+//!
+//! Every rank owns a slot that the others read between two barriers. An all-reduce is a reduce-scatter
+//! (each rank sums its chunk of the slots in tree order) and an all-gather (each rank copies the chunks
+//! of all): every value is read `n_ranks` times whatever the number of ranks, and nobody waits for a root.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use crate::{Comm, CommError, tree};
+
+/// How long a rank waits for the others before it gives the group up. Longer than any step, evaluation or
+/// checkpoint that another rank may be busy with.
+const WAIT_MAX: Duration = Duration::from_secs(600);
+
+/// A group of `n_ranks` ranks; each element is moved into the thread that runs that rank.
+///
+/// Errors: `n_ranks` is not a power of two.
+pub fn threads(n_ranks: usize) -> Result<Vec<ThreadComm>, CommError> {
+    if !n_ranks.is_power_of_two() {
+        return Err(CommError::NotAPowerOfTwo { n_ranks });
+    }
+    let group = Arc::new(Group {
+        meeting: Mutex::new(Meeting { generation: 0, arrived: vec![false; n_ranks], stopped: None }),
+        changed: Condvar::new(),
+        slots: (0..n_ranks).map(|_| RwLock::default()).collect(),
+        sums: (0..n_ranks).map(|_| RwLock::default()).collect(),
+        gathered: (0..n_ranks).map(|_| RwLock::default()).collect(),
+    });
+    Ok((0..n_ranks).map(|rank| ThreadComm { rank, group: group.clone() }).collect())
+}
+
+/// One thread's end of the group.
+pub struct ThreadComm {
+    rank: usize,
+    group: Arc<Group>,
+}
+
+struct Group {
+    meeting: Mutex<Meeting>,
+    changed: Condvar,
+    /// What each rank brings to a reduction.
+    slots: Vec<RwLock<Vec<f32>>>,
+    /// The chunk of the sum that each rank has computed.
+    sums: Vec<RwLock<Vec<f32>>>,
+    gathered: Vec<RwLock<Vec<f64>>>,
+}
+
+/// Who has arrived at the current barrier.
+struct Meeting {
+    generation: u64,
+    arrived: Vec<bool>,
+    /// A rank that went away; nobody can be waited for any more.
+    stopped: Option<usize>,
+}
+
+impl Group {
+    fn meeting(&self) -> MutexGuard<'_, Meeting> {
+        // A panicking rank is reported through `stopped`, so the lock's own poison says nothing new.
+        self.meeting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn meet(&self, rank: usize, operation: &'static str) -> Result<(), CommError> {
+        let mut meeting = self.meeting();
+        let generation = meeting.generation;
+        meeting.arrived[rank] = true;
+        if meeting.arrived.iter().all(|a| *a) {
+            meeting.arrived.fill(false);
+            meeting.generation += 1;
+            self.changed.notify_all();
+            return Ok(());
+        }
+        let deadline = Instant::now() + WAIT_MAX;
+        while meeting.generation == generation {
+            if let Some(stopped) = meeting.stopped {
+                return Err(CommError::RankStopped { rank: stopped, waiting: rank, operation });
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let missing = (0..meeting.arrived.len()).filter(|r| !meeting.arrived[*r]).collect();
+                let seconds = WAIT_MAX.as_secs();
+                return Err(CommError::TimedOut { waiting: rank, seconds, operation, missing });
+            }
+            meeting = self.changed.wait_timeout(meeting, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for ThreadComm {
+    /// A rank that leaves, by its end or by a panic, frees those that wait for it.
+    fn drop(&mut self) {
+        self.group.meeting().stopped = Some(self.rank);
+        self.group.changed.notify_all();
+    }
+}
+
+impl ThreadComm {
+    fn check_len(
+        &self,
+        operation: &'static str,
+        rank: usize,
+        got: usize,
+        expected: usize,
+    ) -> Result<(), CommError> {
+        if got == expected {
+            return Ok(());
+        }
+        Err(CommError::LengthDiffers { operation, rank, waiting: self.rank, got, expected })
+    }
+}
+
+fn write<T>(lock: &RwLock<T>) -> std::sync::RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn read<T>(lock: &RwLock<T>) -> std::sync::RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn set<T: Copy>(slot: &RwLock<Vec<T>>, values: &[T]) {
+    let mut slot = write(slot);
+    slot.clear();
+    slot.extend_from_slice(values);
+}
+
+impl Comm for ThreadComm {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn n_ranks(&self) -> usize {
+        self.group.slots.len()
+    }
+
+    fn barrier(&self) -> Result<(), CommError> {
+        self.group.meet(self.rank, "barrier")
+    }
+
+    fn all_reduce_tree(&self, values: &mut [f32]) -> Result<(), CommError> {
+        let operation = "all_reduce_tree";
+        if self.n_ranks() == 1 {
+            return Ok(());
+        }
+        set(&self.group.slots[self.rank], values);
+        self.group.meet(self.rank, operation)?;
+        {
+            let slots: Vec<_> = self.group.slots.iter().map(read).collect();
+            for (rank, slot) in slots.iter().enumerate() {
+                self.check_len(operation, rank, slot.len(), values.len())?;
+            }
+            let parts: Vec<&[f32]> = slots.iter().map(|s| s.as_slice()).collect();
+            let mut sum = write(&self.group.sums[self.rank]);
+            sum.clear();
+            sum.extend(chunk(values.len(), self.rank, parts.len()).map(|at| tree::reduce_at(&parts, at)));
+        }
+        self.group.meet(self.rank, operation)?;
+        for (rank, sum) in self.group.sums.iter().enumerate() {
+            let summed = chunk(values.len(), rank, self.n_ranks());
+            values[summed].copy_from_slice(&read(sum));
+        }
+        // Nobody may overwrite a sum that another rank still copies.
+        self.group.meet(self.rank, operation)
+    }
+
+    fn all_gather(&self, values: &[f64]) -> Result<Vec<f64>, CommError> {
+        let operation = "all_gather";
+        set(&self.group.gathered[self.rank], values);
+        self.group.meet(self.rank, operation)?;
+        let all = self.group.gathered.iter().flat_map(|part| read(part).clone()).collect();
+        self.group.meet(self.rank, operation)?;
+        Ok(all)
+    }
+
+    fn broadcast(&self, values: &mut [f32]) -> Result<(), CommError> {
+        let operation = "broadcast";
+        if self.rank == 0 {
+            set(&self.group.slots[0], values);
+        }
+        self.group.meet(self.rank, operation)?;
+        {
+            let root = read(&self.group.slots[0]);
+            self.check_len(operation, 0, root.len(), values.len())?;
+            values.copy_from_slice(&root);
+        }
+        self.group.meet(self.rank, operation)
+    }
+}
+
+/// The part of `0 .. len` that rank `rank` sums.
+fn chunk(len: usize, rank: usize, n_ranks: usize) -> std::ops::Range<usize> {
+    len * rank / n_ranks..len * (rank + 1) / n_ranks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs `rank_main` on every rank of a group and returns what each gave back.
+    fn on_ranks<T: Send>(n_ranks: usize, rank_main: impl Fn(ThreadComm) -> T + Sync) -> Vec<T> {
+        let group = threads(n_ranks).unwrap();
+        std::thread::scope(|scope| {
+            let running: Vec<_> = group.into_iter().map(|comm| scope.spawn(|| rank_main(comm))).collect();
+            running.into_iter().map(|r| r.join().unwrap()).collect()
+        })
+    }
+
+    #[test]
+    fn all_reduce_sums_on_every_rank() {
+        for n_ranks in [1, 2, 4, 8] {
+            for len in [0, 1, 3, 1000] {
+                let sums = on_ranks(n_ranks, |comm| {
+                    let mut last = Vec::new();
+                    for round in 0..5 {
+                        last = (0..len).map(|i| (comm.rank() * i + round) as f32).collect();
+                        comm.all_reduce_tree(&mut last).unwrap();
+                    }
+                    last
+                });
+                let ranks: usize = (0..n_ranks).sum();
+                let expected: Vec<f32> = (0..len).map(|i| (ranks * i + 4 * n_ranks) as f32).collect();
+                assert!(sums.iter().all(|s| *s == expected), "{n_ranks} ranks, {len} values");
+            }
+        }
+    }
+
+    #[test]
+    fn gather_and_broadcast() {
+        let all = on_ranks(4, |comm| {
+            let mut values = [comm.rank() as f32 + 7.0; 3];
+            comm.broadcast(&mut values).unwrap();
+            (values, comm.all_gather(&[comm.rank() as f64]).unwrap())
+        });
+        assert!(all.iter().all(|(v, g)| *v == [7.0; 3] && *g == [0.0, 1.0, 2.0, 3.0]));
+    }
+
+    #[test]
+    fn a_rank_that_leaves_frees_the_others() {
+        let results = on_ranks(4, |comm| match comm.rank() {
+            2 => None,
+            _ => Some(comm.barrier()),
+        });
+        for result in results.into_iter().flatten() {
+            assert!(matches!(result, Err(CommError::RankStopped { rank: _, .. })), "{result:?}");
+        }
+    }
+
+    #[test]
+    fn different_lengths_are_named() {
+        let results = on_ranks(2, |comm| comm.all_reduce_tree(&mut vec![0.0; 4 + comm.rank()]));
+        assert!(results.iter().any(|r| matches!(r, Err(CommError::LengthDiffers { .. }))), "{results:?}");
+    }
+
+    #[test]
+    fn three_ranks_are_refused() {
+        assert!(matches!(threads(3), Err(CommError::NotAPowerOfTwo { n_ranks: 3 })));
+    }
+}

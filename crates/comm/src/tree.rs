@@ -1,0 +1,111 @@
+//! The fixed order of sums.
+//!
+//! Floating-point sums depend on their order. A step's gradient is the sum over its micro-batches
+//! `0 .. m`, taken as one binary tree that splits a range into halves:
+//! `sum(lo, hi) = sum(lo, mid) + sum(mid, hi)`, `mid = lo + (hi - lo) / 2`.
+//! When the number of ranks is a power of two that divides `m`, the range of each rank is a node of
+//! that tree, so it does not matter who computes which node: 1, 2, 4 or 8 ranks give the same bits.
+
+use std::ops::Range;
+
+/// The micro-batches of one rank out of `0 .. n_items`: a node of the tree.
+///
+/// Panics if `n_ranks` does not divide `n_items` (the plan has checked that).
+pub fn share(n_items: usize, rank: usize, n_ranks: usize) -> Range<usize> {
+    assert!(n_ranks > 0 && n_items.is_multiple_of(n_ranks), "{n_items} micro-batches on {n_ranks} ranks");
+    let per_rank = n_items / n_ranks;
+    rank * per_rank..(rank + 1) * per_rank
+}
+
+/// Sums the vectors that `leaf(item, out)` writes, for every item of `items`, in tree order, into `out`.
+///
+/// `spare` holds one buffer for each level of the tree (`ceil(log2(items.len()))`); it grows on first use
+/// and is kept by the caller so that later steps allocate nothing.
+pub fn reduce<E>(
+    items: Range<usize>,
+    out: &mut [f32],
+    spare: &mut Vec<Vec<f32>>,
+    leaf: &mut dyn FnMut(usize, &mut [f32]) -> Result<(), E>,
+) -> Result<(), E> {
+    assert!(!items.is_empty(), "a sum over no micro-batches");
+    if items.len() == 1 {
+        return leaf(items.start, out);
+    }
+    let mid = items.start + items.len() / 2;
+    reduce(items.start..mid, out, spare, leaf)?;
+    let mut right = spare.pop().unwrap_or_default();
+    right.resize(out.len(), 0.0);
+    let summed = reduce(mid..items.end, &mut right, spare, leaf);
+    add(out, &right);
+    spare.push(right);
+    summed
+}
+
+/// Sums the same position of `parts` in tree order: what [`reduce`] does, for one element across ranks.
+pub(crate) fn reduce_at(parts: &[&[f32]], at: usize) -> f32 {
+    match parts.len() {
+        1 => parts[0][at],
+        n => reduce_at(&parts[..n / 2], at) + reduce_at(&parts[n / 2..], at),
+    }
+}
+
+fn add(sum: &mut [f32], other: &[f32]) {
+    for (s, o) in sum.iter_mut().zip(other) {
+        *s += o;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leaf_value(item: usize, at: usize) -> f32 {
+        // Values of very different sizes, so that another order of sums gives other bits.
+        let x = ((item * 7919 + at * 104_729) % 1013) as f32;
+        x * 10f32.powi((item % 7) as i32 - 3)
+    }
+
+    fn sum(items: Range<usize>, width: usize) -> Vec<f32> {
+        let mut out = vec![f32::NAN; width];
+        let mut leaf = |item: usize, out: &mut [f32]| {
+            for (at, o) in out.iter_mut().enumerate() {
+                *o = leaf_value(item, at);
+            }
+            Ok::<(), ()>(())
+        };
+        reduce(items, &mut out, &mut Vec::new(), &mut leaf).unwrap();
+        out
+    }
+
+    #[test]
+    fn ranks_shares_are_nodes_of_the_tree() {
+        for n_items in [8, 16, 24, 40] {
+            let whole = sum(0..n_items, 5);
+            for n_ranks in [1, 2, 4, 8] {
+                let parts: Vec<Vec<f32>> =
+                    (0..n_ranks).map(|rank| sum(share(n_items, rank, n_ranks), 5)).collect();
+                let parts: Vec<&[f32]> = parts.iter().map(|p| p.as_slice()).collect();
+                for at in 0..5 {
+                    assert_eq!(
+                        reduce_at(&parts, at).to_bits(),
+                        whole[at].to_bits(),
+                        "{n_items} on {n_ranks}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_order_matters_for_these_values() {
+        let forward: f32 = (0..24).map(|item| leaf_value(item, 0)).sum();
+        let tree = sum(0..24, 1)[0];
+        assert_ne!(forward.to_bits(), tree.to_bits(), "the test values are too tame to prove anything");
+    }
+
+    #[test]
+    fn a_failing_leaf_is_reported() {
+        let mut leaf = |item: usize, _: &mut [f32]| if item == 3 { Err(item) } else { Ok(()) };
+        assert_eq!(reduce(0..8, &mut [0.0], &mut Vec::new(), &mut leaf), Err(3));
+    }
+}
