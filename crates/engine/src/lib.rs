@@ -1,1 +1,29 @@
 //! Continuous batching over paged KV blocks: ids in, ids out.
+//!
+//! What it is: one loop that keeps a model busy with many sequences at once. A sequence is a number
+//! of computed tokens catching up with a number of known ones; prefill, chunked prefill, prefix
+//! hits, resumption after preemption and decoding are all that one thing.
+//!
+//! What it is not: it knows no text (stop strings and chat templates are the API's), no HTTP, no
+//! kernels (a [`Runner`] computes).
+//!
+//! Where to start: [`Engine::submit`] in `engine.rs` is the way in, `worker.rs` is the loop,
+//! `scheduler.rs` decides (pure, no clock), `blocks.rs` owns the KV blocks and the prefix cache,
+//! `sampler.rs` turns logits into a token, `stream.rs` is the way out.
+
+#![forbid(unsafe_code)]
+
+mod clock;
+mod engine;
+mod request;
+mod runner;
+mod stream;
+mod worker;
+
+pub use engine::{Engine, EngineLimits, Health, Stats};
+pub use request::{
+    Event, FinishReason, Logprobs, Request, STOP_IDS_MAX, Sampling, SubmitError, TOP_LOGPROBS_MAX, TokenId,
+    Usage,
+};
+pub use runner::{Runner, RunnerError, StepInput, StepRow};
+pub use stream::Stream;

@@ -1,0 +1,42 @@
+//! What the engine asks of a model: run one step over packed tokens and paged blocks.
+
+/// One step's work as plain data. Rows are packed one after another in `tokens_n` and `positions_n`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StepInput {
+    pub tokens_n: Vec<u32>,
+    pub positions_n: Vec<u32>,
+    pub rows: Vec<StepRow>,
+}
+
+/// One sequence's share of a step.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StepRow {
+    /// New tokens of this row.
+    pub n_tokens: usize,
+    /// Cached positions once the step is done, the new tokens included.
+    pub n_context: usize,
+    /// Block ids that hold positions `0..n_context`, in order.
+    pub blocks: Vec<u32>,
+    /// Logits are wanted for the last this many new tokens.
+    pub n_logits: usize,
+}
+
+/// A step that failed. The engine ends every running sequence with this text.
+#[derive(Debug, thiserror::Error)]
+#[error("the model failed: {0}")]
+pub struct RunnerError(pub String);
+
+/// A model with its KV blocks, as the engine sees it. The engine's thread owns it and is its only caller.
+pub trait Runner: Send {
+    /// Size of the vocabulary: the width of a row of logits.
+    fn vocab(&self) -> usize;
+    /// Blocks in the KV pool; ids are `0..n_blocks`.
+    fn n_blocks(&self) -> usize;
+    /// Positions a block holds.
+    fn block_tokens(&self) -> usize;
+    /// Positions the model was made for.
+    fn context_max(&self) -> usize;
+    /// Writes keys and values of the new tokens into their blocks and returns `logits_rv`:
+    /// a row of `vocab` numbers for each wanted position, rows in the order of the input.
+    fn step(&mut self, input: &StepInput) -> Result<&[f32], RunnerError>;
+}
