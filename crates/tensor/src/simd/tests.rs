@@ -1,0 +1,109 @@
+//! Every primitive at every level this machine has, against plain arithmetic.
+
+use super::*;
+use crate::cpu::Level;
+
+/// Results of all primitives on the same inputs, as plain numbers.
+#[inline(always)]
+fn all_simd<S: Simd>(s: S, x: &[f32], out: &mut Vec<f64>) {
+    let a = s.load(&x[..S::LANES]);
+    let b = s.load(&x[16..16 + S::LANES]);
+    let mut push = |v: S::F| out.extend(s.lanes(v)[..8].iter().map(|&x| x as f64));
+    push(s.add(a, b));
+    push(s.sub(a, b));
+    push(s.mul(a, b));
+    push(s.div(a, b));
+    push(s.max(a, b));
+    push(s.min(a, b));
+    push(s.sqrt(s.abs(a)));
+    push(s.neg(a));
+    push(s.to_f(s.to_i(s.mul(a, s.splat(10.0)))));
+    push(s.bits_to_f(s.bits_to_i(a)));
+    push(s.to_f(s.shl_i::<3>(s.to_i(a))));
+    push(s.to_f(s.mul_i(s.to_i(a), s.splat_i(-7))));
+    push(s.to_f(s.sub_i(s.to_i(a), s.to_i(b))));
+    push(s.load(&x[..3]));
+    let h: Vec<f16> = x.iter().map(|&x| f16::from_f32(x)).collect();
+    push(s.load_f16(&h));
+    push(s.load_f16(&h[..5]));
+    let h: Vec<bf16> = x.iter().map(|&x| bf16::from_f32(x)).collect();
+    push(s.load_bf16(&h));
+    push(s.load_bf16(&h[..5]));
+    let bytes: Vec<i8> = (0..32).map(|i| (i * 37 % 256) as u8 as i8).collect();
+    let words: Vec<i16> = (0..32).map(|i| (i * 7919 - 99_999) as i16).collect();
+    // SAFETY: 32 elements are readable at each pointer, the most any level reads.
+    let (i8s, u8s, h) = unsafe {
+        (
+            s.load_h_from_i8_ptr(bytes.as_ptr()),
+            s.load_h_from_u8_ptr(bytes.as_ptr().cast()),
+            s.load_h_ptr(words.as_ptr()),
+        )
+    };
+    let acc = s.splat_i(1000);
+    push(s.to_f(s.madd(acc, i8s, s.splat_pair([3, -5]))));
+    push(s.to_f(s.madd(acc, s.shr_h::<4>(u8s), s.splat_h(11))));
+    push(s.to_f(s.madd(acc, s.and_h(u8s, s.splat_h(15)), h)));
+    push(s.to_f(s.madd(acc, s.sub_h(u8s, s.splat_h(8)), s.add_h(h, i8s))));
+}
+dispatch!(fn all(x: &[f32], out: &mut Vec<f64>) = all_simd);
+
+#[test]
+fn primitives_agree_at_every_level() {
+    let x: Vec<f32> = (0..64).map(|i| ((i * 29 % 17) as f32 - 8.0) * 1.37 + 0.1).collect();
+    let mut expected = Vec::new();
+    all(Level::Scalar, &x, &mut expected);
+    for level in Level::all_available() {
+        let mut got = Vec::new();
+        all(level, &x, &mut got);
+        assert_eq!(got, expected, "{level:?}");
+    }
+}
+
+#[inline(always)]
+fn reduce_simd<S: Simd>(s: S, x: &[f32]) -> (f32, f32, f32) {
+    let v = s.load(x);
+    let mut out = vec![0.0; S::LANES - 1];
+    s.store(&mut out, v);
+    (s.sum(v), s.max_lane(v), out.iter().sum())
+}
+dispatch!(fn reduce(x: &[f32]) -> (f32, f32, f32) = reduce_simd);
+
+#[test]
+fn reductions_and_partial_stores() {
+    let x: Vec<f32> = (0..16).map(|i| (i * 7 % 16) as f32).collect();
+    for level in Level::all_available() {
+        let lanes = if matches!(level, Level::Scalar | Level::Avx2) { 8 } else { 16 };
+        let max = x[..lanes].iter().copied().fold(0.0, f32::max);
+        assert_eq!(
+            reduce(level, &x),
+            (x[..lanes].iter().sum(), max, x[..lanes - 1].iter().sum()),
+            "{level:?}"
+        );
+    }
+}
+
+#[inline(always)]
+fn exp_all_simd<S: Simd>(s: S, y: &mut [f32], x: &[f32]) {
+    for (y, x) in y.chunks_mut(S::LANES).zip(x.chunks(S::LANES)) {
+        s.store(y, s.exp(s.load(x)));
+    }
+}
+dispatch!(fn exp_all(y: &mut [f32], x: &[f32]) = exp_all_simd);
+
+#[test]
+fn exp_is_accurate_and_saturates() {
+    let x: Vec<f32> = (0..100_000).map(|i| -87.0 + 175.0 * i as f32 / 100_000.0).collect();
+    for level in Level::all_available() {
+        let mut y = vec![0.0; x.len()];
+        exp_all(level, &mut y, &x);
+        for (&x, &y) in x.iter().zip(&y) {
+            let exact = (x as f64).exp();
+            assert!((y as f64 - exact).abs() <= 2.4e-7 * exact, "{level:?}: exp({x}) = {y}, not {exact}");
+        }
+        let mut y = [0.0; 5];
+        exp_all(level, &mut y, &[f32::NEG_INFINITY, -1e30, -100.0, 1e30, 0.0]);
+        assert!(
+            y[0] < 2e-38 && y[1] < 2e-38 && y[2] < 2e-38 && y[3].is_finite() && y[3] > 1e38 && y[4] == 1.0
+        );
+    }
+}
