@@ -1,0 +1,159 @@
+//! Metrics of training runs.
+
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+use crate::metrics::registered;
+
+type GaugeF64 = Gauge<f64, AtomicU64>;
+type GaugeFamily = Family<RunLabels, GaugeF64>;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RunLabels {
+    run: String,
+}
+
+/// One optimizer step in numbers.
+#[derive(Clone, Copy, Debug)]
+pub struct TrainStep {
+    /// Steps done, this one included.
+    pub step: u64,
+    /// Tokens this step trained on.
+    pub n_tokens: u64,
+    /// Mean loss over those tokens.
+    pub loss_nats: f64,
+    pub learning_rate: f64,
+    /// Norm of the gradient before clipping.
+    pub grad_norm: f64,
+}
+
+/// The state of one training run. Clones share the same series.
+#[derive(Clone, Debug)]
+pub struct TrainMetrics {
+    step: Gauge,
+    tokens: Counter,
+    tokens_per_second: GaugeF64,
+    loss: GaugeF64,
+    learning_rate: GaugeF64,
+    grad_norm: GaugeF64,
+    peak_share: GaugeF64,
+    families: TrainFamilies,
+    labels: RunLabels,
+}
+
+impl TrainMetrics {
+    /// One optimizer step is done.
+    pub fn step(&self, done: &TrainStep) {
+        self.step.set(i64::try_from(done.step).unwrap_or(i64::MAX));
+        self.tokens.inc_by(done.n_tokens);
+        self.loss.set(done.loss_nats);
+        self.learning_rate.set(done.learning_rate);
+        self.grad_norm.set(done.grad_norm);
+    }
+
+    /// Smoothed speed, and the share (0 to 1) of this machine's measured peak that it is.
+    pub fn speed(&self, tokens_per_second: f64, peak_share: f64) {
+        self.tokens_per_second.set(tokens_per_second);
+        self.peak_share.set(peak_share);
+    }
+
+    /// A validation pass is done: bits per byte of held-out text. Appears with the first pass.
+    pub fn validated(&self, bits_per_byte: f64) {
+        self.families.validation_bits_per_byte.get_or_create_owned(&self.labels).set(bits_per_byte);
+    }
+
+    /// A checkpoint of `n_bytes` became visible after `seconds`.
+    pub fn checkpointed(&self, n_bytes: u64, seconds: f64) {
+        let families = &self.families;
+        families.checkpoints.get_or_create_owned(&self.labels).inc();
+        families.checkpoint_bytes.get_or_create_owned(&self.labels).set(n_bytes as f64);
+        families.checkpoint_seconds.get_or_create_owned(&self.labels).set(seconds);
+    }
+}
+
+/// The families behind [`TrainMetrics`], one member per run.
+#[derive(Clone, Debug)]
+pub(crate) struct TrainFamilies {
+    step: Family<RunLabels, Gauge>,
+    tokens: Family<RunLabels, Counter>,
+    tokens_per_second: GaugeFamily,
+    loss: GaugeFamily,
+    learning_rate: GaugeFamily,
+    grad_norm: GaugeFamily,
+    peak_share: GaugeFamily,
+    validation_bits_per_byte: GaugeFamily,
+    checkpoints: Family<RunLabels, Counter>,
+    checkpoint_bytes: GaugeFamily,
+    checkpoint_seconds: GaugeFamily,
+}
+
+impl TrainFamilies {
+    pub(crate) fn register(registry: &mut Registry) -> Self {
+        let r = registry;
+        Self {
+            step: registered(r, "loquat_train_step", "Optimizer steps done", Family::default()),
+            tokens: registered(r, "loquat_train_tokens", "Tokens trained on", Family::default()),
+            tokens_per_second: gauge(r, "tokens_per_second", "Smoothed training speed"),
+            loss: gauge(r, "loss_nats", "Mean loss per token of the last step"),
+            learning_rate: gauge(r, "learning_rate", "Learning rate of the last step"),
+            grad_norm: gauge(r, "grad_norm", "Gradient norm before clipping, last step"),
+            peak_share: gauge(r, "peak_share_ratio", "Share of this machine's measured peak, 0 to 1"),
+            validation_bits_per_byte: gauge(
+                r,
+                "validation_bits_per_byte",
+                "Loss on held-out documents in bits per byte of text",
+            ),
+            checkpoints: registered(
+                r,
+                "loquat_train_checkpoints",
+                "Checkpoints published",
+                Family::default(),
+            ),
+            checkpoint_bytes: gauge(r, "checkpoint_bytes", "Size of the last checkpoint"),
+            checkpoint_seconds: gauge(r, "checkpoint_seconds", "Time the last checkpoint took"),
+        }
+    }
+
+    pub(crate) fn handles(&self, run: &str) -> TrainMetrics {
+        let labels = RunLabels { run: run.to_owned() };
+        TrainMetrics {
+            step: self.step.get_or_create_owned(&labels),
+            tokens: self.tokens.get_or_create_owned(&labels),
+            tokens_per_second: self.tokens_per_second.get_or_create_owned(&labels),
+            loss: self.loss.get_or_create_owned(&labels),
+            learning_rate: self.learning_rate.get_or_create_owned(&labels),
+            grad_norm: self.grad_norm.get_or_create_owned(&labels),
+            peak_share: self.peak_share.get_or_create_owned(&labels),
+            families: self.clone(),
+            labels,
+        }
+    }
+
+    pub(crate) fn forget(&self, run: &str) {
+        let labels = RunLabels { run: run.to_owned() };
+        self.step.remove(&labels);
+        self.tokens.remove(&labels);
+        self.checkpoints.remove(&labels);
+        for family in [
+            &self.tokens_per_second,
+            &self.loss,
+            &self.learning_rate,
+            &self.grad_norm,
+            &self.peak_share,
+            &self.validation_bits_per_byte,
+            &self.checkpoint_bytes,
+            &self.checkpoint_seconds,
+        ] {
+            family.remove(&labels);
+        }
+    }
+}
+
+fn gauge(registry: &mut Registry, name: &str, help: &str) -> GaugeFamily {
+    registered(registry, &format!("loquat_train_{name}"), help, GaugeFamily::default())
+}
