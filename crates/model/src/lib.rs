@@ -1,1 +1,13 @@
-//! Llama-type models: config, weights, forward, backward, cached forward; Hugging Face and GGUF formats.
+//! Llama-type models: configuration, weights, forward, backward, cached forward; Hugging Face and GGUF formats.
+//!
+//! What it is not: it knows no optimizer, no request and no tokenizer. `train` and `engine` meet here, in the
+//! format of a model.
+//!
+//! Where to start: [`config`] (the shape), then `train` (forward and backward over one flat parameter vector) or
+//! `infer` (cached forward over a batch of sequences). `hf`, `gguf` and `llama2c` are the formats; `load` picks one.
+
+#![forbid(unsafe_code)]
+
+mod config;
+
+pub use config::{Config, ConfigError, FORMAT_VERSION};
