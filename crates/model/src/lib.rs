@@ -9,5 +9,9 @@
 #![forbid(unsafe_code)]
 
 mod config;
+mod error;
+mod step;
 
 pub use config::{Config, ConfigError, FORMAT_VERSION};
+pub use error::{Error, Result};
+pub use step::{StepInput, StepRow};
