@@ -76,7 +76,10 @@ pub(crate) fn run(root: &Path) -> Result<()> {
         println!("tidy: {finding}");
     }
     match findings.len() {
-        0 => Ok(println!("tidy: nothing found")),
+        0 => {
+            println!("tidy: nothing found");
+            Ok(())
+        }
         n => bail!("tidy: {n} findings"),
     }
 }
@@ -85,10 +88,6 @@ fn metadata(root: &Path) -> Result<Value> {
     let args = ["metadata", "--format-version", "1", "--locked"];
     let output = Command::new("cargo").args(args).current_dir(root).output().context("cannot start cargo")?;
     serde_json::from_slice(&output.stdout).context("cargo metadata gave no JSON")
-}
-
-fn strings<'a>(values: &'a Value, key: &'a str) -> impl Iterator<Item = &'a str> {
-    values.as_array().into_iter().flatten().filter_map(move |v| v[key].as_str())
 }
 
 fn check_edges(metadata: &Value, findings: &mut Vec<String>) {
