@@ -141,6 +141,32 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// LANES elements are readable at `p`.
     unsafe fn load_f16_ptr(self, p: *const f16) -> Self::F;
 
+    /// Asks for the cache line at `p`; never faults.
+    fn prefetch(self, p: *const f32);
+    /// Transposes an 8×8 block: `dst[k · dst_stride + lane] = src[lane · src_stride + k]`; lanes from `n_lanes` on are
+    /// not read and become zeros.
+    /// # Safety
+    /// 8 elements are readable at each of the `n_lanes` (at most 8) source rows, 8 are writable at each of 8 target rows.
+    unsafe fn transpose8_ptr(
+        self,
+        src: *const f32,
+        src_stride: usize,
+        n_lanes: usize,
+        dst: *mut f32,
+        dst_stride: usize,
+    );
+    /// As [`Simd::transpose8_ptr`], widening bf16.
+    /// # Safety
+    /// As there.
+    unsafe fn transpose8_bf16_ptr(
+        self,
+        src: *const bf16,
+        src_stride: usize,
+        n_lanes: usize,
+        dst: *mut f32,
+        dst_stride: usize,
+    );
+
     /// a + b
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
     /// a - b
@@ -167,6 +193,26 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn abs(self, a: Self::F) -> Self::F {
         self.max(a, self.neg(a))
     }
+    /// Rounded to bf16 (to nearest even, as `bf16::from_f32`) and widened again.
+    #[inline(always)]
+    fn round_bf16(self, a: Self::F) -> Self::F {
+        let bits = self.bits_to_i(a);
+        // Half a unit of the last kept place, minus one, plus the last kept bit: ties go to even.
+        let odd = self.and_i(self.shr_i::<16>(bits), self.splat_i(1));
+        let rounded = self.add_i(self.add_i(bits, self.splat_i(0x7fff)), odd);
+        // A NaN may lose its payload above, not its quiet bit.
+        let quiet = self.or_i(bits, self.splat_i(0x0040_0000));
+        let kept = self.select_nan(a, quiet, rounded);
+        self.bits_to_f(self.and_i(kept, self.splat_i(0xffff_0000_u32 as i32)))
+    }
+    /// bf16 pairs in lanes: `a` in the high half, `b` in the low half. Both must be rounded already.
+    #[inline(always)]
+    fn pair_bf16(self, a: Self::F, b: Self::F) -> Self::F {
+        self.bits_to_f(self.or_i(self.bits_to_i(a), self.shr_i::<16>(self.bits_to_i(b))))
+    }
+    /// Lanes are bf16 pairs: `(c + a.high · b.high) + a.low · b.low`. On [`Avx512`] the caller must be compiled for
+    /// AVX512-BF16, see `matmul`.
+    fn dot_bf16(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// Sum of all lanes, in a fixed order.
     fn sum(self, a: Self::F) -> f32;
     /// Largest lane.
@@ -195,6 +241,14 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn mul_i(self, a: Self::I, b: Self::I) -> Self::I;
     /// a << BITS
     fn shl_i<const BITS: u32>(self, a: Self::I) -> Self::I;
+    /// a >> BITS, zeros shifted in.
+    fn shr_i<const BITS: u32>(self, a: Self::I) -> Self::I;
+    /// a & b
+    fn and_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// a | b
+    fn or_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// `yes` in the lanes where `a` is NaN, `no` elsewhere.
+    fn select_nan(self, a: Self::F, yes: Self::I, no: Self::I) -> Self::I;
     /// Converted to f32, rounded to nearest even.
     fn to_f(self, a: Self::I) -> Self::F;
     /// Rounded to nearest even; lanes outside i32's range are undefined.

@@ -52,6 +52,53 @@ impl<const N: usize> Simd for Portable<N> {
         unsafe { p.cast::<[f16; N]>().read_unaligned() }.map(f16::to_f32)
     }
     #[inline(always)]
+    fn prefetch(self, _p: *const f32) {}
+    #[inline(always)]
+    unsafe fn transpose8_ptr(
+        self,
+        src: *const f32,
+        src_stride: usize,
+        n_lanes: usize,
+        dst: *mut f32,
+        dst_stride: usize,
+    ) {
+        for k in 0..8 {
+            for lane in 0..8 {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let x = if lane < n_lanes { *src.add(lane * src_stride + k) } else { 0.0 };
+                    *dst.add(k * dst_stride + lane) = x;
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn transpose8_bf16_ptr(
+        self,
+        src: *const bf16,
+        src_stride: usize,
+        n_lanes: usize,
+        dst: *mut f32,
+        dst_stride: usize,
+    ) {
+        for k in 0..8 {
+            for lane in 0..8 {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let x = if lane < n_lanes { (*src.add(lane * src_stride + k)).to_f32() } else { 0.0 };
+                    *dst.add(k * dst_stride + lane) = x;
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    fn dot_bf16(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        // The product of two bf16 is exact in f32, so this rounds exactly as the instruction is defined to.
+        let high = |x: f32| f32::from_bits(x.to_bits() & 0xffff_0000);
+        let low = |x: f32| f32::from_bits(x.to_bits() << 16);
+        std::array::from_fn(|i| (c[i] + high(a[i]) * high(b[i])) + low(a[i]) * low(b[i]))
+    }
+    #[inline(always)]
     fn add(self, a: Self::F, b: Self::F) -> Self::F {
         zip(a, b, |a, b| a + b)
     }
@@ -130,6 +177,22 @@ impl<const N: usize> Simd for Portable<N> {
     #[inline(always)]
     fn shl_i<const BITS: u32>(self, a: Self::I) -> Self::I {
         a.map(|a| a << BITS)
+    }
+    #[inline(always)]
+    fn shr_i<const BITS: u32>(self, a: Self::I) -> Self::I {
+        a.map(|a| (a as u32 >> BITS) as i32)
+    }
+    #[inline(always)]
+    fn and_i(self, a: Self::I, b: Self::I) -> Self::I {
+        zip(a, b, |a, b| a & b)
+    }
+    #[inline(always)]
+    fn or_i(self, a: Self::I, b: Self::I) -> Self::I {
+        zip(a, b, |a, b| a | b)
+    }
+    #[inline(always)]
+    fn select_nan(self, a: Self::F, yes: Self::I, no: Self::I) -> Self::I {
+        std::array::from_fn(|i| if a[i].is_nan() { yes[i] } else { no[i] })
     }
     #[inline(always)]
     fn to_f(self, a: Self::I) -> Self::F {

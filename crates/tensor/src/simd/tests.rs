@@ -39,6 +39,17 @@ fn all_simd<S: Simd>(s: S, x: &[f32], out: &mut Vec<f64>) {
             s.load_h_ptr(words.as_ptr()),
         )
     };
+    push(s.round_bf16(a));
+    push(s.to_f(s.or_i(s.and_i(s.to_i(a), s.splat_i(6)), s.splat_i(1))));
+    push(s.to_f(s.shr_i::<28>(s.bits_to_i(a))));
+    let (pa, pb) =
+        (s.pair_bf16(s.round_bf16(a), s.round_bf16(b)), s.pair_bf16(s.round_bf16(b), s.round_bf16(a)));
+    if S::LANES == 8 || std::any::TypeId::of::<S>() == std::any::TypeId::of::<Portable<16>>() {
+        push(s.dot_bf16(pa, pb, s.add(a, b)));
+    } else {
+        // AVX512-BF16 needs its own dispatch; matmul's tests cover it where the processor has it.
+        push(s.fma(s.round_bf16(a), s.round_bf16(b), s.fma(s.round_bf16(a), s.round_bf16(b), s.add(a, b))));
+    }
     let acc = s.splat_i(1000);
     push(s.to_f(s.madd(acc, i8s, s.splat_pair([3, -5]))));
     push(s.to_f(s.madd(acc, s.shr_h::<4>(u8s), s.splat_h(11))));
@@ -56,6 +67,65 @@ fn primitives_agree_at_every_level() {
         let mut got = Vec::new();
         all(level, &x, &mut got);
         assert_eq!(got, expected, "{level:?}");
+    }
+}
+
+#[inline(always)]
+fn transpose_simd<S: Simd>(s: S, x: &[f32], n_lanes: usize) -> Vec<f32> {
+    let x16: Vec<bf16> = x.iter().map(|&x| bf16::from_f32(x)).collect();
+    let mut out = vec![-1.0; 2 * 80];
+    // SAFETY: x has 8 rows of stride 9, each half of out 8 rows of stride 10.
+    unsafe {
+        s.transpose8_ptr(x.as_ptr(), 9, n_lanes, out.as_mut_ptr(), 10);
+        s.transpose8_bf16_ptr(x16.as_ptr(), 9, n_lanes, out.as_mut_ptr().add(80), 10);
+    }
+    out
+}
+dispatch!(fn transpose(x: &[f32], n_lanes: usize) -> Vec<f32> = transpose_simd);
+
+#[test]
+fn transposes() {
+    let x: Vec<f32> = (0..72).map(|i| i as f32).collect();
+    for level in Level::all_available() {
+        for n_lanes in 0..=8 {
+            let out = transpose(level, &x, n_lanes);
+            for (i, &got) in out.iter().enumerate() {
+                let (k, lane) = (i % 80 / 10, i % 10);
+                let expected = match lane {
+                    8.. => -1.0,
+                    _ if lane < n_lanes => x[lane * 9 + k],
+                    _ => 0.0,
+                };
+                assert_eq!(got, expected, "{level:?}, {n_lanes} lanes, at {i}");
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn round_all_simd<S: Simd>(s: S, x: &[f32]) -> Vec<u32> {
+    x.chunks(S::LANES)
+        .flat_map(|x| s.lanes(s.round_bf16(s.load(x)))[..x.len()].to_vec())
+        .map(f32::to_bits)
+        .collect()
+}
+dispatch!(fn round_all(x: &[f32]) -> Vec<u32> = round_all_simd);
+
+#[test]
+fn rounding_to_bf16_is_that_of_half() {
+    let mut x: Vec<f32> = (0..40_000u32).map(|i| f32::from_bits(i.wrapping_mul(2_654_435_761))).collect();
+    x.extend([
+        f32::NAN,
+        -f32::NAN,
+        f32::from_bits(0x7f80_0001),
+        f32::from_bits(0xffff_ffff),
+        f32::INFINITY,
+        -0.0,
+    ]);
+    x.extend([f32::MAX, f32::from_bits(0x3f80_8000), f32::from_bits(0x3f81_8000), f32::from_bits(1)]);
+    let expected: Vec<u32> = x.iter().map(|&x| (bf16::from_f32(x).to_bits() as u32) << 16).collect();
+    for level in Level::all_available() {
+        assert_eq!(round_all(level, &x), expected, "{level:?}");
     }
 }
 

@@ -50,6 +50,7 @@ macro_rules! intrinsics {
     (@f32) => { f32 };
     (@i32) => { i32 };
     (@Pair) => { [i16; 2] };
+    (@Ptr) => { *const f32 };
 }
 
 /// Methods that read or write LANES (or 2·LANES) elements at a pointer.
@@ -67,6 +68,40 @@ macro_rules! memory {
 #[inline(always)]
 fn pair_bits([low, high]: [i16; 2]) -> i32 {
     (low as u16 as u32 | (high as u16 as u32) << 16) as i32
+}
+
+/// Stores the transpose of eight rows of eight: first pairs, then quads, then halves change places.
+///
+/// # Safety
+/// AVX2; 8 elements are writable at `dst + k · stride` for k in 0..8.
+#[inline(always)]
+unsafe fn store_transposed(rows: [__m256; 8], dst: *mut f32, stride: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let [a, b, c, d, e, f, g, h] = rows;
+        let (ab0, ab1) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+        let (cd0, cd1) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+        let (ef0, ef1) = (_mm256_unpacklo_ps(e, f), _mm256_unpackhi_ps(e, f));
+        let (gh0, gh1) = (_mm256_unpacklo_ps(g, h), _mm256_unpackhi_ps(g, h));
+        let abcd = [
+            _mm256_shuffle_ps::<0x44>(ab0, cd0),
+            _mm256_shuffle_ps::<0xee>(ab0, cd0),
+            _mm256_shuffle_ps::<0x44>(ab1, cd1),
+            _mm256_shuffle_ps::<0xee>(ab1, cd1),
+        ];
+        let efgh = [
+            _mm256_shuffle_ps::<0x44>(ef0, gh0),
+            _mm256_shuffle_ps::<0xee>(ef0, gh0),
+            _mm256_shuffle_ps::<0x44>(ef1, gh1),
+            _mm256_shuffle_ps::<0xee>(ef1, gh1),
+        ];
+        for k in 0..4 {
+            _mm256_storeu_ps(dst.add(k * stride), _mm256_permute2f128_ps::<0x20>(abcd[k], efgh[k]));
+        }
+        for k in 0..4 {
+            _mm256_storeu_ps(dst.add((k + 4) * stride), _mm256_permute2f128_ps::<0x31>(abcd[k], efgh[k]));
+        }
+    }
 }
 
 impl Simd for Avx2 {
@@ -109,7 +144,67 @@ impl Simd for Avx2 {
         fn add_h(a: H, b: H) -> Self::H = _mm256_add_epi16(a, b);
         fn sub_h(a: H, b: H) -> Self::H = _mm256_sub_epi16(a, b);
         fn and_h(a: H, b: H) -> Self::H = _mm256_and_si256(a, b);
+        fn and_i(a: I, b: I) -> Self::I = _mm256_and_si256(a, b);
+        fn or_i(a: I, b: I) -> Self::I = _mm256_or_si256(a, b);
+        fn select_nan(a: F, yes: I, no: I) -> Self::I =
+            _mm256_blendv_epi8(no, yes, _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(a, a)));
+        fn prefetch(p: Ptr) -> () = _mm_prefetch::<_MM_HINT_T0>(p.cast());
         fn madd(acc: I, a: H, b: H) -> Self::I = _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
+    }
+    #[inline(always)]
+    unsafe fn transpose8_ptr(
+        self,
+        src: *const f32,
+        src_stride: usize,
+        n_lanes: usize,
+        dst: *mut f32,
+        dst_stride: usize,
+    ) {
+        // SAFETY: see the head of the file.
+        unsafe {
+            let mut rows = [_mm256_setzero_ps(); 8];
+            for lane in 0..8 {
+                if lane < n_lanes {
+                    rows[lane] = _mm256_loadu_ps(src.add(lane * src_stride));
+                }
+            }
+            store_transposed(rows, dst, dst_stride);
+        }
+    }
+    #[inline(always)]
+    unsafe fn transpose8_bf16_ptr(
+        self,
+        src: *const bf16,
+        src_stride: usize,
+        n_lanes: usize,
+        dst: *mut f32,
+        dst_stride: usize,
+    ) {
+        // SAFETY: see the head of the file.
+        unsafe {
+            let mut rows = [_mm256_setzero_ps(); 8];
+            for lane in 0..8 {
+                if lane < n_lanes {
+                    rows[lane] = Avx2(()).load_bf16_ptr(src.add(lane * src_stride));
+                }
+            }
+            store_transposed(rows, dst, dst_stride);
+        }
+    }
+    #[inline(always)]
+    fn dot_bf16(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        // SAFETY: see the head of the file.
+        unsafe {
+            let mask = _mm256_castsi256_ps(_mm256_set1_epi32(0xffff_0000_u32 as i32));
+            let high = |x| _mm256_and_ps(x, mask);
+            let low = |x| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_castps_si256(x)));
+            _mm256_fmadd_ps(low(a), low(b), _mm256_fmadd_ps(high(a), high(b), c))
+        }
+    }
+    #[inline(always)]
+    fn shr_i<const BITS: u32>(self, a: Self::I) -> Self::I {
+        // SAFETY: see the head of the file.
+        unsafe { _mm256_srl_epi32(a, _mm_cvtsi32_si128(BITS as i32)) }
     }
     #[inline(always)]
     fn shl_i<const BITS: u32>(self, a: Self::I) -> Self::I {
@@ -189,7 +284,59 @@ impl Simd for Avx512 {
         fn add_h(a: H, b: H) -> Self::H = _mm512_add_epi16(a, b);
         fn sub_h(a: H, b: H) -> Self::H = _mm512_sub_epi16(a, b);
         fn and_h(a: H, b: H) -> Self::H = _mm512_and_si512(a, b);
+        fn and_i(a: I, b: I) -> Self::I = _mm512_and_si512(a, b);
+        fn or_i(a: I, b: I) -> Self::I = _mm512_or_si512(a, b);
+        fn select_nan(a: F, yes: I, no: I) -> Self::I =
+            _mm512_mask_mov_epi32(no, _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(a, a), yes);
+        fn prefetch(p: Ptr) -> () = _mm_prefetch::<_MM_HINT_T0>(p.cast());
+        fn dot_bf16(a: F, b: F, c: F) -> Self::F =
+            _mm512_dpbf16_ps(c, std::mem::transmute::<__m512, __m512bh>(a), std::mem::transmute::<__m512, __m512bh>(b));
         fn madd(acc: I, a: H, b: H) -> Self::I = _mm512_dpwssd_epi32(acc, a, b);
+    }
+    #[inline(always)]
+    unsafe fn transpose8_ptr(
+        self,
+        src: *const f32,
+        src_stride: usize,
+        n_lanes: usize,
+        dst: *mut f32,
+        dst_stride: usize,
+    ) {
+        // SAFETY: see the head of the file.
+        unsafe {
+            let mut rows = [_mm256_setzero_ps(); 8];
+            for lane in 0..8 {
+                if lane < n_lanes {
+                    rows[lane] = _mm256_loadu_ps(src.add(lane * src_stride));
+                }
+            }
+            store_transposed(rows, dst, dst_stride);
+        }
+    }
+    #[inline(always)]
+    unsafe fn transpose8_bf16_ptr(
+        self,
+        src: *const bf16,
+        src_stride: usize,
+        n_lanes: usize,
+        dst: *mut f32,
+        dst_stride: usize,
+    ) {
+        // SAFETY: see the head of the file.
+        unsafe {
+            let mut rows = [_mm256_setzero_ps(); 8];
+            for lane in 0..8 {
+                if lane < n_lanes {
+                    rows[lane] = Avx2(()).load_bf16_ptr(src.add(lane * src_stride));
+                }
+            }
+            store_transposed(rows, dst, dst_stride);
+        }
+    }
+    #[inline(always)]
+    fn shr_i<const BITS: u32>(self, a: Self::I) -> Self::I {
+        // SAFETY: see the head of the file.
+        unsafe { _mm512_srl_epi32(a, _mm_cvtsi32_si128(BITS as i32)) }
     }
     #[inline(always)]
     fn shl_i<const BITS: u32>(self, a: Self::I) -> Self::I {
