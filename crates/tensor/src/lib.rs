@@ -25,11 +25,21 @@
 #![warn(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+pub mod adamw;
 pub mod buf;
 pub mod cpu;
+pub mod cross_entropy;
+pub mod embedding;
 pub mod matmul;
+pub mod packed;
 pub mod pool;
+pub mod rmsnorm;
+pub mod rope;
 pub mod simd;
+mod split;
+pub mod swiglu;
+#[cfg(test)]
+mod testing;
 
 pub use buf::Buf;
 pub use half::{bf16, f16};

@@ -1,0 +1,146 @@
+//! Rotary position embedding (Su et al. 2021), in Hugging Face's rotate-half order.
+//!
+//! With `θ_i = position · base^(-2i/d)`, for i in 0..d/2 of every head:
+//! `y_i = x_i · cos θ_i - x_{i+d/2} · sin θ_i`, `y_{i+d/2} = x_{i+d/2} · cos θ_i + x_i · sin θ_i`.
+//!
+//! Backward is the rotation by `-θ`.
+
+use crate::simd::{Simd, dispatch};
+use crate::split::{Split, piece};
+use crate::{Buf, Pool};
+
+/// Rows one task takes.
+const TASK_ROWS: usize = 64;
+
+/// Cosines and sines of all positions, `[t, d/2]` each.
+#[derive(Clone, Debug)]
+pub struct RopeTable {
+    cos_td: Buf<f32>,
+    sin_td: Buf<f32>,
+    head_width: usize,
+}
+
+impl RopeTable {
+    /// Positions `0..n_positions` of heads `head_width` wide. Computed in f64: in f32 the angle is off by 1e-3 after
+    /// ten thousand positions.
+    pub fn new(n_positions: usize, head_width: usize, base: f32) -> Self {
+        assert!(head_width.is_multiple_of(2), "rope: odd head width {head_width}");
+        let half = head_width / 2;
+        let mut table = Self {
+            cos_td: Buf::zeroed(n_positions * half),
+            sin_td: Buf::zeroed(n_positions * half),
+            head_width,
+        };
+        for i in 0..half {
+            let frequency = f64::from(base).powf(-2.0 * i as f64 / head_width as f64);
+            for position in 0..n_positions {
+                let (sin, cos) = (position as f64 * frequency).sin_cos();
+                table.cos_td[position * half + i] = cos as f32;
+                table.sin_td[position * half + i] = sin as f32;
+            }
+        }
+        table
+    }
+
+    fn n_positions(&self) -> usize {
+        if self.head_width == 0 { 0 } else { self.cos_td.len() / (self.head_width / 2) }
+    }
+}
+
+/// The heads to rotate: the first `n_heads` of every row of a matrix `stride` wide. Row i has position `i % n_positions`.
+#[derive(Clone, Copy, Debug)]
+pub struct RopeDims {
+    /// t
+    pub n_positions: usize,
+    /// Heads to rotate: queries and keys stand side by side and are rotated together.
+    pub n_heads: usize,
+    /// Elements from one row to the next.
+    pub stride: usize,
+}
+
+/// Which way to turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// By θ.
+    Forward,
+    /// By -θ: the gradient.
+    Backward,
+}
+
+/// Plain reference of one head at one position.
+pub fn rope_reference(x_d: &mut [f32], position: usize, base: f32) {
+    let half = x_d.len() / 2;
+    for i in 0..half {
+        let angle = position as f64 * f64::from(base).powf(-(i as f64) / half as f64);
+        let (sin, cos) = (angle.sin() as f32, angle.cos() as f32);
+        let (a, b) = (x_d[i], x_d[half + i]);
+        (x_d[i], x_d[half + i]) = (a * cos - b * sin, b * cos + a * sin);
+    }
+}
+
+/// Rotates in place.
+pub fn rope(pool: &Pool, x_n: &mut [f32], dims: RopeDims, table: &RopeTable, turn: Turn) {
+    let RopeDims { n_positions, n_heads, stride } = dims;
+    assert!(n_heads * table.head_width <= stride && stride > 0, "rope: heads are wider than the row");
+    assert!(n_positions > 0 && n_positions <= table.n_positions(), "rope: the table is too short");
+    assert!(x_n.len().is_multiple_of(stride), "rope: not whole rows");
+    let n = x_n.len() / stride;
+    let x = Split::new(x_n);
+    pool.run(n.div_ceil(TASK_ROWS), &|task| {
+        let rows = piece(task, TASK_ROWS, n);
+        // SAFETY: tasks have disjoint rows.
+        let x = unsafe { x.part(rows.start * stride..rows.end * stride) };
+        rotate(pool.level(), x, rows.start, dims, table, turn);
+    });
+}
+
+dispatch!(fn rotate(x_n: &mut [f32], first: usize, dims: RopeDims, table: &RopeTable, turn: Turn) = rotate_simd);
+#[inline(always)]
+fn rotate_simd<S: Simd>(s: S, x_n: &mut [f32], first: usize, dims: RopeDims, table: &RopeTable, turn: Turn) {
+    let d = table.head_width;
+    let half = d / 2;
+    let sign = s.splat(if turn == Turn::Forward { 1.0 } else { -1.0 });
+    for (i, x) in x_n.chunks_exact_mut(dims.stride).enumerate() {
+        let position = (first + i) % dims.n_positions;
+        let cos_d = &table.cos_td[position * half..][..half];
+        let sin_d = &table.sin_td[position * half..][..half];
+        for head in x[..dims.n_heads * d].chunks_exact_mut(d) {
+            let (low, high) = head.split_at_mut(half);
+            let angles = cos_d.chunks(S::LANES).zip(sin_d.chunks(S::LANES));
+            let pairs = low.chunks_mut(S::LANES).zip(high.chunks_mut(S::LANES));
+            for ((cos, sin), (low, high)) in angles.zip(pairs) {
+                let (cos, sin) = (s.load(cos), s.mul(s.load(sin), sign));
+                let (a, b) = (s.load(low), s.load(high));
+                s.store(low, s.sub(s.mul(a, cos), s.mul(b, sin)));
+                s.store(high, s.fma(a, sin, s.mul(b, cos)));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{assert_close, every_pool, numbers};
+
+    #[test]
+    fn turns_heads_forward_and_back() {
+        for (t, n_heads, d, stride) in [(5, 1, 2, 2), (70, 3, 12, 40), (9, 2, 64, 200)] {
+            let n = 2 * t;
+            let x = numbers(1, n * stride);
+            let mut expected = x.clone();
+            for (i, row) in expected.chunks_mut(stride).enumerate() {
+                row[..n_heads * d].chunks_mut(d).for_each(|head| rope_reference(head, i % t, 1e4));
+            }
+            let table = RopeTable::new(t, d, 1e4);
+            let dims = RopeDims { n_positions: t, n_heads, stride };
+            for pool in every_pool() {
+                let mut y = x.clone();
+                rope(&pool, &mut y, dims, &table, Turn::Forward);
+                assert_close(&y, &expected, 1e-5);
+                rope(&pool, &mut y, dims, &table, Turn::Backward);
+                assert_close(&y, &x, 1e-5); // a rotation's transpose is its inverse
+            }
+        }
+    }
+}
