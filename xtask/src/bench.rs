@@ -1,12 +1,108 @@
-//! `cargo xtask bench`.
+//! `cargo xtask bench`: every hot path with its share of the machine's limit, and beside a rival where one is given.
+//! What is printed is kept in docs/log.md, with its date.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 
 #[derive(clap::Args)]
-pub(crate) struct Args {}
+pub(crate) struct Args {
+    /// What to measure; everything when nothing is named.
+    what: Vec<What>,
+    /// llama.cpp's llama-bench, to run beside ours.
+    #[arg(long, env = "LLAMA_BENCH")]
+    llama_bench: Option<PathBuf>,
+    /// A Python that has PyTorch, to train beside ours.
+    #[arg(long, env = "TORCH_PYTHON")]
+    torch_python: Option<PathBuf>,
+}
 
-pub(crate) fn run(_root: &Path, _args: &Args) -> Result<()> {
+#[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
+enum What {
+    Limits,
+    Matmul,
+    Store,
+    Ingest,
+    Tokenizer,
+    Train,
+    Decode,
+    Engine,
+}
+
+const ALL: [What; 8] = [
+    What::Limits,
+    What::Matmul,
+    What::Store,
+    What::Ingest,
+    What::Tokenizer,
+    What::Train,
+    What::Decode,
+    What::Engine,
+];
+
+const TEXT: &str = "var/cache/sotu";
+const CHAT_MODEL: &str = "var/cache/smollm2-135m-instruct-q4_1.gguf";
+
+pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
+    let chosen = if args.what.is_empty() { ALL.to_vec() } else { args.what.clone() };
+    for what in chosen {
+        println!("\n\x1b[1m── {}\x1b[0m", name(what));
+        match what {
+            What::Limits => example(root, "tensor", "bench_limits", &[])?,
+            What::Matmul => example(root, "tensor", "bench_matmul", &[])?,
+            What::Store => example(root, "store", "bench_store", &[])?,
+            What::Ingest => example(root, "data", "bench_ingest", &[TEXT])?,
+            What::Tokenizer => example(root, "tokenizer", "bench_tokenizer", &[TEXT])?,
+            What::Engine => example(root, "engine", "bench_engine", &[CHAT_MODEL])?,
+            What::Train => train(root, args)?,
+            What::Decode => decode(root, args)?,
+        }
+    }
+    Ok(())
+}
+
+fn name(what: What) -> String {
+    clap::ValueEnum::to_possible_value(&what).map_or(String::new(), |v| v.get_name().to_owned())
+}
+
+fn example(root: &Path, package: &str, example: &str, args: &[&str]) -> Result<()> {
+    let cargo = ["run", "--release", "--quiet", "--package", package, "--example", example, "--"];
+    crate::run(root, "cargo", &[&cargo[..], args].concat())
+}
+
+/// Ours, the rival, ours again: a drift of the machine shows.
+fn train(root: &Path, args: &Args) -> Result<()> {
+    example(root, "model", "bench_train", &[])?;
+    match &args.torch_python {
+        Some(python) => {
+            rival(root, python, &["fixtures/torch/bench_train.py"])?;
+            example(root, "model", "bench_train", &[])
+        }
+        None => {
+            println!("(give --torch-python to see PyTorch on the same shapes)");
+            Ok(())
+        }
+    }
+}
+
+fn decode(root: &Path, args: &Args) -> Result<()> {
+    example(root, "model", "bench_decode", &[CHAT_MODEL])?;
+    match &args.llama_bench {
+        Some(llama_bench) => {
+            rival(root, llama_bench, &["-m", CHAT_MODEL, "-p", "512", "-n", "128", "-t", "2", "-r", "3"])?;
+            example(root, "model", "bench_decode", &[CHAT_MODEL])
+        }
+        None => {
+            println!("(give --llama-bench to see llama.cpp on the same file)");
+            Ok(())
+        }
+    }
+}
+
+fn rival(root: &Path, program: &Path, args: &[&str]) -> Result<()> {
+    let status = Command::new(program).args(args).current_dir(root).status();
+    let status = status.with_context(|| format!("cannot start {}", program.display()))?;
+    ensure!(status.success(), "{}: {status}", program.display());
     Ok(())
 }
