@@ -1,0 +1,293 @@
+//! The table of jobs. What users ask for is written freely; what the reconciler saw and did is written under its lease, and
+//! only if the job is still as the reconciler knew it.
+
+use std::path::Path;
+
+use rusqlite::types::Type;
+use rusqlite::{OptionalExtension, Row, Transaction, params};
+
+use crate::clock::UnixMs;
+use crate::database::{Control, Stop};
+use crate::error::{Error, Result};
+use crate::job::{Desired, Ending, Job, JobId, JobSpec, JobState, Submitted};
+use crate::leases::Lease;
+use crate::log;
+use crate::models::unknown_word;
+use crate::process::ProcessRef;
+
+/// Jobs that are not over at once.
+const UNFINISHED_MAX: usize = 1_000;
+
+/// The most a log tail returns.
+const LOG_TAIL_BYTES_MAX: usize = 16 << 20;
+
+const COLUMNS: &str = "id, spec, desired, state, n_starts, n_failures, n_short, process, ending, message, log_path, \
+                       created_ms, started_ms, finished_ms, retry_ms, stop_ms";
+
+/// The end of a job's process, or of the job, as the reconciler decided it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct End {
+    /// Any state but `Running`.
+    pub state: JobState,
+    pub ending: Option<Ending>,
+    pub message: Option<String>,
+    pub n_failures: u32,
+    pub n_short: u32,
+    pub retry_at: Option<UnixMs>,
+}
+
+impl Control {
+    /// Asks for a job. While a job of that name is not over, the same submission again returns it, and another one is
+    /// refused with [`Error::JobConflict`].
+    pub fn submit(&self, spec: &JobSpec) -> Result<Submitted> {
+        spec.check()?;
+        let now = self.now();
+        let submitted = self.write("submit a job", |transaction| {
+            if let Some(job) = unfinished_by_name(transaction, &spec.name)? {
+                if job.spec != *spec {
+                    return Err(Stop::Refused(Error::JobConflict { name: spec.name.clone(), id: job.id }));
+                }
+                let created = false;
+                return Ok(Submitted { job, created });
+            }
+            let n_unfinished: i64 = transaction
+                .prepare_cached(
+                    "SELECT count(*) FROM jobs WHERE state IN ('pending', 'running', 'interrupted')",
+                )?
+                .query_row([], |row| row.get(0))?;
+            if usize::try_from(n_unfinished).is_ok_and(|n| n >= UNFINISHED_MAX) {
+                return Err(Stop::Refused(Error::TooMany { what: "unfinished jobs", max: UNFINISHED_MAX }));
+            }
+            transaction
+                .prepare_cached(
+                    "INSERT INTO jobs (name, spec, desired, state, created_ms)
+                     VALUES (?1, ?2, 'running', 'pending', ?3)",
+                )?
+                .execute(params![spec.name, json(spec), now.0])?;
+            let id = JobId(transaction.last_insert_rowid());
+            let job = by_id(transaction, id)?;
+            Ok(Submitted { job, created: true })
+        })?;
+        self.notify_jobs_changed();
+        Ok(submitted)
+    }
+
+    pub fn get_job(&self, id: JobId) -> Result<Option<Job>> {
+        self.read("read a job", |transaction| Ok(find(transaction, id)?))
+    }
+
+    /// The last `limit` jobs, newest first.
+    pub fn list_jobs(&self, limit: usize) -> Result<Vec<Job>> {
+        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+        self.read("list jobs", |transaction| {
+            let sql = format!("SELECT {COLUMNS} FROM jobs ORDER BY id DESC LIMIT ?1");
+            let mut statement = transaction.prepare_cached(&sql)?;
+            let jobs = statement.query_map([limit], job)?.collect::<Result<_, _>>()?;
+            Ok(jobs)
+        })
+    }
+
+    /// Asks for a job to end. Its process is stopped by the reconciler; a job that is over stays as it is.
+    pub fn cancel_job(&self, id: JobId) -> Result<Job> {
+        let job = self.write("cancel a job", |transaction| {
+            transaction
+                .prepare_cached(
+                    "UPDATE jobs SET desired = 'cancelled'
+                     WHERE id = ?1 AND state IN ('pending', 'running', 'interrupted')",
+                )?
+                .execute([id.0])?;
+            by_id(transaction, id)
+        })?;
+        self.notify_jobs_changed();
+        Ok(job)
+    }
+
+    /// Forgets a job that is over, and its log.
+    pub fn delete_job(&self, id: JobId) -> Result<()> {
+        let job = self.write("delete a job", |transaction| {
+            let job = by_id(transaction, id)?;
+            if !job.state.is_over() {
+                return Err(Stop::Refused(Error::JobUnfinished(id)));
+            }
+            transaction.prepare_cached("DELETE FROM jobs WHERE id = ?1")?.execute([id.0])?;
+            Ok(job)
+        })?;
+        job.log_path.map_or(Ok(()), |path| log::remove(&path))
+    }
+
+    /// The end of what a job wrote, all attempts together: at most `bytes_max` bytes (and 16 MiB), from the start of a line.
+    /// Bytes that are not UTF-8 are replaced.
+    pub fn job_log_tail(&self, id: JobId, bytes_max: usize) -> Result<String> {
+        let job = self.get_job(id)?.ok_or(Error::NoJob(id))?;
+        let Some(path) = job.log_path else {
+            return Ok(String::new());
+        };
+        log::tail(&path, bytes_max.min(LOG_TAIL_BYTES_MAX))
+    }
+
+    /// How many jobs are in each state.
+    pub fn count_jobs(&self) -> Result<Vec<(JobState, usize)>> {
+        let count = |transaction: &Transaction, state: JobState| {
+            transaction
+                .prepare_cached("SELECT count(*) FROM jobs WHERE state = ?1")?
+                .query_row([state.as_str()], |row| row.get::<_, i64>(0))
+        };
+        self.read("count jobs", |transaction| {
+            let mut counts = Vec::new();
+            for state in JobState::ALL {
+                let n = usize::try_from(count(transaction, state)?).unwrap_or(0);
+                counts.push((state, n));
+            }
+            Ok(counts)
+        })
+    }
+
+    /// Every job that is not over, oldest first.
+    pub(crate) fn unfinished_jobs(&self) -> Result<Vec<Job>> {
+        self.read("list unfinished jobs", |transaction| {
+            let sql = format!(
+                "SELECT {COLUMNS} FROM jobs WHERE state IN ('pending', 'running', 'interrupted') ORDER BY id"
+            );
+            let mut statement = transaction.prepare_cached(&sql)?;
+            let jobs = statement.query_map([], job)?.collect::<Result<_, _>>()?;
+            Ok(jobs)
+        })
+    }
+
+    /// The job's process exists and may be let go. `false`, and nothing is changed, when the job must not start any more.
+    pub(crate) fn record_started(
+        &self,
+        lease: &Lease,
+        id: JobId,
+        process: &ProcessRef,
+        log_path: Option<&Path>,
+    ) -> Result<bool> {
+        let now = self.now();
+        self.fenced(lease, "record a job's start", |transaction| {
+            let n_changed = transaction
+                .prepare_cached(
+                    "UPDATE jobs
+                     SET state = 'running', process = ?2, log_path = ?3, n_starts = n_starts + 1, started_ms = ?4,
+                         retry_ms = NULL, stop_ms = NULL, ending = NULL
+                     WHERE id = ?1 AND desired = 'running' AND state IN ('pending', 'interrupted')",
+                )?
+                .execute(params![
+                    id.0,
+                    json(process),
+                    log_path.map(|path| path.to_string_lossy()),
+                    now.0
+                ])?;
+            Ok(n_changed == 1)
+        })
+    }
+
+    /// The process is about to be stopped; `asked_at` is set when it is asked, not when it is killed. `false` when it is
+    /// not the job's process any more.
+    pub(crate) fn record_stop(
+        &self,
+        lease: &Lease,
+        id: JobId,
+        process: &ProcessRef,
+        asked_at: Option<UnixMs>,
+    ) -> Result<bool> {
+        self.fenced(lease, "record a job's stop", |transaction| {
+            let n_changed = transaction
+                .prepare_cached(
+                    "UPDATE jobs SET stop_ms = coalesce(?3, stop_ms) WHERE id = ?1 AND process = ?2",
+                )?
+                .execute(params![id.0, json(process), asked_at.map(|at| at.0)])?;
+            Ok(n_changed == 1)
+        })
+    }
+
+    /// The process (or, without one, the job) has ended. `false` when the job has another process, or is over.
+    pub(crate) fn record_end(
+        &self,
+        lease: &Lease,
+        id: JobId,
+        process: Option<&ProcessRef>,
+        end: &End,
+    ) -> Result<bool> {
+        let finished_at = end.state.is_over().then(|| self.now());
+        self.fenced(lease, "record a job's end", |transaction| {
+            let n_changed = transaction
+                .prepare_cached(
+                    "UPDATE jobs
+                     SET state = ?3, process = NULL, stop_ms = NULL, ending = coalesce(?4, ending), message = ?5,
+                         n_failures = ?6, n_short = ?7, retry_ms = ?8, finished_ms = ?9
+                     WHERE id = ?1 AND process IS ?2 AND state IN ('pending', 'running', 'interrupted')",
+                )?
+                .execute(params![
+                    id.0,
+                    process.map(json),
+                    end.state.as_str(),
+                    end.ending.as_ref().map(json),
+                    end.message,
+                    end.n_failures,
+                    end.n_short,
+                    end.retry_at.map(|at| at.0),
+                    finished_at.map(|at| at.0),
+                ])?;
+            Ok(n_changed == 1)
+        })
+    }
+}
+
+fn find(transaction: &Transaction, id: JobId) -> rusqlite::Result<Option<Job>> {
+    let sql = format!("SELECT {COLUMNS} FROM jobs WHERE id = ?1");
+    transaction.prepare_cached(&sql)?.query_row([id.0], job).optional()
+}
+
+fn by_id(transaction: &Transaction, id: JobId) -> Result<Job, Stop> {
+    find(transaction, id)?.ok_or(Stop::Refused(Error::NoJob(id)))
+}
+
+fn unfinished_by_name(transaction: &Transaction, name: &str) -> rusqlite::Result<Option<Job>> {
+    let sql = format!(
+        "SELECT {COLUMNS} FROM jobs WHERE name = ?1 AND state IN ('pending', 'running', 'interrupted')"
+    );
+    transaction.prepare_cached(&sql)?.query_row([name], job).optional()
+}
+
+fn job(row: &Row) -> rusqlite::Result<Job> {
+    let time = |column| Ok::<_, rusqlite::Error>(row.get::<_, Option<i64>>(column)?.map(UnixMs));
+    Ok(Job {
+        id: JobId(row.get(0)?),
+        spec: parsed(row, 1)?.ok_or_else(|| unknown_word(1, "NULL"))?,
+        desired: match row.get_ref(2)?.as_str()? {
+            "running" => Desired::Running,
+            "cancelled" => Desired::Cancelled,
+            other => return Err(unknown_word(2, other)),
+        },
+        state: state(row.get_ref(3)?.as_str()?)?,
+        n_starts: row.get(4)?,
+        n_failures: row.get(5)?,
+        n_short: row.get(6)?,
+        process: parsed(row, 7)?,
+        ending: parsed(row, 8)?,
+        message: row.get(9)?,
+        log_path: row.get::<_, Option<String>>(10)?.map(Into::into),
+        created_at: UnixMs(row.get(11)?),
+        started_at: time(12)?,
+        finished_at: time(13)?,
+        retry_at: time(14)?,
+        stop_sent_at: time(15)?,
+    })
+}
+
+fn state(word: &str) -> rusqlite::Result<JobState> {
+    JobState::ALL.into_iter().find(|state| state.as_str() == word).ok_or_else(|| unknown_word(3, word))
+}
+
+fn parsed<T: serde::de::DeserializeOwned>(row: &Row, column: usize) -> rusqlite::Result<Option<T>> {
+    let text: Option<String> = row.get(column)?;
+    text.map(|text| {
+        serde_json::from_str(&text)
+            .map_err(|source| rusqlite::Error::FromSqlConversionFailure(column, Type::Text, Box::new(source)))
+    })
+    .transpose()
+}
+
+fn json<T: serde::Serialize>(value: &T) -> String {
+    serde_json::to_string(value).expect("plain data has a JSON form")
+}

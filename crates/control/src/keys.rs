@@ -1,0 +1,206 @@
+//! API keys: 256 random bits, shown once, kept as SHA-256.
+//!
+//! The keys are random, not chosen by people, so a fast hash is enough: there is nothing to guess (no salt, no argon2).
+
+use std::collections::HashMap;
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use rusqlite::{Row, params};
+use sha2::{Digest, Sha256};
+use subtle::ConstantTimeEq;
+
+use crate::clock::UnixMs;
+use crate::database::{Control, Stop, random_hex};
+use crate::error::{Error, Result};
+
+const PREFIX: &str = "sk-loquat-";
+
+/// Keys that are valid at once.
+const KEYS_MAX: usize = 10_000;
+
+/// How long a change made by another process may stay unseen.
+const CACHE_FRESH: Duration = Duration::from_secs(1);
+
+/// How long keys are still checked from memory when the database cannot be read.
+const CACHE_STALE_MAX: Duration = Duration::from_secs(60);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct KeyId(pub i64);
+
+impl std::fmt::Display for KeyId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "key-{}", self.0)
+    }
+}
+
+/// What may be known about a key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyInfo {
+    pub id: KeyId,
+    /// Chosen by who created it; need not be unique.
+    pub name: String,
+    pub created_at: UnixMs,
+    pub revoked_at: Option<UnixMs>,
+}
+
+/// A key that was just created. This is the only moment its text exists.
+#[derive(Clone)]
+pub struct SecretKey {
+    pub info: KeyInfo,
+    text: String,
+}
+
+impl SecretKey {
+    /// `sk-loquat-` and 64 hexadecimal digits.
+    pub fn expose(&self) -> &str {
+        &self.text
+    }
+}
+
+impl std::fmt::Debug for SecretKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SecretKey").field("info", &self.info).finish_non_exhaustive()
+    }
+}
+
+/// The valid keys as of `read_at`, by the first bytes of their hash.
+#[derive(Debug)]
+pub(crate) struct KeyCache {
+    read_at: UnixMs,
+    keys: HashMap<[u8; 8], Vec<([u8; 32], KeyInfo)>>,
+}
+
+impl KeyCache {
+    /// The index leaks at most a few bits of the hash of what was sent, which its sender knows; the rest is compared in
+    /// constant time.
+    fn find(&self, hash: &[u8; 32]) -> Option<&KeyInfo> {
+        let candidates = self.keys.get(&head(hash))?;
+        let found = candidates.iter().find(|(known, _)| bool::from(known.ct_eq(hash)));
+        found.map(|(_, info)| info)
+    }
+
+    /// Age, or `None` when the clock was set back and the age cannot be told.
+    fn age(&self, now: UnixMs) -> Option<Duration> {
+        (now >= self.read_at).then(|| now.since(self.read_at))
+    }
+}
+
+impl Control {
+    /// A new key. Errors: an empty, overlong or unprintable name, too many keys, the database.
+    pub fn create_key(&self, name: &str) -> Result<SecretKey> {
+        if name.is_empty() || name.len() > 128 || name.chars().any(char::is_control) {
+            return Err(Error::Invalid {
+                what: "key name",
+                why: "it must have 1 to 128 bytes and no control characters".to_owned(),
+            });
+        }
+        let text = format!("{PREFIX}{}", random_hex::<32>()?);
+        let hash = hash(&text);
+        let created_at = self.now();
+        let id = self.write("create a key", |transaction| {
+            let n_valid: i64 = transaction
+                .prepare_cached("SELECT count(*) FROM keys WHERE revoked_ms IS NULL")?
+                .query_row([], |row| row.get(0))?;
+            if usize::try_from(n_valid).is_ok_and(|n| n >= KEYS_MAX) {
+                return Err(Stop::Refused(Error::TooMany { what: "keys", max: KEYS_MAX }));
+            }
+            transaction
+                .prepare_cached("INSERT INTO keys (name, hash, created_ms) VALUES (?1, ?2, ?3)")?
+                .execute(params![name, hash, created_at.0])?;
+            Ok(KeyId(transaction.last_insert_rowid()))
+        })?;
+        self.drop_key_cache();
+        let info = KeyInfo { id, name: name.to_owned(), created_at, revoked_at: None };
+        Ok(SecretKey { info, text })
+    }
+
+    /// Whose key `text` is; `None` when it is nobody's or was revoked.
+    ///
+    /// Usually answered from memory. A key revoked in this process is refused at once, one revoked by another process within
+    /// a second. While the database cannot be read, keys known within the last minute go on working.
+    pub fn check_key(&self, text: &str) -> Result<Option<KeyInfo>> {
+        let hash = hash(text);
+        let now = self.now();
+        let known = |max_age: Duration| {
+            let cache = self.0.keys.read().unwrap_or_else(PoisonError::into_inner);
+            let usable = cache.as_ref().filter(|c| c.age(now).is_some_and(|age| age < max_age));
+            usable.map(|cache| cache.find(&hash).cloned())
+        };
+        if let Some(answer) = known(CACHE_FRESH) {
+            return Ok(answer);
+        }
+        match self.refresh_key_cache(&hash, now) {
+            Ok(answer) => Ok(answer),
+            Err(error) => match known(CACHE_STALE_MAX) {
+                Some(answer) => {
+                    tracing::warn!(%error, "keys are checked from memory");
+                    Ok(answer)
+                }
+                None => Err(error),
+            },
+        }
+    }
+
+    /// All keys ever created, revoked ones included, newest last.
+    pub fn list_keys(&self) -> Result<Vec<KeyInfo>> {
+        self.read("list keys", |transaction| {
+            let mut statement = transaction
+                .prepare_cached("SELECT id, name, created_ms, revoked_ms FROM keys ORDER BY id")?;
+            let keys = statement.query_map([], key_info)?.collect::<Result<_, _>>()?;
+            Ok(keys)
+        })
+    }
+
+    /// Makes a key invalid from now on. `false` when there is no such valid key.
+    pub fn revoke_key(&self, id: KeyId) -> Result<bool> {
+        let now = self.now();
+        let n_revoked = self.write("revoke a key", |transaction| {
+            Ok(transaction
+                .prepare_cached("UPDATE keys SET revoked_ms = ?2 WHERE id = ?1 AND revoked_ms IS NULL")?
+                .execute(params![id.0, now.0])?)
+        })?;
+        self.drop_key_cache();
+        Ok(n_revoked == 1)
+    }
+
+    /// Reads the keys, looks `hash` up, and stores the keys while the connection is held, so that a cache read before a
+    /// revocation can never replace one read after it.
+    fn refresh_key_cache(&self, hash: &[u8; 32], now: UnixMs) -> Result<Option<KeyInfo>> {
+        self.read("read the keys", |transaction| {
+            let mut statement = transaction.prepare_cached(
+                "SELECT id, name, created_ms, revoked_ms, hash FROM keys WHERE revoked_ms IS NULL",
+            )?;
+            let mut keys = HashMap::<_, Vec<_>>::new();
+            for row in statement.query_map([], |row| Ok((row.get::<_, [u8; 32]>(4)?, key_info(row)?)))? {
+                let (hash, info) = row?;
+                keys.entry(head(&hash)).or_default().push((hash, info));
+            }
+            let cache = KeyCache { read_at: now, keys };
+            let answer = cache.find(hash).cloned();
+            *self.0.keys.write().unwrap_or_else(PoisonError::into_inner) = Some(cache);
+            Ok(answer)
+        })
+    }
+
+    fn drop_key_cache(&self) {
+        *self.0.keys.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+fn hash(text: &str) -> [u8; 32] {
+    Sha256::digest(text.as_bytes()).into()
+}
+
+fn head(hash: &[u8; 32]) -> [u8; 8] {
+    hash[..8].try_into().expect("8 of 32 bytes")
+}
+
+fn key_info(row: &Row) -> rusqlite::Result<KeyInfo> {
+    Ok(KeyInfo {
+        id: KeyId(row.get(0)?),
+        name: row.get(1)?,
+        created_at: UnixMs(row.get(2)?),
+        revoked_at: row.get::<_, Option<i64>>(3)?.map(UnixMs),
+    })
+}

@@ -1,0 +1,317 @@
+//! The doer: holds the lease, observes, has [`reconcile`] decide, and obeys.
+
+use std::collections::BTreeMap;
+use std::error::Error as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use telemetry::JobMetrics;
+
+use crate::clock::UnixMs;
+use crate::database::{Control, random_hex};
+use crate::error::{Error, Result};
+use crate::job::{Ending, Job, JobId};
+use crate::launcher::{Launcher, StopHow};
+use crate::leases::Lease;
+use crate::process::ProcessRef;
+use crate::reconcile::{Action, Policy, ended, reconcile};
+
+/// The lease every controller competes for.
+const LEASE: &str = "reconciler";
+
+#[derive(Clone, Debug)]
+pub struct ReconcilerOptions {
+    pub policy: Policy,
+    /// How long a dead controller keeps others waiting.
+    pub lease_ttl: Duration,
+    /// The longest pause between two looks at the processes; changes made in this process are seen at once.
+    pub tick: Duration,
+}
+
+impl Default for ReconcilerOptions {
+    fn default() -> Self {
+        Self {
+            policy: Policy::default(),
+            lease_ttl: Duration::from_secs(5),
+            tick: Duration::from_millis(250),
+        }
+    }
+}
+
+/// What becomes of running jobs when the reconciler stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shutdown {
+    /// They go on; the next controller adopts them.
+    Leave,
+    /// They are asked to save and exit, and go on when the next controller starts.
+    Interrupt,
+}
+
+const RUN: u8 = 0;
+const LEAVE: u8 = 1;
+const INTERRUPT: u8 = 2;
+
+/// A thread that keeps jobs as they are wanted, while it holds the lease. Dropping it leaves running jobs alone.
+#[derive(Debug)]
+pub struct Reconciler {
+    control: Control,
+    order: Arc<AtomicU8>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Reconciler {
+    pub fn start(
+        control: &Control,
+        launcher: Box<dyn Launcher + Send>,
+        metrics: JobMetrics,
+        options: ReconcilerOptions,
+    ) -> Result<Self> {
+        let order = Arc::new(AtomicU8::new(RUN));
+        let mut worker = Worker {
+            control: control.clone(),
+            launcher,
+            metrics,
+            holder: format!("pid {} {}", std::process::id(), random_hex::<4>()?),
+            options,
+            order: Arc::clone(&order),
+            lease: None,
+        };
+        let thread = std::thread::Builder::new()
+            .name("reconciler".to_owned())
+            .spawn(move || worker.run())
+            .map_err(Error::StartThread)?;
+        Ok(Self { control: control.clone(), order, thread: Some(thread) })
+    }
+
+    /// Stops the thread and waits for it. With [`Shutdown::Interrupt`] that takes until the jobs have saved, at most
+    /// [`Policy::stop_grace`] and a little.
+    pub fn stop(mut self, how: Shutdown) {
+        self.finish(match how {
+            Shutdown::Leave => LEAVE,
+            Shutdown::Interrupt => INTERRUPT,
+        });
+    }
+
+    fn finish(&mut self, order: u8) {
+        let Some(thread) = self.thread.take() else {
+            return;
+        };
+        self.order.store(order, Ordering::SeqCst);
+        self.control.notify_jobs_changed();
+        if thread.join().is_err() {
+            tracing::error!("the reconciler's thread panicked");
+        }
+    }
+}
+
+impl Drop for Reconciler {
+    fn drop(&mut self) {
+        self.finish(LEAVE);
+    }
+}
+
+struct Worker {
+    control: Control,
+    launcher: Box<dyn Launcher + Send>,
+    metrics: JobMetrics,
+    holder: String,
+    options: ReconcilerOptions,
+    order: Arc<AtomicU8>,
+    /// The lease, and when it was last extended.
+    lease: Option<(Lease, UnixMs)>,
+}
+
+impl Worker {
+    fn run(&mut self) {
+        let mut seen = 0;
+        loop {
+            let order = self.order.load(Ordering::SeqCst);
+            self.options.policy.draining = order == INTERRUPT;
+            let n_running = if order == LEAVE { 0 } else { self.turn() };
+            if order != RUN && n_running == 0 {
+                break;
+            }
+            seen = self.control.wait_jobs_changed(seen, self.options.tick);
+        }
+        if let Some((lease, _)) = self.lease.take()
+            && let Err(error) = self.control.release(&lease)
+        {
+            warn("cannot release the lease", &error);
+        }
+        self.metrics.set_lease_held(false);
+    }
+
+    /// One look at everything; returns how many jobs run under this controller. What fails is logged and tried again at
+    /// the next turn.
+    fn turn(&mut self) -> usize {
+        self.launcher.tick();
+        #[allow(clippy::disallowed_methods)] // Only to measure how long the turn took.
+        let started = Instant::now();
+        let outcome = self.hold_lease().and_then(|lease| match lease {
+            Some(lease) => {
+                let launcher = self.launcher.as_mut();
+                pass(&self.control, launcher, &lease, &self.options.policy, &self.metrics)
+            }
+            None => Ok(0),
+        });
+        self.metrics.reconciled(started.elapsed(), outcome.is_ok());
+        self.metrics.set_lease_held(self.lease.is_some());
+        match outcome {
+            Ok(n_running) => n_running,
+            Err(Error::StaleLease { .. }) => {
+                tracing::warn!("another controller has taken over the jobs");
+                self.lease = None;
+                0
+            }
+            Err(error) => {
+                warn("cannot reconcile jobs", &error);
+                usize::from(self.lease.is_some())
+            }
+        }
+    }
+
+    /// The lease, taken or extended as needed; `None` while another controller holds it.
+    fn hold_lease(&mut self) -> Result<Option<Lease>> {
+        let ttl = self.options.lease_ttl;
+        let now = self.control.now();
+        match &mut self.lease {
+            Some((lease, extended_at)) => {
+                if now < *extended_at || now.since(*extended_at) >= ttl / 3 {
+                    self.control.renew(lease, ttl)?;
+                    *extended_at = now;
+                }
+            }
+            None => {
+                let lease = self.control.acquire(LEASE, &self.holder, ttl)?;
+                self.lease = lease.map(|lease| (lease, now));
+            }
+        }
+        Ok(self.lease.as_ref().map(|(lease, _)| lease.clone()))
+    }
+}
+
+/// Observes every unfinished job, decides, and does what was decided, under `lease`. Returns how many jobs have a process
+/// afterwards. Errors: [`Error::StaleLease`] when another controller took over, or the database's; what could not be done
+/// is found to be missing at the next pass.
+pub fn pass(
+    control: &Control,
+    launcher: &mut dyn Launcher,
+    lease: &Lease,
+    policy: &Policy,
+    metrics: &JobMetrics,
+) -> Result<usize> {
+    let jobs = control.unfinished_jobs()?;
+    let mut observed = BTreeMap::new();
+    for job in jobs.iter().filter(|job| job.process.is_some()) {
+        match launcher.poll(job) {
+            Ok(seen) => drop(observed.insert(job.id, seen)),
+            Err(error) => warn("cannot observe a job", &error),
+        }
+    }
+    let mut doer = Doer {
+        control,
+        launcher,
+        lease,
+        policy,
+        metrics,
+        jobs: jobs.iter().map(|job| (job.id, job)).collect(),
+    };
+    for action in reconcile(&jobs, &observed, control.now(), policy) {
+        doer.act(action)?;
+    }
+    let counts = control.count_jobs()?;
+    let mut n_running = 0;
+    for (state, n_jobs) in counts {
+        metrics.set_jobs(state.as_str(), n_jobs);
+        if state == crate::job::JobState::Running {
+            n_running = n_jobs;
+        }
+    }
+    Ok(n_running)
+}
+
+struct Doer<'a> {
+    control: &'a Control,
+    launcher: &'a mut dyn Launcher,
+    lease: &'a Lease,
+    policy: &'a Policy,
+    metrics: &'a JobMetrics,
+    jobs: BTreeMap<JobId, &'a Job>,
+}
+
+impl Doer<'_> {
+    /// Every effect on a process is preceded by a write under the lease that names the process: a controller that was
+    /// taken over meanwhile stops at the write, and one that falls asleep behind it can only do what was recorded.
+    fn act(&mut self, action: Action) -> Result<()> {
+        match action {
+            Action::Start { id } => self.start(id),
+            Action::Stop { id, process, how } => {
+                let asked_at = (how == StopHow::Ask).then(|| self.control.now());
+                if self.control.record_stop(self.lease, id, &process, asked_at)? {
+                    tracing::info!(job = %id, pid = process.pid, ?how, "stopping a job");
+                    if let Err(error) = self.launcher.stop(&process, how) {
+                        warn("cannot stop a job", &error);
+                    }
+                }
+                Ok(())
+            }
+            Action::End { id, process, end } => {
+                if self.control.record_end(self.lease, id, process.as_ref(), &end)? {
+                    let ending = end.ending.map(|e| e.to_string());
+                    tracing::info!(job = %id, state = end.state.as_str(), ending, "a job's process ended");
+                }
+                if let Some(process) = &process {
+                    self.launcher.forget(process);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn start(&mut self, id: JobId) -> Result<()> {
+        let job = self.jobs[&id];
+        let prepared = match self.launcher.prepare(job) {
+            Ok(prepared) => prepared,
+            Err(error) => {
+                let mut end = ended(job, Ending::NotStarted, self.control.now(), self.policy);
+                end.message = Some(chain(&error));
+                warn("cannot start a job", &error);
+                self.control.record_end(self.lease, id, None, &end)?;
+                return Ok(());
+            }
+        };
+        let process: &ProcessRef = &prepared.process;
+        let recorded = self.control.record_started(self.lease, id, process, prepared.log_path.as_deref());
+        if !matches!(recorded, Ok(true)) {
+            // Cancelled meanwhile, taken over by another controller, or the database failed: it must not run.
+            if let Err(error) = self.launcher.abandon(process) {
+                warn("cannot end a process that must not run", &error);
+            }
+            return recorded.map(drop);
+        }
+        if let Err(error) = self.launcher.release(process) {
+            warn("cannot release a job's process", &error);
+        }
+        self.metrics.started(job.n_starts > 0);
+        tracing::info!(job = %id, name = job.spec.name, pid = process.pid, attempt = job.n_starts + 1, "started a job");
+        Ok(())
+    }
+}
+
+fn warn(what: &str, error: &Error) {
+    tracing::warn!(error = chain(error), "{what}");
+}
+
+/// The error and what caused it, in one line.
+fn chain(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
