@@ -7,8 +7,9 @@
 use std::ops::Range;
 
 use crate::Pool;
+use crate::pool::Disjoint;
 use crate::simd::{Simd, dispatch};
-use crate::split::{Split, piece};
+use crate::split::piece;
 
 /// Parameters one task takes: 4 arrays · 4 B · 16 Ki = 256 KiB.
 const TASK_LEN: usize = 16 << 10;
@@ -59,13 +60,13 @@ pub fn adamw(pool: &Pool, state: AdamWState, grads: &[f32], decayed: &[Range<usi
     assert!(adamw.step > 0, "adamw: steps count from 1");
     assert!(decayed.is_sorted_by_key(|range| range.start), "adamw: ranges are not sorted");
     let [with, without] = [true, false].map(|decayed| Factors::new(adamw, decayed));
-    let (params, m, v) = (Split::new(params), Split::new(m), Split::new(v));
+    let (params, m, v) = (Disjoint::new(params), Disjoint::new(m), Disjoint::new(v));
     pool.run(len.div_ceil(TASK_LEN), &|task| {
         let range = piece(task, TASK_LEN, len);
         for (range, is_decayed) in cut(range, decayed) {
             // SAFETY: tasks have disjoint ranges, and `cut` gives disjoint parts of each.
             let (params, m, v) =
-                unsafe { (params.part(range.clone()), m.part(range.clone()), v.part(range.clone())) };
+                unsafe { (params.slice(range.clone()), m.slice(range.clone()), v.slice(range.clone())) };
             update(pool.level(), params, m, v, &grads[range], if is_decayed { &with } else { &without });
         }
     });
@@ -76,10 +77,10 @@ pub fn sum_squares(pool: &Pool, x: &[f32], scratch: &mut Vec<f64>) -> f64 {
     let n_tasks = x.len().div_ceil(TASK_LEN);
     scratch.clear();
     scratch.resize(n_tasks, 0.0);
-    let partial = Split::new(scratch);
+    let partial = Disjoint::new(scratch);
     pool.run(n_tasks, &|task| {
         // SAFETY: one element a task.
-        let partial = unsafe { partial.part(task..task + 1) };
+        let partial = unsafe { partial.slice(task..task + 1) };
         partial[0] = squares(pool.level(), &x[piece(task, TASK_LEN, x.len())]);
     });
     scratch.iter().sum()

@@ -4,8 +4,9 @@
 //! a chunk of tokens at a time, so that `[n, v]` never exists.
 
 use crate::Pool;
+use crate::pool::Disjoint;
 use crate::simd::{Simd, dispatch};
-use crate::split::{Split, piece};
+use crate::split::piece;
 
 /// The target of a token that has no loss and no gradient.
 pub const IGNORED: u32 = u32::MAX;
@@ -39,12 +40,12 @@ pub fn cross_entropy_forward_backward(
     targets_n: &[u32],
 ) {
     let (n, v) = check(losses_n, logits_nv, targets_n);
-    let (losses, logits) = (Split::new(losses_n), Split::new(logits_nv));
+    let (losses, logits) = (Disjoint::new(losses_n), Disjoint::new(logits_nv));
     pool.run(n.div_ceil(TASK_ROWS), &|task| {
         let rows = piece(task, TASK_ROWS, n);
         // SAFETY: tasks have disjoint rows.
         let (losses, logits) =
-            unsafe { (losses.part(rows.clone()), logits.part(rows.start * v..rows.end * v)) };
+            unsafe { (losses.slice(rows.clone()), logits.slice(rows.start * v..rows.end * v)) };
         forward_backward(pool.level(), losses, logits, &targets_n[rows], v);
     });
 }
@@ -55,11 +56,11 @@ pub fn cross_entropy_forward_backward(
 /// If a target is neither below v nor ignored.
 pub fn cross_entropy_forward(pool: &Pool, losses_n: &mut [f32], logits_nv: &[f32], targets_n: &[u32]) {
     let (n, v) = check(losses_n, logits_nv, targets_n);
-    let losses = Split::new(losses_n);
+    let losses = Disjoint::new(losses_n);
     pool.run(n.div_ceil(TASK_ROWS), &|task| {
         let rows = piece(task, TASK_ROWS, n);
         // SAFETY: tasks have disjoint rows.
-        let losses = unsafe { losses.part(rows.clone()) };
+        let losses = unsafe { losses.slice(rows.clone()) };
         forward(pool.level(), losses, &logits_nv[rows.start * v..rows.end * v], &targets_n[rows], v);
     });
 }

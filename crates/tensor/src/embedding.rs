@@ -3,7 +3,8 @@
 //! Backward: `dtable[token[n]] += dx[n]`, in the order of n.
 
 use crate::Pool;
-use crate::split::{Split, piece};
+use crate::pool::Disjoint;
+use crate::split::piece;
 
 /// Rows one task looks up.
 const TASK_ROWS: usize = 64;
@@ -18,11 +19,11 @@ const TASK_COLUMNS: usize = 16;
 pub fn embedding_forward(pool: &Pool, x_nc: &mut [f32], tokens_n: &[u32], table_vc: &[f32], c: usize) {
     check(x_nc, tokens_n, table_vc, c);
     let n = tokens_n.len();
-    let x = Split::new(x_nc);
+    let x = Disjoint::new(x_nc);
     pool.run(n.div_ceil(TASK_ROWS), &|task| {
         let rows = piece(task, TASK_ROWS, n);
         // SAFETY: tasks have disjoint rows.
-        let x = unsafe { x.part(rows.start * c..rows.end * c) };
+        let x = unsafe { x.slice(rows.start * c..rows.end * c) };
         for (x_c, &token) in x.chunks_exact_mut(c).zip(&tokens_n[rows]) {
             x_c.copy_from_slice(&table_vc[token as usize * c..][..c]);
         }
@@ -35,13 +36,13 @@ pub fn embedding_forward(pool: &Pool, x_nc: &mut [f32], tokens_n: &[u32], table_
 /// If a token is not in the table.
 pub fn embedding_backward(pool: &Pool, dtable_vc: &mut [f32], dx_nc: &[f32], tokens_n: &[u32], c: usize) {
     check(dx_nc, tokens_n, dtable_vc, c);
-    let dtable = Split::new(dtable_vc);
+    let dtable = Disjoint::new(dtable_vc);
     pool.run(c.div_ceil(TASK_COLUMNS), &|task| {
         let columns = piece(task, TASK_COLUMNS, c);
         for (dx_c, &token) in dx_nc.chunks_exact(c).zip(tokens_n) {
             let at = token as usize * c;
             // SAFETY: tasks have disjoint columns.
-            let dtable = unsafe { dtable.part(at + columns.start..at + columns.end) };
+            let dtable = unsafe { dtable.slice(at + columns.start..at + columns.end) };
             dtable.iter_mut().zip(&dx_c[columns.clone()]).for_each(|(sum, dx)| *sum += dx);
         }
     });

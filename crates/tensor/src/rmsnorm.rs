@@ -4,8 +4,9 @@
 //!
 //! Backward, with `g = dy · w`: `dx = rstd · (g - x · rstd² · mean(g · x))`, `dw = Σ_n dy · x · rstd`.
 
+use crate::pool::Disjoint;
 use crate::simd::{Simd, dispatch};
-use crate::split::{Split, piece};
+use crate::split::piece;
 use crate::{Buf, Pool};
 
 /// Rows one task takes. Also the length over which `dw` is summed before the sums are added up in order, so that the
@@ -44,12 +45,12 @@ pub fn rmsnorm_forward(
 ) {
     let (n, c) = (rstd_n.len(), w_c.len());
     assert!(c > 0 && x_nc.len() == n * c && y_nc.len() == n * c, "rmsnorm: shapes differ");
-    let (y, rstd) = (Split::new(y_nc), Split::new(rstd_n));
+    let (y, rstd) = (Disjoint::new(y_nc), Disjoint::new(rstd_n));
     pool.run(n.div_ceil(TASK_ROWS), &|task| {
         let rows = piece(task, TASK_ROWS, n);
         let cells = rows.start * c..rows.end * c;
         // SAFETY: tasks have disjoint rows.
-        let (y, rstd) = unsafe { (y.part(cells.clone()), rstd.part(rows)) };
+        let (y, rstd) = unsafe { (y.slice(cells.clone()), rstd.slice(rows)) };
         forward(pool.level(), y, rstd, &x_nc[cells], w_c, eps);
     });
 }
@@ -75,12 +76,12 @@ pub fn residual_rmsnorm_forward(
     let (n, c) = (rstd_n.len(), w_c.len());
     let lens = [sum_nc.len(), y_nc.len(), input.x_nc.len(), input.delta_nc.len()];
     assert!(c > 0 && lens == [n * c; 4], "residual rmsnorm: shapes differ");
-    let (sum, y, rstd) = (Split::new(sum_nc), Split::new(y_nc), Split::new(rstd_n));
+    let (sum, y, rstd) = (Disjoint::new(sum_nc), Disjoint::new(y_nc), Disjoint::new(rstd_n));
     pool.run(n.div_ceil(TASK_ROWS), &|task| {
         let rows = piece(task, TASK_ROWS, n);
         let cells = rows.start * c..rows.end * c;
         // SAFETY: tasks have disjoint rows.
-        let (sum, y, rstd) = unsafe { (sum.part(cells.clone()), y.part(cells.clone()), rstd.part(rows)) };
+        let (sum, y, rstd) = unsafe { (sum.slice(cells.clone()), y.slice(cells.clone()), rstd.slice(rows)) };
         add(pool.level(), sum, &input.x_nc[cells.clone()], &input.delta_nc[cells]);
         forward(pool.level(), y, rstd, sum, w_c, eps);
     });
@@ -89,12 +90,12 @@ pub fn residual_rmsnorm_forward(
 /// `y` again from what the forward pass left: cheaper than keeping it for every layer.
 pub fn rmsnorm_again(pool: &Pool, y_nc: &mut [f32], normed: Normed) {
     let (n, c) = normed.check(y_nc.len());
-    let y = Split::new(y_nc);
+    let y = Disjoint::new(y_nc);
     pool.run(n.div_ceil(TASK_ROWS), &|task| {
         let rows = piece(task, TASK_ROWS, n);
         let cells = rows.start * c..rows.end * c;
         // SAFETY: tasks have disjoint rows.
-        let y = unsafe { y.part(cells.clone()) };
+        let y = unsafe { y.slice(cells.clone()) };
         scale_rows(pool.level(), y, &normed.x_nc[cells], &normed.rstd_n[rows], normed.w_c);
     });
 }
@@ -113,12 +114,12 @@ pub fn rmsnorm_backward(
     assert!(dw_c.len() == c && dy_nc.len() == n * c, "rmsnorm backward: shapes differ");
     let n_tasks = n.div_ceil(TASK_ROWS);
     scratch.reserve_scratch(n_tasks * c);
-    let (dx, partial) = (Split::new(dx_nc), Split::new(scratch));
+    let (dx, partial) = (Disjoint::new(dx_nc), Disjoint::new(scratch));
     pool.run(n_tasks, &|task| {
         let rows = piece(task, TASK_ROWS, n);
         let cells = rows.start * c..rows.end * c;
         // SAFETY: tasks have disjoint rows, and one row of partial sums each.
-        let (dx, dw) = unsafe { (dx.part(cells.clone()), partial.part(task * c..(task + 1) * c)) };
+        let (dx, dw) = unsafe { (dx.slice(cells.clone()), partial.slice(task * c..(task + 1) * c)) };
         let part =
             Normed { x_nc: &normed.x_nc[cells.clone()], rstd_n: &normed.rstd_n[rows], w_c: normed.w_c };
         backward(pool.level(), dx, dw, &dy_nc[cells], part);

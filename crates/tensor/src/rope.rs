@@ -5,8 +5,9 @@
 //!
 //! Backward is the rotation by `-θ`.
 
+use crate::pool::Disjoint;
 use crate::simd::{Simd, dispatch};
-use crate::split::{Split, piece};
+use crate::split::piece;
 use crate::{Buf, Pool};
 
 /// Rows one task takes.
@@ -42,7 +43,7 @@ impl RopeTable {
         table
     }
 
-    fn n_positions(&self) -> usize {
+    pub(crate) fn n_positions(&self) -> usize {
         if self.head_width == 0 { 0 } else { self.cos_td.len() / (self.head_width / 2) }
     }
 }
@@ -85,16 +86,16 @@ pub fn rope(pool: &Pool, x_n: &mut [f32], dims: RopeDims, table: &RopeTable, tur
     assert!(n_positions > 0 && n_positions <= table.n_positions(), "rope: the table is too short");
     assert!(x_n.len().is_multiple_of(stride), "rope: not whole rows");
     let n = x_n.len() / stride;
-    let x = Split::new(x_n);
+    let x = Disjoint::new(x_n);
     pool.run(n.div_ceil(TASK_ROWS), &|task| {
         let rows = piece(task, TASK_ROWS, n);
         // SAFETY: tasks have disjoint rows.
-        let x = unsafe { x.part(rows.start * stride..rows.end * stride) };
+        let x = unsafe { x.slice(rows.start * stride..rows.end * stride) };
         rotate(pool.level(), x, rows.start, dims, table, turn);
     });
 }
 
-dispatch!(fn rotate(x_n: &mut [f32], first: usize, dims: RopeDims, table: &RopeTable, turn: Turn) = rotate_simd);
+dispatch!(pub(crate) fn rotate(x_n: &mut [f32], first: usize, dims: RopeDims, table: &RopeTable, turn: Turn) = rotate_simd);
 #[inline(always)]
 fn rotate_simd<S: Simd>(s: S, x_n: &mut [f32], first: usize, dims: RopeDims, table: &RopeTable, turn: Turn) {
     let d = table.head_width;

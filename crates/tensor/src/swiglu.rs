@@ -5,8 +5,9 @@
 //! Backward: `dgate = dact · up · σ · (1 + gate · (1 - σ))`, `dup = dact · gate · σ`.
 
 use crate::Pool;
+use crate::pool::Disjoint;
 use crate::simd::{Simd, dispatch};
-use crate::split::{Split, piece};
+use crate::split::piece;
 
 /// Rows one task takes.
 const TASK_ROWS: usize = 16;
@@ -19,11 +20,11 @@ pub fn swiglu_reference(gate: f32, up: f32) -> f32 {
 /// `act_nf = silu(gate_nf) · up_nf`.
 pub fn swiglu_forward(pool: &Pool, act_nf: &mut [f32], gate_up_n2f: &[f32], f: usize) {
     let n = check(act_nf, gate_up_n2f, f);
-    let act = Split::new(act_nf);
+    let act = Disjoint::new(act_nf);
     pool.run(n.div_ceil(TASK_ROWS), &|task| {
         let rows = piece(task, TASK_ROWS, n);
         // SAFETY: tasks have disjoint rows.
-        let act = unsafe { act.part(rows.start * f..rows.end * f) };
+        let act = unsafe { act.slice(rows.start * f..rows.end * f) };
         forward(pool.level(), act, &gate_up_n2f[rows.start * 2 * f..rows.end * 2 * f], f);
     });
 }
@@ -32,12 +33,12 @@ pub fn swiglu_forward(pool: &Pool, act_nf: &mut [f32], gate_up_n2f: &[f32], f: u
 /// becomes the activation again (the gradient of the next matrix needs it). So neither is kept twice.
 pub fn swiglu_backward(pool: &Pool, gate_up_n2f: &mut [f32], act_nf: &mut [f32], f: usize) {
     let n = check(act_nf, gate_up_n2f, f);
-    let (gate_up, act) = (Split::new(gate_up_n2f), Split::new(act_nf));
+    let (gate_up, act) = (Disjoint::new(gate_up_n2f), Disjoint::new(act_nf));
     pool.run(n.div_ceil(TASK_ROWS), &|task| {
         let rows = piece(task, TASK_ROWS, n);
         // SAFETY: tasks have disjoint rows.
         let (gate_up, act) = unsafe {
-            (gate_up.part(rows.start * 2 * f..rows.end * 2 * f), act.part(rows.start * f..rows.end * f))
+            (gate_up.slice(rows.start * 2 * f..rows.end * 2 * f), act.slice(rows.start * f..rows.end * f))
         };
         backward(pool.level(), gate_up, act, f);
     });

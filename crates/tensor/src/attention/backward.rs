@@ -1,0 +1,210 @@
+//! Backward of one key/value head of one row.
+
+use super::forward::MASKED;
+use super::product::Product;
+use super::{Attended, AttentionDims, Head, TILE, take};
+use crate::Buf;
+use crate::pool::Disjoint;
+use crate::simd::{Simd, dispatch};
+
+/// Keys taken at a time: two tiles of TILE · BLOCK · 4 B = 16 KiB each stay in the cache between the five products.
+const BLOCK: usize = 4 * TILE;
+
+/// What the tasks share.
+pub(super) struct Job<'a> {
+    pub(super) dims: AttentionDims,
+    pub(super) attended: Attended<'a>,
+    pub(super) dout_nhd: &'a [f32],
+    pub(super) dqkv: Disjoint<'a, f32>,
+}
+
+/// Keys and values of the group in the orders the products want, and the sums of their gradients.
+struct Group<'a> {
+    keys_dt: &'a mut [f32],
+    keys_td: &'a mut [f32],
+    values_dt: &'a mut [f32],
+    dkeys_td: &'a mut [f32],
+    dvalues_td: &'a mut [f32],
+}
+
+/// One tile of queries and what belongs to it. Queries are scaled by 1/√d.
+struct Tile<'a> {
+    query: &'a mut [f32],
+    dout: &'a mut [f32],
+    dquery: &'a mut [f32],
+    p: &'a mut [f32],
+    dp: &'a mut [f32],
+    /// Position of the first query.
+    first: usize,
+    n_queries: usize,
+    lse: &'a [f32],
+    /// dout · out of every query.
+    dot: [f32; TILE],
+}
+
+dispatch!(pub(super) fn group(job: &Job, row: usize, group: usize, scratch: &mut Buf<f32>) = group_simd);
+#[inline(always)]
+fn group_simd<S: Simd>(s: S, job: &Job, row: usize, group: usize, scratch: &mut Buf<f32>) {
+    let dims = job.dims;
+    let (t, d) = (dims.n_positions, dims.head_width);
+    let (t_padded, d_padded) = (dims.padded_positions(), dims.padded_width::<S>());
+    scratch.reserve_scratch(2 * d * t_padded + 3 * t_padded * d_padded + TILE * (3 * d_padded + 2 * BLOCK));
+    let mut rest = &mut scratch[..];
+    let mut kv = Group {
+        keys_dt: take(&mut rest, d * t_padded),
+        keys_td: take(&mut rest, t_padded * d_padded),
+        values_dt: take(&mut rest, d * t_padded),
+        dkeys_td: take(&mut rest, t_padded * d_padded),
+        dvalues_td: take(&mut rest, t_padded * d_padded),
+    };
+    let mut tile = Tile {
+        query: take(&mut rest, TILE * d_padded),
+        dout: take(&mut rest, TILE * d_padded),
+        dquery: take(&mut rest, TILE * d_padded),
+        p: take(&mut rest, TILE * BLOCK),
+        dp: take(&mut rest, TILE * BLOCK),
+        first: 0,
+        n_queries: 0,
+        lse: &[],
+        dot: [0.0; TILE],
+    };
+    let (key_head, value_head) = (dims.n_heads + group, dims.n_heads + dims.n_kv_heads + group);
+    job.head(row, key_head, 0, t).transpose(s, kv.keys_dt, t_padded);
+    job.head(row, key_head, 0, t).copy(s, kv.keys_td, d_padded, 1.0);
+    job.head(row, value_head, 0, t).transpose(s, kv.values_dt, t_padded);
+    kv.dkeys_td.fill(0.0);
+    kv.dvalues_td.fill(0.0);
+    let per_group = dims.heads_per_group();
+    for h in group * per_group..(group + 1) * per_group {
+        for first in (0..t).step_by(TILE) {
+            load_tile(s, job, &mut tile, [row, h, first]);
+            for first_key in (0..first + TILE).step_by(BLOCK) {
+                let n_keys = BLOCK.min(first + TILE - first_key);
+                block(s, &mut tile, &mut kv, dims, first_key..first_key + n_keys);
+            }
+            job.store_rows(s, tile.dquery, [row, h, first], tile.n_queries, dims.scale());
+        }
+    }
+    job.store_rows(s, kv.dkeys_td, [row, key_head, 0], t, 1.0);
+    job.store_rows(s, kv.dvalues_td, [row, value_head, 0], t, 1.0);
+}
+
+/// Fetches the queries of head `h` from position `first` on, with everything known of them.
+#[inline(always)]
+fn load_tile<'a, S: Simd>(s: S, job: &Job<'a>, tile: &mut Tile<'a>, [row, h, first]: [usize; 3]) {
+    let dims = job.dims;
+    let (t, d, d_padded) = (dims.n_positions, dims.head_width, dims.padded_width::<S>());
+    tile.first = first;
+    tile.n_queries = TILE.min(t - first);
+    tile.lse = &job.attended.lse_bht[(row * dims.n_heads + h) * t + first..][..tile.n_queries];
+    job.head(row, h, first, tile.n_queries).copy(s, tile.query, d_padded, dims.scale());
+    let at = (row * t + first) * dims.out_width() + h * d;
+    let dout = Head { data: &job.dout_nhd[at..], stride: dims.out_width(), n_rows: tile.n_queries, width: d };
+    dout.copy(s, tile.dout, d_padded, 1.0);
+    tile.dquery.fill(0.0);
+    for i in 0..tile.n_queries {
+        let (out_d, dout_d) =
+            (&job.attended.out_nhd[at + i * dims.out_width()..][..d], &tile.dout[i * d_padded..][..d]);
+        let mut sum = s.zero();
+        for (out, dout) in out_d.chunks(S::LANES).zip(dout_d.chunks(S::LANES)) {
+            sum = s.fma(s.load(out), s.load(dout), sum);
+        }
+        tile.dot[i] = s.sum(sum);
+    }
+}
+
+/// Adds what the tile and the keys in `range` contribute to each other's gradients.
+#[inline(always)]
+fn block<S: Simd>(s: S, tile: &mut Tile, kv: &mut Group, dims: AttentionDims, range: std::ops::Range<usize>) {
+    let (d, t_padded, d_padded) = (dims.head_width, dims.padded_positions(), dims.padded_width::<S>());
+    let n_keys = range.len();
+    let scores = [TILE, n_keys, d];
+    Product {
+        a: tile.query,
+        a_row: d_padded,
+        a_col: 1,
+        b: &kv.keys_dt[range.start..],
+        b_stride: t_padded,
+        dims: scores,
+    }
+    .run(s, tile.p, BLOCK, false);
+    Product {
+        a: tile.dout,
+        a_row: d_padded,
+        a_col: 1,
+        b: &kv.values_dt[range.start..],
+        b_stride: t_padded,
+        dims: scores,
+    }
+    .run(s, tile.dp, BLOCK, false);
+    for i in 0..TILE {
+        let (p, dp) = (&mut tile.p[i * BLOCK..][..n_keys], &mut tile.dp[i * BLOCK..][..n_keys]);
+        if i >= tile.n_queries {
+            p.fill(0.0);
+            dp.fill(0.0);
+            continue;
+        }
+        let n_valid = (tile.first + i + 1).saturating_sub(range.start).min(n_keys);
+        softmax_backward(s, p, dp, n_valid, tile.lse[i], tile.dot[i]);
+    }
+    // P and dS are read transposed here: rows are keys, and the sums run over queries.
+    let sums = [n_keys, d_padded, TILE];
+    let rows = range.start * d_padded..;
+    Product { a: tile.p, a_row: 1, a_col: BLOCK, b: tile.dout, b_stride: d_padded, dims: sums }.run(
+        s,
+        &mut kv.dvalues_td[rows.clone()],
+        d_padded,
+        true,
+    );
+    Product { a: tile.dp, a_row: 1, a_col: BLOCK, b: tile.query, b_stride: d_padded, dims: sums }.run(
+        s,
+        &mut kv.dkeys_td[rows.clone()],
+        d_padded,
+        true,
+    );
+    let sums = [TILE, d_padded, n_keys];
+    Product { a: tile.dp, a_row: BLOCK, a_col: 1, b: &kv.keys_td[rows], b_stride: d_padded, dims: sums }.run(
+        s,
+        tile.dquery,
+        d_padded,
+        true,
+    );
+}
+
+/// `p` from scores to probabilities, `dp` from their gradient to that of the scores; zeros from `n_valid` on.
+#[inline(always)]
+fn softmax_backward<S: Simd>(s: S, p: &mut [f32], dp: &mut [f32], n_valid: usize, lse: f32, dot: f32) {
+    p[n_valid..].fill(MASKED);
+    for (p_at, dp_at) in p.chunks_exact_mut(S::LANES).zip(dp.chunks_exact_mut(S::LANES)) {
+        let p = s.exp(s.sub(s.load(p_at), s.splat(lse)));
+        let ds = s.mul(p, s.sub(s.load(dp_at), s.splat(dot)));
+        s.store(p_at, p);
+        s.store(dp_at, ds);
+    }
+    p[n_valid..].fill(0.0);
+    dp[n_valid..].fill(0.0);
+}
+
+impl<'a> Job<'a> {
+    /// Head `head` of `n_rows` rows of qkv from position `first` of row `row` on.
+    #[inline(always)]
+    fn head(&self, row: usize, head: usize, first: usize, n_rows: usize) -> Head<'a> {
+        let (stride, width) = (self.dims.qkv_width(), self.dims.head_width);
+        let at = (row * self.dims.n_positions + first) * stride + head * width;
+        Head { data: &self.attended.qkv[at..], stride, n_rows, width }
+    }
+
+    /// Writes `scale` times the first `n` rows of a padded gradient to its head of dqkv.
+    #[inline(always)]
+    fn store_rows<S: Simd>(&self, s: S, from: &[f32], [row, head, first]: [usize; 3], n: usize, scale: f32) {
+        let (stride, d) = (self.dims.qkv_width(), self.dims.head_width);
+        for (i, from) in from.chunks_exact(self.dims.padded_width::<S>()).take(n).enumerate() {
+            let at = (row * self.dims.n_positions + first + i) * stride + head * d;
+            // SAFETY: a task alone has the heads of its group in its row, and stores each once.
+            let to = unsafe { self.dqkv.slice(at..at + d) };
+            for (to, from) in to.chunks_mut(S::LANES).zip(from[..d].chunks(S::LANES)) {
+                s.store(to, s.mul(s.load(from), s.splat(scale)));
+            }
+        }
+    }
+}

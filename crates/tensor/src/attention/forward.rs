@@ -1,0 +1,97 @@
+//! Forward of one key/value head of one row.
+
+use super::product::Product;
+use super::{AttentionDims, Head, TILE, take};
+use crate::Buf;
+use crate::pool::Disjoint;
+use crate::simd::{Simd, dispatch};
+
+/// Below every score, yet `e^(MASKED - max)` is computed without infinities.
+pub(super) const MASKED: f32 = -1e30;
+
+/// What the tasks share.
+pub(super) struct Job<'a> {
+    pub(super) dims: AttentionDims,
+    pub(super) qkv: &'a [f32],
+    pub(super) out_nhd: Disjoint<'a, f32>,
+    pub(super) lse_bht: Disjoint<'a, f32>,
+}
+
+dispatch!(pub(super) fn group(job: &Job, row: usize, group: usize, scratch: &mut Buf<f32>) = group_simd);
+#[inline(always)]
+fn group_simd<S: Simd>(s: S, job: &Job, row: usize, group: usize, scratch: &mut Buf<f32>) {
+    let dims = job.dims;
+    let (t, d) = (dims.n_positions, dims.head_width);
+    let (t_padded, d_padded) = (dims.padded_positions(), dims.padded_width::<S>());
+    scratch.reserve_scratch(d * t_padded + (t_padded + TILE) * d_padded + TILE * (d + t_padded));
+    let mut rest = &mut scratch[..];
+    let keys_dt = take(&mut rest, d * t_padded);
+    let values_td = take(&mut rest, t_padded * d_padded);
+    let query = take(&mut rest, TILE * d);
+    let p = take(&mut rest, TILE * t_padded);
+    let out = take(&mut rest, TILE * d_padded);
+
+    let head = |head: usize, first: usize, n_rows: usize| {
+        let at = (row * t + first) * dims.qkv_width() + head * d;
+        Head { data: &job.qkv[at..], stride: dims.qkv_width(), n_rows, width: d }
+    };
+    head(dims.n_heads + group, 0, t).transpose(s, keys_dt, t_padded);
+    head(dims.n_heads + dims.n_kv_heads + group, 0, t).copy(s, values_td, d_padded, 1.0);
+    let per_group = dims.heads_per_group();
+    for h in group * per_group..(group + 1) * per_group {
+        for first in (0..t).step_by(TILE) {
+            let n_queries = TILE.min(t - first);
+            let n_keys = first + TILE; // whole tiles: the padding is masked
+            head(h, first, n_queries).copy(s, query, d, dims.scale());
+            let scores = [TILE, n_keys, d];
+            Product { a: query, a_row: d, a_col: 1, b: keys_dt, b_stride: t_padded, dims: scores }
+                .run(s, p, t_padded, false);
+            let lse_at = (row * dims.n_heads + h) * t + first;
+            // SAFETY: this task alone has this head of this row.
+            let lse = unsafe { job.lse_bht.slice(lse_at..lse_at + n_queries) };
+            let mut scales = [0.0; TILE];
+            for i in 0..n_queries {
+                let p = &mut p[i * t_padded..][..n_keys];
+                (lse[i], scales[i]) = softmax(s, p, first + i + 1);
+            }
+            Product {
+                a: p,
+                a_row: t_padded,
+                a_col: 1,
+                b: values_td,
+                b_stride: d_padded,
+                dims: [TILE, d_padded, n_keys],
+            }
+            .run(s, out, d_padded, false);
+            for i in 0..n_queries {
+                let at = (row * t + first + i) * dims.out_width() + h * d;
+                // SAFETY: as above.
+                let to = unsafe { job.out_nhd.slice(at..at + d) };
+                let from = &out[i * d_padded..][..d];
+                for (to, from) in to.chunks_mut(S::LANES).zip(from.chunks(S::LANES)) {
+                    s.store(to, s.mul(s.load(from), s.splat(scales[i])));
+                }
+            }
+        }
+    }
+}
+
+/// Turns scores into `e^(score - max)`, those from `n_valid` on into zeros. Gives ln Σ e^score and 1 / Σ e^(score - max).
+#[inline(always)]
+fn softmax<S: Simd>(s: S, p: &mut [f32], n_valid: usize) -> (f32, f32) {
+    p[n_valid..].fill(MASKED);
+    let mut max = s.splat(MASKED);
+    for x in p.chunks_exact(S::LANES) {
+        max = s.max(s.load(x), max);
+    }
+    let max = s.max_lane(max);
+    let mut sum = s.zero();
+    for x in p.chunks_exact_mut(S::LANES) {
+        let e = s.exp(s.sub(s.load(x), s.splat(max)));
+        sum = s.add(sum, e); // what is masked adds at most 1e-38
+        s.store(x, e);
+    }
+    p[n_valid..].fill(0.0);
+    let sum = s.sum(sum);
+    (max + sum.ln(), 1.0 / sum)
+}
