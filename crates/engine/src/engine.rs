@@ -150,8 +150,7 @@ impl Engine {
         assert!(limits.max_batch_tokens >= limits.max_running, "every running sequence must fit into a step");
         let kv_tokens = runner.n_blocks() * runner.block_tokens();
         let vocab = runner.vocab();
-        // The last generated token is never computed, so it needs no place in the cache.
-        let context_max = runner.context_max().min(kv_tokens + 1);
+        let context_max = runner.context_max().min(kv_tokens);
         let shared = Arc::new(Shared::new(runner.n_blocks()));
         let worker = Worker::new(runner, limits.clone(), shared.clone(), metrics);
         let thread = std::thread::Builder::new()

@@ -13,17 +13,28 @@
 
 #![forbid(unsafe_code)]
 
+mod blocks;
 mod clock;
 mod engine;
+mod fake;
+mod live;
+mod random;
 mod request;
 mod runner;
+mod sampler;
+mod scheduler;
+mod sequence;
+#[cfg(test)]
+mod simulation;
 mod stream;
 mod worker;
 
 pub use engine::{Engine, EngineLimits, Health, Stats};
+pub use fake::FakeRunner;
+pub use model::{StepInput, StepRow};
 pub use request::{
     Event, FinishReason, Logprobs, Request, STOP_IDS_MAX, Sampling, SubmitError, TOP_LOGPROBS_MAX, TokenId,
     Usage,
 };
-pub use runner::{Runner, RunnerError, StepInput, StepRow};
+pub use runner::{Runner, RunnerError};
 pub use stream::Stream;

@@ -1,25 +1,6 @@
 //! What the engine asks of a model: run one step over packed tokens and paged blocks.
 
-/// One step's work as plain data. Rows are packed one after another in `tokens_n` and `positions_n`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct StepInput {
-    pub tokens_n: Vec<u32>,
-    pub positions_n: Vec<u32>,
-    pub rows: Vec<StepRow>,
-}
-
-/// One sequence's share of a step.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct StepRow {
-    /// New tokens of this row.
-    pub n_tokens: usize,
-    /// Cached positions once the step is done, the new tokens included.
-    pub n_context: usize,
-    /// Block ids that hold positions `0..n_context`, in order.
-    pub blocks: Vec<u32>,
-    /// Logits are wanted for the last this many new tokens.
-    pub n_logits: usize,
-}
+use model::StepInput;
 
 /// A step that failed. The engine ends every running sequence with this text.
 #[derive(Debug, thiserror::Error)]

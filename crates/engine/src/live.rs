@@ -1,0 +1,200 @@
+//! A request under way: what the scheduler need not know about a sequence.
+
+use std::time::Instant;
+
+use telemetry::{EngineMetrics, RequestEnd};
+
+use crate::engine::{Stats, Submission};
+use crate::request::{Event, FinishReason, Logprobs, Request, TokenId, Usage};
+use crate::sampler::{Draw, SampleError, Sampler, TokenCounts};
+use crate::scheduler::{PlanRow, Scheduler};
+use crate::stream::Sender;
+
+pub(crate) struct Live {
+    request: Request,
+    sender: Sender,
+    counts: TokenCounts,
+    usage: Usage,
+    /// One entry per prompt token scored so far; gone once sent, or never wanted.
+    prompt_logprobs: Option<Vec<Option<Logprobs>>>,
+    submitted: Instant,
+    admitted: Option<Instant>,
+    first_token: Option<Instant>,
+    last_token: Option<Instant>,
+    /// Of `usage.completion`, what the metrics know already.
+    n_noted: usize,
+}
+
+impl Live {
+    pub(crate) fn new(submission: Submission) -> Live {
+        let Submission { request, sender, at } = submission;
+        Live {
+            counts: TokenCounts::new(&request.sampling, &request.tokens),
+            usage: Usage { prompt: request.tokens.len(), ..Usage::default() },
+            prompt_logprobs: request.prompt_logprobs.map(|_| vec![None]),
+            request,
+            sender,
+            submitted: at,
+            admitted: None,
+            first_token: None,
+            last_token: None,
+            n_noted: 0,
+        }
+    }
+
+    pub(crate) fn n_prompt(&self) -> usize {
+        self.usage.prompt
+    }
+
+    pub(crate) fn was_admitted(&self) -> bool {
+        self.admitted.is_some()
+    }
+
+    pub(crate) fn admit(&mut self, n_cached: usize, now: Instant) {
+        self.admitted = Some(now);
+        self.usage.cached = n_cached;
+    }
+
+    /// Why this request should not go on, if so.
+    pub(crate) fn unwanted(&self, now: Instant) -> Option<FinishReason> {
+        if self.sender.is_abandoned() {
+            return Some(FinishReason::Cancelled);
+        }
+        let is_late = self.request.deadline.is_some_and(|deadline| now - self.submitted > deadline);
+        is_late.then_some(FinishReason::Deadline)
+    }
+
+    /// Takes a computed row: reports the prompt's log-probabilities, draws the next token when the
+    /// sequence has caught up. Returns why it ends, if it does.
+    pub(crate) fn advance(
+        &mut self,
+        scheduler: &mut Scheduler,
+        sampler: &mut Sampler,
+        row: &PlanRow,
+        logits_rv: &[f32],
+    ) -> Option<FinishReason> {
+        let end = row.start + row.n_tokens;
+        if let Err(error) = self.score_prompt(sampler, row, logits_rv) {
+            return Some(FinishReason::Error(error.to_string()));
+        }
+        if end < scheduler.tokens(row.id).len() {
+            return None;
+        }
+        if self.request.max_tokens == 0 {
+            return Some(FinishReason::Length);
+        }
+        let vocab = logits_rv.len() / row.n_logits;
+        let id = match self.draw(sampler, &logits_rv[(row.n_logits - 1) * vocab..]) {
+            Ok(id) => id,
+            Err(error) => return Some(FinishReason::Error(error.to_string())),
+        };
+        scheduler.push_token(row.id, id);
+        self.end_after(id)
+    }
+
+    /// Draws the next token and sends it, unless it is a stop id.
+    fn draw(&mut self, sampler: &mut Sampler, logits_v: &[f32]) -> Result<TokenId, SampleError> {
+        let request = &self.request;
+        let is_short = self.usage.completion < request.min_tokens;
+        let drawn = sampler.draw(&Draw {
+            logits_v,
+            sampling: &request.sampling,
+            counts: &self.counts,
+            banned: if is_short { &request.stop_ids } else { &[] },
+            position: self.usage.completion as u64,
+            logprobs: request.logprobs,
+        })?;
+        self.usage.completion += 1;
+        self.counts.add(&request.sampling, drawn.id);
+        if !self.is_stop(drawn.id) {
+            self.sender.send(Event::Token { id: drawn.id, logprobs: drawn.logprobs });
+        }
+        Ok(drawn.id)
+    }
+
+    fn is_stop(&self, id: TokenId) -> bool {
+        !self.request.ignore_eos && self.request.stop_ids.contains(&id)
+    }
+
+    fn end_after(&self, id: TokenId) -> Option<FinishReason> {
+        if self.is_stop(id) {
+            return Some(FinishReason::Stop);
+        }
+        (self.usage.completion >= self.request.max_tokens).then_some(FinishReason::Length)
+    }
+
+    /// The logits of position p give the log-probability of prompt token p + 1.
+    fn score_prompt(
+        &mut self,
+        sampler: &mut Sampler,
+        row: &PlanRow,
+        logits_rv: &[f32],
+    ) -> Result<(), SampleError> {
+        let (Some(scores), Some(n_top)) = (&mut self.prompt_logprobs, self.request.prompt_logprobs) else {
+            return Ok(());
+        };
+        let end = row.start + row.n_tokens;
+        let vocab = logits_rv.len() / row.n_logits.max(1);
+        for position in end - row.n_logits..end {
+            let predicted = position + 1;
+            // A preempted sequence computes positions again that were scored before.
+            if predicted == scores.len() && predicted < self.request.tokens.len() {
+                let row_idx = row.n_logits - (end - position);
+                let logits_v = &logits_rv[row_idx * vocab..][..vocab];
+                let id = self.request.tokens[predicted];
+                scores.push(Some(sampler.logprobs(logits_v, id, n_top)?));
+            }
+        }
+        if end >= self.request.tokens.len() {
+            let scores = self.prompt_logprobs.take().unwrap_or_default();
+            self.sender.send(Event::PromptLogprobs(scores));
+        }
+        Ok(())
+    }
+
+    /// Brings metrics and statistics up to date after a step whose logits were ready at `computed`.
+    pub(crate) fn note_progress(&mut self, metrics: &EngineMetrics, stats: &mut Stats, computed: Instant) {
+        if self.n_noted == self.usage.completion {
+            return;
+        }
+        match self.last_token {
+            None => {
+                metrics.prompt_done(self.usage.prompt, self.usage.cached);
+                metrics.first_token(computed - self.submitted);
+                stats.prompt_tokens += self.usage.prompt as u64;
+                self.first_token = Some(computed);
+            }
+            Some(last_token) => metrics.token_gap(computed - last_token),
+        }
+        self.last_token = Some(computed);
+        stats.generation_tokens += (self.usage.completion - self.n_noted) as u64;
+        self.n_noted = self.usage.completion;
+    }
+
+    /// Sends the last event and tells the metrics.
+    pub(crate) fn finish(self, reason: FinishReason, metrics: &EngineMetrics, now: Instant) {
+        let admitted = self.admitted.unwrap_or(now);
+        let first_token = self.first_token.unwrap_or(now);
+        metrics.finished(&RequestEnd {
+            reason: in_metrics(&reason),
+            n_prompt_tokens: self.usage.prompt,
+            n_cached_tokens: self.usage.cached,
+            n_generated_tokens: self.usage.completion,
+            max_tokens: self.request.max_tokens,
+            queue: admitted - self.submitted,
+            prefill: first_token - admitted,
+            decode: self.last_token.unwrap_or(first_token) - first_token,
+            total: now - self.submitted,
+        });
+        self.sender.send(Event::Finished { reason, usage: self.usage });
+    }
+}
+
+fn in_metrics(reason: &FinishReason) -> telemetry::FinishReason {
+    match reason {
+        FinishReason::Stop => telemetry::FinishReason::Stop,
+        FinishReason::Length => telemetry::FinishReason::Length,
+        FinishReason::Cancelled | FinishReason::Deadline => telemetry::FinishReason::Abort,
+        FinishReason::Error(_) => telemetry::FinishReason::Error,
+    }
+}
