@@ -26,12 +26,15 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod adamw;
+pub mod attention;
 pub mod buf;
 pub mod cpu;
 pub mod cross_entropy;
+mod elem;
 pub mod embedding;
 pub mod matmul;
 pub mod packed;
+pub mod paged_attention;
 pub mod pool;
 pub mod rmsnorm;
 pub mod rope;
