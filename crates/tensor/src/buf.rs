@@ -21,8 +21,8 @@ plain!(f32, f64, half::bf16, half::f16, u8, i8, u16, i16, u32, i32, u64, i64);
 /// One cache line, and one AVX-512 register.
 const ALIGN: usize = 64;
 
-/// Above this many bytes a buffer starts on a huge-page boundary and asks the kernel for huge pages: a 4 KiB page table
-/// walk per row is what limits packing and optimizer passes otherwise.
+/// From this many bytes on a buffer is mapped on its own, on a huge-page boundary, with huge pages asked for: a page
+/// table walk per 4 KiB is what limits packing and optimizer passes otherwise.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// A fixed-length, 64-byte aligned array, zeroed when made.
@@ -44,11 +44,14 @@ impl<T: Plain> Buf<T> {
         let Some(layout) = Self::layout(len) else {
             return Self { ptr: NonNull::dangling(), len };
         };
-        // SAFETY: the layout's size is not zero.
-        let raw = unsafe { alloc_zeroed(layout) };
-        let Some(ptr) = NonNull::new(raw.cast::<T>()) else { handle_alloc_error(layout) };
-        advise_huge_pages(raw, layout.size());
-        Self { ptr, len }
+        let ptr = if layout.size() >= HUGE_PAGE_BYTES {
+            huge::map(layout)
+        } else {
+            // SAFETY: the layout's size is not zero.
+            NonNull::new(unsafe { alloc_zeroed(layout) })
+        };
+        let Some(ptr) = ptr else { handle_alloc_error(layout) };
+        Self { ptr: ptr.cast(), len }
     }
 
     /// A copy of `values`.
@@ -69,27 +72,80 @@ impl<T: Plain> Buf<T> {
     /// Memory layout of `len` elements; `None` when there is nothing to allocate.
     fn layout(len: usize) -> Option<Layout> {
         let bytes = len.checked_mul(size_of::<T>()).expect("buffer length overflows usize");
-        let align = if bytes >= HUGE_PAGE_BYTES { HUGE_PAGE_BYTES } else { ALIGN };
-        (bytes > 0).then(|| Layout::from_size_align(bytes, align).expect("buffer length overflows isize"))
+        (bytes > 0).then(|| Layout::from_size_align(bytes, ALIGN).expect("buffer length overflows isize"))
     }
 }
 
-/// Asks for huge pages; a kernel that refuses costs speed only, so its answer does not matter.
-fn advise_huge_pages(ptr: *mut u8, bytes: usize) {
-    #[cfg(target_os = "linux")]
-    if bytes >= HUGE_PAGE_BYTES {
-        // SAFETY: the range is our own live allocation, and the advice does not change its contents.
-        unsafe { libc::madvise(ptr.cast(), bytes, libc::MADV_HUGEPAGE) };
+/// Large buffers, straight from the kernel: its pages come zeroed when they are first touched, where an aligned
+/// allocation from `std` is cleared by hand (and so touched, as small pages).
+#[cfg(target_os = "linux")]
+mod huge {
+    use super::{HUGE_PAGE_BYTES, Layout, NonNull};
+
+    /// `layout.size()` zeroed bytes on a huge-page boundary; `None` when there is no memory.
+    pub(super) fn map(layout: Layout) -> Option<NonNull<u8>> {
+        let bytes = layout.size().next_multiple_of(HUGE_PAGE_BYTES);
+        let (rights, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // One huge page more than needed, so that a boundary is inside; what lies before and after is given back.
+        let mapped = bytes.checked_add(HUGE_PAGE_BYTES)?;
+        // SAFETY: a fresh private mapping that touches nothing that exists.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), mapped, rights, kind, -1, 0) };
+        if base == libc::MAP_FAILED {
+            return None;
+        }
+        let base = base.cast::<u8>();
+        let before = base.align_offset(HUGE_PAGE_BYTES);
+        let after = HUGE_PAGE_BYTES - before;
+        // SAFETY: all three ranges are inside the mapping just made. A kernel that refuses to unmap keeps address
+        // space, one that refuses huge pages costs speed: neither matters to the caller.
+        unsafe {
+            let start = base.add(before);
+            if before > 0 {
+                libc::munmap(base.cast(), before);
+            }
+            libc::munmap(start.add(bytes).cast(), after);
+            libc::madvise(start.cast(), bytes, libc::MADV_HUGEPAGE);
+            NonNull::new(start)
+        }
     }
-    #[cfg(not(target_os = "linux"))]
-    let _ = (ptr, bytes);
+
+    /// # Safety
+    /// `ptr` came from [`map`] with this layout and is not used again.
+    pub(super) unsafe fn unmap(ptr: NonNull<u8>, layout: Layout) {
+        // SAFETY: the range `map` returned.
+        unsafe { libc::munmap(ptr.as_ptr().cast(), layout.size().next_multiple_of(HUGE_PAGE_BYTES)) };
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod huge {
+    use super::{Layout, NonNull, alloc_zeroed, dealloc};
+
+    pub(super) fn map(layout: Layout) -> Option<NonNull<u8>> {
+        // SAFETY: large layouts are not empty.
+        NonNull::new(unsafe { alloc_zeroed(layout) })
+    }
+
+    /// # Safety
+    /// `ptr` came from [`map`] with this layout and is not used again.
+    pub(super) unsafe fn unmap(ptr: NonNull<u8>, layout: Layout) {
+        // SAFETY: the caller's promise.
+        unsafe { dealloc(ptr.as_ptr(), layout) };
+    }
 }
 
 impl<T: Plain> Drop for Buf<T> {
     fn drop(&mut self) {
         if let Some(layout) = Self::layout(self.len) {
-            // SAFETY: allocated in `zeroed` with this very layout.
-            unsafe { dealloc(self.ptr.as_ptr().cast(), layout) };
+            let ptr = self.ptr.cast::<u8>();
+            // SAFETY: made in `zeroed` with this very layout, by the same choice.
+            unsafe {
+                if layout.size() >= HUGE_PAGE_BYTES {
+                    huge::unmap(ptr, layout)
+                } else {
+                    dealloc(ptr.as_ptr(), layout)
+                }
+            }
         }
     }
 }

@@ -32,6 +32,7 @@ pub mod cpu;
 pub mod cross_entropy;
 mod elem;
 pub mod embedding;
+pub mod limits;
 pub mod matmul;
 pub mod packed;
 pub mod paged_attention;

@@ -1,0 +1,181 @@
+//! What this machine can do at most, measured: the yardstick of every bench and of the start-up message.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use crate::cpu::{Level, features};
+use crate::simd::{Simd, dispatch};
+use crate::{Buf, Pool};
+
+/// Measured peaks of all threads of a pool together. A multiply-add counts as two operations.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Limits {
+    /// Threads that were used.
+    pub n_threads: usize,
+    /// f32 fused multiply-adds from registers, operations/s.
+    pub f32_per_s: f64,
+    /// Products of bf16 summed in f32, operations/s; without AVX512-BF16 they are f32 FMAs.
+    pub bf16_per_s: f64,
+    /// Products of int16 summed in int32 (`vpmaddwd`, `vpdpwssd`), operations/s.
+    pub int16_per_s: f64,
+    /// Reading what fits in the last-level cache, bytes/s.
+    pub cache_bytes_per_s: f64,
+    /// Reading memory, bytes/s.
+    pub memory_bytes_per_s: f64,
+}
+
+/// Each measurement repeats short rounds for this long and keeps the best one, since a busy neighbour can only slow a
+/// round down. 5 measurements and some 100 ms to fill memory: about half a second.
+const MEASURE_FOR: Duration = Duration::from_millis(80);
+
+/// Multiply-adds in a row per task: 20,000 · 12 FMAs are 50 us and more.
+const ROUNDS_PER_TASK: usize = 20_000;
+
+/// Bytes read to measure memory: more than the last-level cache of most processors.
+const MEMORY_BYTES: usize = 192 << 20;
+
+/// Bytes read to measure the last-level cache: more than the L2 of two cores, less than a 16 MiB L3.
+const CACHE_BYTES: usize = 6 << 20;
+
+/// Bytes of one reading task.
+const READ_BYTES: usize = 256 << 10;
+
+/// Measures. Takes about half a second.
+pub fn measure(pool: &Pool) -> Limits {
+    let level = pool.level();
+    let lanes = if matches!(level, Level::Avx2 | Level::Scalar) { 8 } else { 16 };
+    // Two operations times 12 chains per round.
+    let operations = (pool.n_threads() * ROUNDS_PER_TASK * 24 * lanes) as f64;
+    let n_tasks = pool.n_threads();
+    let f32_per_s = operations / best_s(|| pool.run(n_tasks, &|_| _ = black_box(chains_f32(level))));
+    let bf16_per_s = match level {
+        Level::Avx512 if features().bf16 => {
+            2.0 * operations / best_s(|| pool.run(n_tasks, &|_| _ = black_box(chains_bf16())))
+        }
+        _ => f32_per_s,
+    };
+    let int16_per_s =
+        2.0 * operations / best_s(|| pool.run(n_tasks, &|_| _ = black_box(chains_int16(level))));
+    let mut data = Buf::<f32>::zeroed(MEMORY_BYTES / size_of::<f32>());
+    // Written first: untouched pages are all the same page of zeros.
+    pool.run_chunks(&mut data, READ_BYTES / size_of::<f32>(), |_, chunk| chunk.fill(1.0));
+    let cache = &data[..CACHE_BYTES / size_of::<f32>()];
+    Limits {
+        n_threads: pool.n_threads(),
+        f32_per_s,
+        bf16_per_s,
+        int16_per_s,
+        cache_bytes_per_s: CACHE_BYTES as f64 / best_s(|| read(pool, cache)),
+        memory_bytes_per_s: MEMORY_BYTES as f64 / best_s(|| read(pool, &data)),
+    }
+}
+
+/// Seconds of the fastest of the rounds that fit in [`MEASURE_FOR`].
+fn best_s(mut round: impl FnMut()) -> f64 {
+    round();
+    let started = Instant::now();
+    let mut best = Duration::MAX;
+    while started.elapsed() < MEASURE_FOR {
+        let round_started = Instant::now();
+        round();
+        best = best.min(round_started.elapsed());
+    }
+    best.as_secs_f64()
+}
+
+/// Chains of operations that need nothing but registers; the compiler must not see that they are sums of equal
+/// terms, so one operand passes through `black_box` now and then. 12 chains cover the latency of two units (4 to 5 cycles each).
+#[inline(always)]
+fn chains<T: Copy>(mut sums: [T; 12], step: impl Fn(T) -> T) -> [T; 12] {
+    for _ in 0..ROUNDS_PER_TASK {
+        for sum in &mut sums {
+            *sum = step(*sum);
+        }
+    }
+    sums
+}
+
+#[inline(always)]
+fn chains_f32_simd<S: Simd>(s: S) -> f32 {
+    let (a, b) = (s.splat(black_box(0.999)), s.splat(black_box(0.001)));
+    let sums = chains(
+        [s.splat(1.0); 12],
+        #[inline(always)]
+        |x| s.fma(a, x, b),
+    );
+    sums.into_iter().map(|x| s.sum(x)).sum()
+}
+dispatch!(fn chains_f32() -> f32 = chains_f32_simd);
+
+#[inline(always)]
+fn chains_int16_simd<S: Simd>(s: S) -> f32 {
+    let (a, b) = (s.splat_h(black_box(3)), s.splat_h(black_box(-5)));
+    let sums = chains(
+        [s.splat_i(1); 12],
+        #[inline(always)]
+        |x| s.madd(x, a, b),
+    );
+    sums.into_iter().map(|x| s.sum(s.to_f(x))).sum()
+}
+dispatch!(fn chains_int16() -> f32 = chains_int16_simd);
+
+/// Only called where the processor has AVX512-BF16.
+fn chains_bf16() -> f32 {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
+        fn avx512_bf16(s: crate::simd::Avx512) -> f32 {
+            let (a, b) = (s.splat(black_box(1.5)), s.splat(black_box(0.001)));
+            let sums = chains(
+                [s.splat(1.0); 12],
+                #[inline(always)]
+                |x| s.dot_bf16(a, b, x),
+            );
+            sums.into_iter().map(|x| s.sum(x)).sum()
+        }
+        assert!(features().bf16);
+        // SAFETY: the processor has it, and with it the level Avx512.
+        unsafe { avx512_bf16(crate::simd::Avx512::new()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    unreachable!("no such processor has AVX512-BF16")
+}
+
+/// Reads all of `data` once.
+fn read(pool: &Pool, data: &[f32]) {
+    let len = READ_BYTES / size_of::<f32>();
+    pool.run(data.len().div_ceil(len), &|i| {
+        _ = black_box(sum(pool.level(), &data[i * len..data.len().min((i + 1) * len)]));
+    });
+}
+
+#[inline(always)]
+fn sum_simd<S: Simd>(s: S, x: &[f32]) -> f32 {
+    let mut sums = [s.zero(); 8];
+    for x in x.chunks_exact(8 * S::LANES) {
+        for (i, sum) in sums.iter_mut().enumerate() {
+            *sum = s.add(*sum, s.load(&x[i * S::LANES..]));
+        }
+    }
+    sums.into_iter().map(|x| s.sum(x)).sum()
+}
+dispatch!(fn sum(x: &[f32]) -> f32 = sum_simd);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_plausible_and_quick() {
+        let started = Instant::now();
+        let limits = measure(&Pool::new(2));
+        let took = started.elapsed();
+        eprintln!("{limits:?} in {took:?}");
+        // A core of the last fifteen years does 1 to 1000 GFLOP/s and reads 0.5 to 1000 GB/s, even a shared one.
+        for value in [limits.f32_per_s, limits.bf16_per_s, limits.int16_per_s, limits.memory_bytes_per_s] {
+            assert!((0.5e9..1e13).contains(&value), "{limits:?}");
+        }
+        assert!(limits.cache_bytes_per_s > 0.5 * limits.memory_bytes_per_s, "{limits:?}");
+        assert!(took < Duration::from_secs(5), "took {took:?}");
+    }
+}
