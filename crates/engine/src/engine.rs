@@ -23,8 +23,10 @@ pub struct EngineLimits {
     pub max_running: usize,
     /// Tokens of one step, decoding and prefill together. At least `max_running`.
     pub max_batch_tokens: usize,
-    /// Prefill tokens of a step that also decodes: what a long prompt may add to the gap between
-    /// two tokens of the running streams.
+    /// How long prompts may lengthen a step that also decodes, when that is more than the decoding
+    /// itself takes: the gap a long prompt adds between two tokens of the running streams.
+    pub prefill_time_beside_decode: Duration,
+    /// Prompt tokens of such a step, however cheap they are.
     pub max_prefill_beside_decode: usize,
     /// Requests waiting for their first step; one more is refused.
     pub queue_max_requests: usize,
@@ -43,7 +45,8 @@ impl Default for EngineLimits {
         EngineLimits {
             max_running: 32,
             max_batch_tokens: 512,
-            max_prefill_beside_decode: 64,
+            prefill_time_beside_decode: Duration::from_millis(20),
+            max_prefill_beside_decode: 256,
             queue_max_requests: 256,
             queue_max_tokens: 1 << 20,
             prefix_cache: true,

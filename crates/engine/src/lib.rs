@@ -9,7 +9,7 @@
 //!
 //! Where to start: [`Engine::submit`] in `engine.rs` is the way in, `worker.rs` is the loop,
 //! `scheduler.rs` decides (pure, no clock), `blocks.rs` owns the KV blocks and the prefix cache,
-//! `sampler.rs` turns logits into a token, `stream.rs` is the way out.
+//! `pacer.rs` keeps long prompts from stalling streams, `sampler.rs` turns logits into a token, `stream.rs` is the way out.
 
 #![forbid(unsafe_code)]
 
@@ -18,6 +18,7 @@ mod clock;
 mod engine;
 mod fake;
 mod live;
+mod pacer;
 mod random;
 mod request;
 mod runner;

@@ -7,7 +7,7 @@ use telemetry::{EngineMetrics, RequestEnd};
 use crate::engine::{Stats, Submission};
 use crate::request::{Event, FinishReason, Logprobs, Request, TokenId, Usage};
 use crate::sampler::{Draw, SampleError, Sampler, TokenCounts};
-use crate::scheduler::{PlanRow, Scheduler};
+use crate::scheduler::PlanRow;
 use crate::stream::Sender;
 
 pub(crate) struct Live {
@@ -23,6 +23,15 @@ pub(crate) struct Live {
     last_token: Option<Instant>,
     /// Of `usage.completion`, what the metrics know already.
     n_noted: usize,
+}
+
+/// What a step brought a sequence.
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
+    /// The token drawn.
+    pub(crate) token: Option<TokenId>,
+    /// Why the sequence ends, if it does.
+    pub(crate) end: Option<FinishReason>,
 }
 
 impl Live {
@@ -65,31 +74,30 @@ impl Live {
     }
 
     /// Takes a computed row: reports the prompt's log-probabilities, draws the next token when the
-    /// sequence has caught up. Returns why it ends, if it does.
-    pub(crate) fn advance(
+    /// sequence has caught up, and sends both.
+    pub(crate) fn advance(&mut self, sampler: &mut Sampler, row: &PlanRow, logits_rv: &[f32]) -> Progress {
+        self.try_advance(sampler, row, logits_rv).unwrap_or_else(|error| Progress {
+            token: None,
+            end: Some(FinishReason::Error(error.to_string())),
+        })
+    }
+
+    fn try_advance(
         &mut self,
-        scheduler: &mut Scheduler,
         sampler: &mut Sampler,
         row: &PlanRow,
         logits_rv: &[f32],
-    ) -> Option<FinishReason> {
-        let end = row.start + row.n_tokens;
-        if let Err(error) = self.score_prompt(sampler, row, logits_rv) {
-            return Some(FinishReason::Error(error.to_string()));
-        }
-        if end < scheduler.tokens(row.id).len() {
-            return None;
+    ) -> Result<Progress, SampleError> {
+        self.score_prompt(sampler, row, logits_rv)?;
+        if !row.catches_up {
+            return Ok(Progress::default());
         }
         if self.request.max_tokens == 0 {
-            return Some(FinishReason::Length);
+            return Ok(Progress { token: None, end: Some(FinishReason::Length) });
         }
         let vocab = logits_rv.len() / row.n_logits;
-        let id = match self.draw(sampler, &logits_rv[(row.n_logits - 1) * vocab..]) {
-            Ok(id) => id,
-            Err(error) => return Some(FinishReason::Error(error.to_string())),
-        };
-        scheduler.push_token(row.id, id);
-        self.end_after(id)
+        let id = self.draw(sampler, &logits_rv[(row.n_logits - 1) * vocab..])?;
+        Ok(Progress { token: Some(id), end: self.end_after(id) })
     }
 
     /// Draws the next token and sends it, unless it is a stop id.

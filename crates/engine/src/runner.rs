@@ -1,6 +1,9 @@
 //! What the engine asks of a model: run one step over packed tokens and paged blocks.
 
+use std::sync::Arc;
+
 use model::StepInput;
+use tensor::Pool;
 
 /// A step that failed. The engine ends every running sequence with this text.
 #[derive(Debug, thiserror::Error)]
@@ -20,4 +23,10 @@ pub trait Runner: Send {
     /// Writes keys and values of the new tokens into their blocks and returns `logits_rv`:
     /// a row of `vocab` numbers for each wanted position, rows in the order of the input.
     fn step(&mut self, input: &StepInput) -> Result<&[f32], RunnerError>;
+
+    /// The threads the model computes on, so that the engine draws tokens on them, too.
+    /// Without them it draws on its own thread.
+    fn pool(&self) -> Option<Arc<Pool>> {
+        None
+    }
 }

@@ -240,7 +240,6 @@ fn walk_all(weights_v: &[f32], sum: f64, random: f64) -> TokenId {
             }
         }
         // The chunk's sum was rounded up past its parts; what is left belongs to the next one.
-        left = left.max(0.0);
     }
     // Rounding can leave a crumb past the last weight.
     weights_v.iter().rposition(|&weight| weight > 0.0).unwrap_or(0) as TokenId
@@ -349,3 +348,7 @@ fn mass(candidates: &[Candidate]) -> f64 {
 fn best_first(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
     b.weight.total_cmp(&a.weight).then(a.id.cmp(&b.id))
 }
+
+#[cfg(test)]
+#[path = "sampler_tests.rs"]
+mod tests;

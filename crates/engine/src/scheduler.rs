@@ -5,7 +5,7 @@
 //!    youngest running sequence gives its blocks back and returns to the head of the queue; later it
 //!    is computed again from its known tokens.
 //! 2. Running prompts get the rest of the token budget, oldest first; beside decoding sequences
-//!    no more than `max_prefill_beside_decode`, so that a long prompt does not stall streams.
+//!    no more than `max_prefill_beside_decode` (the pacer's), so that a long prompt does not stall streams.
 //! 3. The queue is served first in, first out, when a sequence's known tokens fit into free blocks.
 //!
 //! Nobody starves: the oldest running sequence is never preempted for another, it alone always fits
@@ -28,7 +28,6 @@ pub(crate) struct Limits {
     pub(crate) block_tokens: usize,
     pub(crate) max_running: usize,
     pub(crate) max_batch_tokens: usize,
-    pub(crate) max_prefill_beside_decode: usize,
     pub(crate) prefix_cache: bool,
 }
 
@@ -60,6 +59,8 @@ pub(crate) struct PlanRow {
     pub(crate) start: usize,
     pub(crate) n_tokens: usize,
     pub(crate) n_logits: usize,
+    /// Every known token is computed after this row: the last logits give the next token.
+    pub(crate) catches_up: bool,
 }
 
 /// A sequence's first admission, for the accounts.
@@ -79,7 +80,6 @@ struct Budget {
 impl Scheduler {
     pub(crate) fn new(limits: Limits) -> Scheduler {
         assert!(limits.max_batch_tokens >= limits.max_running, "a step cannot hold every decode");
-        assert!(limits.max_prefill_beside_decode > 0, "prompts would wait for ever beside decodes");
         let pool = BlockPool::new(limits.n_blocks);
         Scheduler { limits, pool, sequences: HashMap::new(), waiting: VecDeque::new(), running: Vec::new() }
     }
@@ -119,7 +119,7 @@ impl Scheduler {
         self.sequence_mut(id).tokens.push(token);
     }
 
-    /// The known tokens of a sequence.
+    #[cfg(test)]
     pub(crate) fn tokens(&self, id: SequenceId) -> &[TokenId] {
         &self.sequences[&id].tokens
     }
@@ -131,12 +131,12 @@ impl Scheduler {
 
     /// Decides the next step and gives every row the blocks it writes to. Empty only when there are
     /// no sequences. Follow with [`Scheduler::commit`] once the step was computed.
-    pub(crate) fn plan(&mut self) -> Plan {
+    pub(crate) fn plan(&mut self, max_prefill_beside_decode: usize) -> Plan {
         let mut plan = Plan::default();
         self.plan_decodes(&mut plan);
         let left = self.limits.max_batch_tokens - plan.n_decodes;
-        let beside = self.limits.max_prefill_beside_decode;
-        let mut budget = Budget { n_tokens: if plan.n_decodes == 0 { left } else { left.min(beside) } };
+        let n_tokens = if plan.n_decodes == 0 { left } else { left.min(max_prefill_beside_decode) };
+        let mut budget = Budget { n_tokens };
         self.plan_prefills(&mut plan, &mut budget);
         // Whoever was preempted just now must not come straight back.
         if plan.preempted.is_empty() {
@@ -297,7 +297,7 @@ impl Scheduler {
         let sequence = &self.sequences[&id];
         let catches_up = n_tokens == sequence.n_pending();
         let n_logits = if wants_prompt_logits(sequence) { n_tokens } else { usize::from(catches_up) };
-        PlanRow { id, start: sequence.n_computed, n_tokens, n_logits }
+        PlanRow { id, start: sequence.n_computed, n_tokens, n_logits, catches_up }
     }
 
     fn sequence_mut(&mut self, id: SequenceId) -> &mut Sequence {

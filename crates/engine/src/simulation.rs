@@ -90,7 +90,6 @@ impl Simulation {
             block_tokens: 1 + dice.below(5),
             max_running,
             max_batch_tokens: max_running + dice.below(20),
-            max_prefill_beside_decode: 1 + dice.below(8),
             prefix_cache: !dice.one_in(3),
         };
         Simulation {
@@ -143,8 +142,9 @@ impl Simulation {
     }
 
     fn step(&mut self, totals: &mut Totals) {
-        let plan = self.scheduler.plan();
-        self.check_plan(&plan);
+        let max_prefill_beside_decode = 1 + self.dice.below(8);
+        let plan = self.scheduler.plan(max_prefill_beside_decode);
+        self.check_plan(&plan, max_prefill_beside_decode);
         totals.n_steps += 1;
         totals.n_preempted += plan.preempted.len() as u64;
         totals.n_cached_tokens += plan.admitted.iter().map(|a| a.n_cached as u64).sum::<u64>();
@@ -197,7 +197,7 @@ impl Simulation {
         self.scheduler.remove(id);
     }
 
-    fn check_plan(&self, plan: &Plan) {
+    fn check_plan(&self, plan: &Plan, max_prefill_beside_decode: usize) {
         let n_tokens: usize = plan.rows.iter().map(|row| row.n_tokens).sum();
         assert!(n_tokens <= self.limits.max_batch_tokens, "{n_tokens} tokens in a step");
         let ids: HashSet<_> = plan.rows.iter().map(|row| row.id).collect();
@@ -209,7 +209,7 @@ impl Simulation {
         }
         let (decodes, prefills) = plan.rows.split_at(plan.n_decodes);
         let n_prefill: usize = prefills.iter().map(|row| row.n_tokens).sum();
-        assert!(decodes.is_empty() || n_prefill <= self.limits.max_prefill_beside_decode);
+        assert!(decodes.is_empty() || n_prefill <= max_prefill_beside_decode);
         // No stream waits for a prompt: whoever runs and has one token to go has a row.
         for &id in self.scheduler.running() {
             assert!(self.scheduler.n_pending(id) != 1 || ids.contains(&id), "{id:?} was left out");

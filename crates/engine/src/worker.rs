@@ -2,19 +2,21 @@
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use model::StepInput;
 use telemetry::EngineMetrics;
+use tensor::Pool;
 
 use crate::clock;
 use crate::engine::{EngineLimits, Phase, Shared, Stats, Submission};
-use crate::live::Live;
+use crate::live::{Live, Progress};
+use crate::pacer::Pacer;
 use crate::request::FinishReason;
 use crate::runner::Runner;
 use crate::sampler::Sampler;
-use crate::scheduler::{Limits, Plan, Scheduler};
+use crate::scheduler::{Limits, Plan, PlanRow, Scheduler};
 use crate::sequence::{Sequence, SequenceId};
 
 pub(crate) struct Worker {
@@ -23,7 +25,12 @@ pub(crate) struct Worker {
     metrics: EngineMetrics,
     runner: Box<dyn Runner>,
     scheduler: Scheduler,
-    sampler: Sampler,
+    pacer: Pacer,
+    /// Where tokens are drawn; the model's own threads when it has some.
+    pool: Arc<Pool>,
+    /// Scratch space not in use; grows to one per thread.
+    samplers: Mutex<Vec<Sampler>>,
+    vocab: usize,
     /// Every sequence the scheduler knows, with what the scheduler need not know.
     live: HashMap<SequenceId, Live>,
     next_id: u64,
@@ -58,18 +65,22 @@ impl Worker {
             block_tokens: runner.block_tokens(),
             max_running: limits.max_running,
             max_batch_tokens: limits.max_batch_tokens,
-            max_prefill_beside_decode: limits.max_prefill_beside_decode,
             prefix_cache: limits.prefix_cache,
         });
         metrics.set_cache_config(runner.block_tokens(), runner.n_blocks(), limits.prefix_cache);
+        let pacer = Pacer::new(limits.max_prefill_beside_decode, limits.prefill_time_beside_decode);
+        let pool = runner.pool().unwrap_or_else(|| Arc::new(Pool::new(1)));
         let stats = Stats { n_blocks: runner.n_blocks(), ..Stats::default() };
         Worker {
             shared,
             limits,
             metrics,
+            vocab: runner.vocab(),
             runner,
             scheduler,
-            sampler: Sampler::default(),
+            pacer,
+            pool,
+            samplers: Mutex::default(),
             live: HashMap::new(),
             next_id: 0,
             n_failed_in_a_row: 0,
@@ -157,14 +168,18 @@ impl Worker {
     /// One step for every sequence the plan holds. An error ends the engine.
     fn step(&mut self) -> Result<(), String> {
         let start = clock::now();
-        let plan = self.scheduler.plan();
+        let plan = self.scheduler.plan(self.pacer.max_prefill_beside_decode());
         let input = self.scheduler.input(&plan);
         self.note_plan(&plan, start);
         let planned = clock::now();
         self.publish(Some(planned));
         let outcome = self.compute(&plan, &input, planned);
         match outcome {
-            Ok(()) => self.n_failed_in_a_row = 0,
+            Ok(()) => {
+                self.n_failed_in_a_row = 0;
+                let n_prefill = input.tokens_n.len() - plan.n_decodes;
+                self.pacer.observe(plan.n_decodes, n_prefill, clock::now() - start);
+            }
             Err(why) => self.fail_running(why)?,
         }
         self.stats.schedule_time += planned - start;
@@ -172,7 +187,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Runs the model and hands each row's logits to its sequence.
+    /// Runs the model, then draws and sends every caught-up sequence's next token.
     fn compute(&mut self, plan: &Plan, input: &StepInput, planned: Instant) -> Result<(), String> {
         let runner = &mut self.runner;
         let step = catch_unwind(AssertUnwindSafe(move || {
@@ -181,22 +196,22 @@ impl Worker {
         }));
         let step = step.map_err(|panic| format!("the model panicked: {}", panic_text(&*panic)))?;
         let logits_rv = step.map_err(|error| error.to_string())?;
-        let computed = clock::now();
-        let n_logits: usize = plan.rows.iter().map(|row| row.n_logits).sum();
-        let vocab = logits_rv.len() / n_logits.max(1);
-        if logits_rv.len() != n_logits * vocab || (n_logits > 0 && vocab == 0) {
-            return Err(format!("the model gave {} numbers for {n_logits} rows of logits", logits_rv.len()));
+        let (found, expected) = (logits_rv.len(), input.n_logits() * self.vocab);
+        if found != expected {
+            return Err(format!("the model gave {found} logits instead of {expected}"));
         }
+        let computed = clock::now();
         self.scheduler.commit(plan);
-        let mut rest = logits_rv;
+        let mut turns = deal(&mut self.live, plan, logits_rv, self.vocab);
+        let samplers = &self.samplers;
+        self.pool.run_chunks(&mut turns, 1, |_, turn| {
+            turn.iter_mut().for_each(|turn| turn.take(samplers));
+        });
         let mut ended = Vec::new();
-        for row in &plan.rows {
-            let (logits_rv, others) = rest.split_at(row.n_logits * vocab);
-            rest = others;
-            let live = self.live.get_mut(&row.id).expect("a planned sequence is live");
-            let outcome = live.advance(&mut self.scheduler, &mut self.sampler, row, logits_rv);
+        for Turn { live, row, progress, .. } in turns {
             live.note_progress(&self.metrics, &mut self.stats, computed);
-            ended.extend(outcome.map(|reason| (row.id, reason)));
+            progress.token.into_iter().for_each(|token| self.scheduler.push_token(row.id, token));
+            ended.extend(progress.end.map(|reason| (row.id, reason)));
         }
         let now = clock::now();
         self.stats.model_time += computed - planned;
@@ -282,6 +297,40 @@ impl Worker {
         state.step_started = step_started;
         state.stats = self.stats.clone();
     }
+}
+
+/// One sequence's part of a step's outcome: independent of the others, so any thread may take it.
+struct Turn<'a> {
+    live: &'a mut Live,
+    row: &'a PlanRow,
+    logits_rv: &'a [f32],
+    progress: Progress,
+}
+
+impl Turn<'_> {
+    fn take(&mut self, samplers: &Mutex<Vec<Sampler>>) {
+        let free = || samplers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sampler = free().pop().unwrap_or_default();
+        self.progress = self.live.advance(&mut sampler, self.row, self.logits_rv);
+        free().push(sampler);
+    }
+}
+
+/// Hands each planned row its sequence and its logits.
+fn deal<'a>(
+    live: &'a mut HashMap<SequenceId, Live>,
+    plan: &'a Plan,
+    logits_rv: &'a [f32],
+    vocab: usize,
+) -> Vec<Turn<'a>> {
+    let mut live: HashMap<SequenceId, &mut Live> = live.iter_mut().map(|(&id, live)| (id, live)).collect();
+    let mut rest = logits_rv;
+    let turn = |row: &'a PlanRow| {
+        let logits_rv = rest.split_off(..row.n_logits * vocab).expect("the number of logits was checked");
+        let live = live.remove(&row.id).expect("a planned sequence is live");
+        Turn { live, row, logits_rv, progress: Progress::default() }
+    };
+    plan.rows.iter().map(turn).collect()
 }
 
 /// The message of a panic, as far as it had one.
