@@ -348,8 +348,27 @@ fn shortest_f64(value: f32) -> f64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// Small, yet with grouped heads and no two sizes equal.
+    pub(crate) fn tiny() -> Config {
+        Config {
+            n_layers: 2,
+            width: 24,
+            n_heads: 4,
+            n_kv_heads: 2,
+            head_width: 8,
+            ff_width: 40,
+            vocab: 50,
+            norm_eps: 1e-5,
+            rope_theta: 10_000.0,
+            tied_embeddings: true,
+            context_max: 64,
+            bos: None,
+            eos: vec![0],
+        }
+    }
 
     fn smol() -> Value {
         // The keys and values SmolLM2-135M publishes.

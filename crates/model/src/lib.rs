@@ -10,8 +10,17 @@
 
 mod config;
 mod error;
+pub mod gguf;
+mod infer;
+mod params;
 mod step;
+mod train;
+mod weights;
 
 pub use config::{Config, ConfigError, FORMAT_VERSION};
 pub use error::{Error, Result};
+pub use infer::{BLOCK_TOKENS, KvCache, KvType, Llama, Scratch};
+pub use params::{ParamSpec, ParamTable};
 pub use step::{StepInput, StepRow};
+pub use train::{LossSum, TrainModel};
+pub use weights::{WeightTensor, Weights};
