@@ -189,6 +189,8 @@ fn newlines(text: &[u8], mut at: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::LazyLock;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -200,26 +202,31 @@ mod tests {
         pieces
     }
 
+    /// Compiled once: the property test would spend its time on nothing else.
+    static PATTERNS: LazyLock<[(Scanner, fancy_regex::Regex); 3]> = LazyLock::new(|| {
+        let compile = |pattern| fancy_regex::Regex::new(pattern).expect("a constant");
+        [
+            (Scanner::Gpt2, compile(GPT2)),
+            (Scanner::Llama3 { digits_max: 3 }, compile(LLAMA3)),
+            (Scanner::Llama3 { digits_max: 1 }, compile(QWEN2)),
+        ]
+    });
+
     fn matched<'a>(pattern: &fancy_regex::Regex, text: &'a str) -> Vec<&'a str> {
         pattern.find_iter(text).map(|m| m.expect("these patterns do not backtrack far").as_str()).collect()
     }
 
     fn check(text: &str) {
-        for (scanner, pattern) in [
-            (Scanner::Gpt2, GPT2),
-            (Scanner::Llama3 { digits_max: 3 }, LLAMA3),
-            (Scanner::Llama3 { digits_max: 1 }, QWEN2),
-        ] {
-            let pattern = fancy_regex::Regex::new(pattern).expect("a constant");
-            assert_eq!(scanned(scanner, text), matched(&pattern, text), "{scanner:?} {text:?}");
+        for (scanner, pattern) in &*PATTERNS {
+            assert_eq!(scanned(*scanner, text), matched(pattern, text), "{scanner:?} {text:?}");
         }
-        let gpt2 = fancy_regex::Regex::new(GPT2).expect("a constant");
+        let gpt2 = &PATTERNS[0].1;
         let number = |c: char| c.is_numeric();
         let parts = text.split_inclusive(number).flat_map(|part| match part.chars().next_back() {
             Some(c) if number(c) => part.split_at(part.len() - c.len_utf8()).into(),
             _ => [part, ""],
         });
-        let expected: Vec<&str> = parts.flat_map(|part| matched(&gpt2, part)).collect();
+        let expected: Vec<&str> = parts.flat_map(|part| matched(gpt2, part)).collect();
         assert_eq!(scanned(Scanner::DigitsGpt2, text), expected, "{text:?}");
     }
 
