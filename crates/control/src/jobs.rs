@@ -36,6 +36,14 @@ pub struct End {
     pub retry_at: Option<UnixMs>,
 }
 
+/// All jobs at one instant, as the reconciler needs them.
+pub(crate) struct Survey {
+    /// Every job that is not over, oldest first.
+    pub(crate) unfinished: Vec<Job>,
+    /// How many jobs there are in each state.
+    pub(crate) counts: [(JobState, usize); 6],
+}
+
 impl Control {
     /// Asks for a job. While a job of that name is not over, the same submission again returns it, and another one is
     /// refused with [`Error::JobConflict`].
@@ -125,32 +133,25 @@ impl Control {
         log::tail(&path, bytes_max.min(LOG_TAIL_BYTES_MAX))
     }
 
-    /// How many jobs are in each state.
-    pub fn count_jobs(&self) -> Result<Vec<(JobState, usize)>> {
-        let count = |transaction: &Transaction, state: JobState| {
-            transaction
-                .prepare_cached("SELECT count(*) FROM jobs WHERE state = ?1")?
-                .query_row([state.as_str()], |row| row.get::<_, i64>(0))
-        };
-        self.read("count jobs", |transaction| {
-            let mut counts = Vec::new();
-            for state in JobState::ALL {
-                let n = usize::try_from(count(transaction, state)?).unwrap_or(0);
-                counts.push((state, n));
+    pub(crate) fn survey_jobs(&self) -> Result<Survey> {
+        self.read("survey jobs", |transaction| {
+            let mut counts = JobState::ALL.map(|state| (state, 0));
+            let mut statement =
+                transaction.prepare_cached("SELECT count(*), state FROM jobs GROUP BY state")?;
+            let mut rows = statement.query([])?;
+            while let Some(row) = rows.next()? {
+                let found = state(1, &row.get::<_, String>(1)?)?;
+                let n_jobs = usize::try_from(row.get::<_, i64>(0)?).unwrap_or(0);
+                for (_, n) in counts.iter_mut().filter(|(state, _)| *state == found) {
+                    *n = n_jobs;
+                }
             }
-            Ok(counts)
-        })
-    }
-
-    /// Every job that is not over, oldest first.
-    pub(crate) fn unfinished_jobs(&self) -> Result<Vec<Job>> {
-        self.read("list unfinished jobs", |transaction| {
             let sql = format!(
                 "SELECT {COLUMNS} FROM jobs WHERE state IN ('pending', 'running', 'interrupted') ORDER BY id"
             );
             let mut statement = transaction.prepare_cached(&sql)?;
-            let jobs = statement.query_map([], job)?.collect::<Result<_, _>>()?;
-            Ok(jobs)
+            let unfinished = statement.query_map([], job)?.collect::<Result<_, _>>()?;
+            Ok(Survey { unfinished, counts })
         })
     }
 
@@ -259,7 +260,7 @@ fn job(row: &Row) -> rusqlite::Result<Job> {
             "cancelled" => Desired::Cancelled,
             other => return Err(unknown_word(2, other)),
         },
-        state: state(row.get_ref(3)?.as_str()?)?,
+        state: state(3, row.get_ref(3)?.as_str()?)?,
         n_starts: row.get(4)?,
         n_failures: row.get(5)?,
         n_short: row.get(6)?,
@@ -275,8 +276,8 @@ fn job(row: &Row) -> rusqlite::Result<Job> {
     })
 }
 
-fn state(word: &str) -> rusqlite::Result<JobState> {
-    JobState::ALL.into_iter().find(|state| state.as_str() == word).ok_or_else(|| unknown_word(3, word))
+fn state(column: usize, word: &str) -> rusqlite::Result<JobState> {
+    JobState::ALL.into_iter().find(|state| state.as_str() == word).ok_or_else(|| unknown_word(column, word))
 }
 
 fn parsed<T: serde::de::DeserializeOwned>(row: &Row, column: usize) -> rusqlite::Result<Option<T>> {

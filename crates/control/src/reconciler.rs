@@ -13,6 +13,7 @@ use crate::clock::UnixMs;
 use crate::database::{Control, random_hex};
 use crate::error::{Error, Result};
 use crate::job::{Ending, Job, JobId};
+use crate::jobs::Survey;
 use crate::launcher::{Launcher, StopHow};
 use crate::leases::Lease;
 use crate::process::ProcessRef;
@@ -192,8 +193,8 @@ impl Worker {
     }
 }
 
-/// Observes every unfinished job, decides, and does what was decided, under `lease`. Returns how many jobs have a process
-/// afterwards. Errors: [`Error::StaleLease`] when another controller took over, or the database's; what could not be done
+/// Observes every unfinished job, decides, and does what was decided, under `lease`. Returns how many jobs had a
+/// process at its start. Errors: [`Error::StaleLease`] when another controller took over, or the database's; what could not be done
 /// is found to be missing at the next pass.
 pub fn pass(
     control: &Control,
@@ -202,9 +203,10 @@ pub fn pass(
     policy: &Policy,
     metrics: &JobMetrics,
 ) -> Result<usize> {
-    let jobs = control.unfinished_jobs()?;
+    let Survey { unfinished: jobs, counts } = control.survey_jobs()?;
     let mut observed = BTreeMap::new();
-    for job in jobs.iter().filter(|job| job.process.is_some()) {
+    let running: Vec<&Job> = jobs.iter().filter(|job| job.process.is_some()).collect();
+    for job in &running {
         match launcher.poll(job) {
             Ok(seen) => drop(observed.insert(job.id, seen)),
             Err(error) => warn("cannot observe a job", &error),
@@ -218,18 +220,13 @@ pub fn pass(
         metrics,
         jobs: jobs.iter().map(|job| (job.id, job)).collect(),
     };
+    for (state, n_jobs) in counts {
+        metrics.set_jobs(state.as_str(), n_jobs);
+    }
     for action in reconcile(&jobs, &observed, control.now(), policy) {
         doer.act(action)?;
     }
-    let counts = control.count_jobs()?;
-    let mut n_running = 0;
-    for (state, n_jobs) in counts {
-        metrics.set_jobs(state.as_str(), n_jobs);
-        if state == crate::job::JobState::Running {
-            n_running = n_jobs;
-        }
-    }
-    Ok(n_running)
+    Ok(running.len())
 }
 
 struct Doer<'a> {
@@ -315,3 +312,6 @@ fn chain(error: &Error) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod simulation;

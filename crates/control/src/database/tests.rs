@@ -1,1 +1,200 @@
+use super::*;
+use crate::job::{JobSpec, JobState};
+use crate::models::ModelKind;
 
+fn directory() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+fn spec(name: &str) -> JobSpec {
+    JobSpec {
+        name: name.to_owned(),
+        args: vec!["train".to_owned()],
+        env: Default::default(),
+        max_restarts: 1,
+    }
+}
+
+/// Rows as a program of schema version `index + 1` left them, in its own SQL. One entry per version ever released.
+const ROWS_OF_VERSION: &[&str] = &["
+    INSERT INTO keys (name, hash, created_ms) VALUES ('old', zeroblob(32), 5);
+    INSERT INTO models (name, kind, source, created_ms) VALUES ('sotu', 'base', 'models/sotu', 6);
+    INSERT INTO leases (name, holder, token, expires_ms) VALUES ('reconciler', 'a', 41, 7);
+    INSERT INTO jobs (name, spec, desired, state, created_ms, n_starts, process)
+    VALUES ('train', '{\"name\":\"train\",\"args\":[\"train\"],\"max_restarts\":1}', 'running', 'running', 8, 1,
+            '{\"pid\":7,\"start_ticks\":9,\"boot_id\":\"b\",\"mark\":\"m\"}');
+"];
+
+#[test]
+fn every_earlier_schema_is_brought_up_to_date_with_its_rows() {
+    assert_eq!(ROWS_OF_VERSION.len(), MIGRATIONS.len(), "add rows for the new version");
+    for version in 1..=MIGRATIONS.len() {
+        let directory = directory();
+        let path = directory.path().join("control.db");
+        let mut connection = Connection::open(&path).unwrap();
+        migrate(&path, &mut connection, &MIGRATIONS[..version]).unwrap();
+        connection.execute_batch(ROWS_OF_VERSION[version - 1]).unwrap();
+        drop(connection);
+
+        let control = Control::open(&path).unwrap();
+        assert_eq!(control.list_keys().unwrap()[0].name, "old", "version {version}");
+        assert_eq!(control.get_model("sotu").unwrap().unwrap().kind, ModelKind::Base);
+        let job = &control.list_jobs(9).unwrap()[0];
+        assert_eq!((job.state, job.n_starts), (JobState::Running, 1));
+        assert_eq!(job.process.as_ref().unwrap().start_ticks, 9);
+        let lease = control.acquire("reconciler", "b", Duration::from_secs(1));
+        assert_eq!(lease.unwrap().unwrap().token, 42);
+    }
+}
+
+#[test]
+fn a_failed_migration_leaves_the_old_schema() {
+    let directory = directory();
+    let path = directory.path().join("control.db");
+    drop(Control::open(&path).unwrap());
+    let mut connection = Connection::open(&path).unwrap();
+    let broken = [MIGRATIONS, &["CREATE TABLE half (id INTEGER); CREATE NONSENSE"]].concat();
+    let error = migrate(&path, &mut connection, &broken).unwrap_err();
+    assert!(error.to_string().contains("schema version 2"), "{error}");
+    assert_eq!(schema_version(&path, &connection).unwrap(), 1);
+    let half = connection.prepare("SELECT * FROM half");
+    assert!(half.is_err(), "the migration's first statement must be undone");
+    Control::open(&path).unwrap();
+}
+
+#[test]
+fn a_database_from_a_newer_version_is_refused_by_name() {
+    let directory = directory();
+    let path = directory.path().join("control.db");
+    drop(Control::open(&path).unwrap());
+    let connection = Connection::open(&path).unwrap();
+    connection.pragma_update(None, "user_version", 7).unwrap();
+    drop(connection);
+    let error = Control::open(&path).unwrap_err().to_string();
+    assert!(error.contains("control.db") && error.contains('7') && error.contains("newer"), "{error}");
+}
+
+#[test]
+fn a_file_that_is_no_database_of_ours_is_refused_by_name() {
+    let check = |bytes: &[u8], expected: &str| {
+        let directory = directory();
+        let path = directory.path().join("control.db");
+        fs::write(&path, bytes).unwrap();
+        let error = Control::open(&path).unwrap_err().to_string();
+        assert!(error.contains("control.db") && error.contains(expected), "{error}");
+        assert_eq!(fs::read(&path).unwrap(), bytes, "a refused file must stay as it is");
+    };
+    check(b"", "empty");
+    check(&[0x5a; 5000], "damaged");
+    check(b"{\"not\": \"a database\"}", "damaged");
+
+    let directory = directory();
+    let path = directory.path().join("other.db");
+    Connection::open(&path).unwrap().execute_batch("CREATE TABLE cookies (id INTEGER)").unwrap();
+    let error = Control::open(&path).unwrap_err();
+    assert!(matches!(error, Error::ForeignDatabase { .. }), "{error}");
+}
+
+#[test]
+fn a_database_cut_short_or_overwritten_is_refused_by_name() {
+    let directory = directory();
+    let path = directory.path().join("control.db");
+    let control = Control::open(&path).unwrap();
+    for n in 0..200 {
+        control.submit(&spec(&format!("job{n}"))).unwrap();
+    }
+    drop(control);
+    let whole = fs::read(&path).unwrap();
+    assert!(whole.len() > 40_000, "{}", whole.len());
+    let mut overwritten = whole.clone();
+    for byte in &mut overwritten[4096..20_000] {
+        *byte = 0x5a;
+    }
+    for (what, bytes) in [
+        ("half", &whole[..whole.len() / 2]),
+        ("one page", &whole[..4096]),
+        ("ten bytes", &whole[..10]),
+        ("overwritten", &overwritten[..]),
+    ] {
+        fs::write(&path, bytes).unwrap();
+        let error = Control::open(&path).unwrap_err();
+        assert!(matches!(error, Error::DamagedDatabase { .. }), "{what}: {error}");
+        assert!(error.to_string().contains("control.db"), "{what}: {error}");
+    }
+    fs::write(&path, &whole).unwrap();
+    assert_eq!(Control::open(&path).unwrap().list_jobs(999).unwrap().len(), 200);
+}
+
+#[test]
+fn a_place_that_cannot_hold_a_database_is_named() {
+    let directory = directory();
+    let file = directory.path().join("file");
+    fs::write(&file, "").unwrap();
+    // /proc takes no files, whoever asks.
+    for path in [
+        Path::new("/proc/control.db"),
+        &directory.path().join("missing/control.db"),
+        &file.join("control.db"),
+        Path::new("/"),
+    ] {
+        let error = Control::open(path).unwrap_err().to_string();
+        assert!(error.contains(path.to_str().unwrap()), "{error}");
+    }
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "nothing is left behind");
+}
+
+#[test]
+fn a_full_disk_refuses_the_write_and_keeps_what_was_acknowledged() {
+    let directory = directory();
+    let path = directory.path().join("control.db");
+    let control = Control::open(&path).unwrap();
+    let n_pages: i64 = control.lock().query_row("PRAGMA page_count", [], |row| row.get(0)).unwrap();
+    // SQLite answers as it does when the device has no room.
+    control.lock().pragma_update_and_check(None, "max_page_count", n_pages + 2, |_| Ok(())).unwrap();
+    let mut acknowledged = Vec::new();
+    let error = loop {
+        match control.submit(&spec(&format!("job{}", acknowledged.len()))) {
+            Ok(submitted) => acknowledged.push(submitted.job),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, Error::DiskFull { .. }), "{error}");
+    assert!(error.to_string().contains("control.db"), "{error}");
+    assert!(!acknowledged.is_empty());
+    acknowledged.reverse();
+    assert_eq!(control.list_jobs(999).unwrap(), acknowledged);
+    drop(control);
+    assert_eq!(Control::open(&path).unwrap().list_jobs(999).unwrap(), acknowledged);
+}
+
+#[test]
+fn many_open_one_new_database_at_once() {
+    let directory = directory();
+    let path = directory.path().join("control.db");
+    std::thread::scope(|scope| {
+        for n in 0..8 {
+            let path = &path;
+            scope.spawn(move || {
+                let control = Control::open(path).unwrap();
+                control.submit(&spec(&format!("job{n}"))).unwrap();
+            });
+        }
+    });
+    let control = Control::open(&path).unwrap();
+    assert_eq!(control.list_jobs(99).unwrap().len(), 8, "an opener wrote to a file that was replaced");
+    let names = fs::read_dir(directory.path()).unwrap();
+    let names: Vec<_> = names.map(|entry| entry.unwrap().file_name()).collect();
+    assert!(
+        names.iter().all(|name| name.to_str().unwrap().starts_with("control.db")),
+        "drafts are left: {names:?}"
+    );
+}
+
+#[test]
+fn an_unknown_word_in_a_row_is_an_error_and_not_a_guess() {
+    let control = Control::in_memory(Clock::system()).unwrap();
+    control.put_model("m", ModelKind::Base, "models/m").unwrap();
+    control.lock().execute("UPDATE models SET kind = 'oracle'", []).unwrap();
+    let error = control.list_models().unwrap_err();
+    assert!(std::error::Error::source(&error).unwrap().to_string().contains("oracle"));
+}

@@ -49,3 +49,5 @@ CREATE TABLE jobs (
 
 -- A name belongs to at most one job that is not over.
 CREATE UNIQUE INDEX jobs_name_unfinished ON jobs (name) WHERE state IN ('pending', 'running', 'interrupted');
+
+CREATE INDEX jobs_state ON jobs (state);

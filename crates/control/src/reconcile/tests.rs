@@ -1,1 +1,169 @@
+use super::*;
+use crate::job::JobSpec;
 
+const NOW: UnixMs = UnixMs(1_800_000_000_000);
+
+fn job() -> Job {
+    Job {
+        id: JobId(1),
+        spec: JobSpec { name: "train".to_owned(), args: Vec::new(), env: BTreeMap::new(), max_restarts: 2 },
+        desired: Desired::Running,
+        state: JobState::Pending,
+        n_starts: 0,
+        n_failures: 0,
+        n_short: 0,
+        process: None,
+        ending: None,
+        message: None,
+        log_path: None,
+        created_at: NOW,
+        started_at: None,
+        finished_at: None,
+        retry_at: None,
+        stop_sent_at: None,
+    }
+}
+
+fn process() -> ProcessRef {
+    ProcessRef { pid: 7, start_ticks: 1, boot_id: "boot".to_owned(), mark: "mark".to_owned() }
+}
+
+/// Runs since ten seconds before now.
+fn running() -> Job {
+    Job {
+        state: JobState::Running,
+        process: Some(process()),
+        n_starts: 1,
+        started_at: Some(UnixMs(NOW.0 - 10_000)),
+        ..job()
+    }
+}
+
+fn decide(job: &Job, observed: Option<Observed>, policy: &Policy) -> Option<Action> {
+    let observed = observed.map(|seen| (job.id, seen)).into_iter().collect();
+    let mut actions = reconcile(std::slice::from_ref(job), &observed, NOW, policy);
+    assert!(actions.len() <= 1);
+    actions.pop()
+}
+
+#[test]
+fn a_job_starts_when_it_is_due() {
+    let check = |job: Job, expected: bool| {
+        let action = decide(&job, None, &Policy::default());
+        assert_eq!(action.is_some(), expected, "{job:?}");
+        if let Some(action) = action {
+            assert_eq!(action, Action::Start { id: JobId(1) });
+        }
+    };
+    let retry = |ms| Job { retry_at: Some(UnixMs(NOW.0 + ms)), ..job() };
+    check(job(), true);
+    check(retry(0), true);
+    check(retry(1), false);
+    check(retry(60_000), false);
+    // The clock was set back by more than any pause: the job must not wait for the old time to come around.
+    check(retry(60_001), true);
+    let interrupted = Job { state: JobState::Interrupted, ..job() };
+    check(interrupted, true);
+}
+
+#[test]
+fn no_more_jobs_run_than_allowed_and_the_oldest_go_first() {
+    let jobs: Vec<Job> =
+        (1..=5).map(|n| Job { id: JobId(n), ..if n == 3 { running() } else { job() } }).collect();
+    let observed = BTreeMap::from([(JobId(3), Observed::Running)]);
+    let policy = Policy { max_running: 3, ..Policy::default() };
+    let start = |n| Action::Start { id: JobId(n) };
+    assert_eq!(reconcile(&jobs, &observed, NOW, &policy), [start(1), start(2)]);
+    let draining = Policy { draining: true, ..policy };
+    let actions = reconcile(&jobs, &observed, NOW, &draining);
+    assert!(matches!(&actions[..], [Action::Stop { id: JobId(3), .. }]), "{actions:?}");
+}
+
+#[test]
+fn a_stop_is_asked_for_and_then_enforced() {
+    let check = |desired, draining, stop_sent_ms_ago: Option<i64>, expected| {
+        let job = Job { desired, stop_sent_at: stop_sent_ms_ago.map(|ms| UnixMs(NOW.0 - ms)), ..running() };
+        let policy = Policy { draining, ..Policy::default() };
+        let how = match decide(&job, Some(Observed::Running), &policy) {
+            None => None,
+            Some(Action::Stop { how, .. }) => Some(how),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(how, expected, "{desired:?} {draining} {stop_sent_ms_ago:?}");
+    };
+    use Desired::{Cancelled, Running};
+    check(Running, false, None, None);
+    check(Cancelled, false, None, Some(StopHow::Ask));
+    check(Running, true, None, Some(StopHow::Ask));
+    check(Cancelled, false, Some(29_999), None);
+    check(Cancelled, false, Some(30_000), Some(StopHow::Kill));
+    // Asked in the future: the clock was set back.
+    check(Cancelled, false, Some(-5), Some(StopHow::Ask));
+    // A controller that was about to exit had asked, and is gone; the job is still wanted.
+    check(Running, false, Some(60_000), None);
+}
+
+#[test]
+fn a_job_that_cannot_be_observed_is_left_alone() {
+    let job = Job { desired: Desired::Cancelled, ..running() };
+    assert_eq!(decide(&job, None, &Policy::default()), None);
+}
+
+#[test]
+fn endings_are_sorted_into_states() {
+    let check = |job: &Job, ending, state, n_failures, retry_ms: Option<i64>| {
+        let action = decide(job, Some(Observed::Ended(ending)), &Policy::default());
+        let Some(Action::End { process, end, .. }) = action else {
+            panic!("{action:?}");
+        };
+        assert_eq!(process, job.process);
+        assert_eq!(end.state, state, "{job:?} {ending:?}");
+        assert_eq!(end.n_failures, n_failures, "{job:?} {ending:?}");
+        assert_eq!(end.retry_at, retry_ms.map(|ms| UnixMs(NOW.0 + ms)), "{job:?} {ending:?}");
+    };
+    use JobState::{Cancelled, Failed, Interrupted, Pending, Succeeded};
+    let first = running();
+    check(&first, Ending::Exited(0), Succeeded, 0, None);
+    check(&first, Ending::Exited(75), Interrupted, 0, Some(1_000));
+    check(&first, Ending::Lost, Interrupted, 0, Some(1_000));
+    check(&first, Ending::Exited(1), Pending, 1, Some(1_000));
+    check(&first, Ending::Signaled(9), Pending, 1, Some(1_000));
+
+    let third_short = Job { n_short: 3, n_failures: 1, ..running() };
+    check(&third_short, Ending::Exited(1), Pending, 2, Some(8_000));
+    let long = Job { started_at: Some(UnixMs(NOW.0 - 60_000)), ..third_short.clone() };
+    check(&long, Ending::Exited(1), Pending, 2, Some(1_000));
+    let often = Job { n_short: 1_000_000, ..running() };
+    check(&often, Ending::Lost, Interrupted, 0, Some(60_000));
+
+    let last = Job { n_failures: 2, ..running() };
+    check(&last, Ending::Signaled(9), Failed, 3, None);
+    check(&last, Ending::Exited(75), Interrupted, 2, Some(1_000));
+
+    // Its controller had asked it to stop in order to exit: whatever came of it is no failure, and it goes on at once.
+    let drained = Job { stop_sent_at: Some(NOW), ..last };
+    check(&drained, Ending::Signaled(15), Interrupted, 2, None);
+    check(&drained, Ending::Exited(0), Succeeded, 2, None);
+
+    let cancelled = Job { desired: Desired::Cancelled, ..running() };
+    check(&cancelled, Ending::Exited(75), Cancelled, 0, None);
+    check(&cancelled, Ending::Signaled(9), Cancelled, 0, None);
+}
+
+#[test]
+fn a_cancelled_job_without_a_process_is_over() {
+    let job = Job { desired: Desired::Cancelled, ..job() };
+    let action = decide(&job, None, &Policy::default());
+    assert!(
+        matches!(&action, Some(Action::End { process: None, end, .. }) if end.state == JobState::Cancelled),
+        "{action:?}"
+    );
+}
+
+#[test]
+fn a_job_that_is_over_is_left_alone() {
+    for state in JobState::ALL.into_iter().filter(|state| state.is_over()) {
+        let job = Job { state, desired: Desired::Cancelled, ..job() };
+        assert_eq!(decide(&job, None, &Policy::default()), None);
+    }
+}

@@ -1,0 +1,108 @@
+use control::{Control, Error, KeyId};
+
+use crate::{HandClock, in_memory};
+
+#[test]
+fn a_key_is_shown_once_and_known_afterwards() {
+    let (control, _) = in_memory();
+    let key = control.create_key("laptop").unwrap();
+    let text = key.expose();
+    let digits = text.strip_prefix("sk-loquat-").unwrap();
+    assert!(digits.len() == 64 && digits.bytes().all(|b| b.is_ascii_hexdigit()), "{text}");
+    assert_eq!(control.check_key(text).unwrap().unwrap(), key.info);
+    assert!(!format!("{key:?}").contains(digits), "a key must not reach a log");
+    let other = control.create_key("laptop").unwrap();
+    assert_ne!(other.expose(), text);
+    assert_ne!(other.info.id, key.info.id);
+
+    for wrong in
+        ["", "sk-loquat-", digits, &text[..text.len() - 1], &format!("{text} "), &text.to_uppercase()]
+    {
+        assert_eq!(control.check_key(wrong).unwrap(), None, "{wrong:?}");
+    }
+}
+
+#[test]
+fn only_the_hash_is_in_the_file() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("control.db");
+    let control = Control::open(&path).unwrap();
+    let key = control.create_key("name-to-find").unwrap();
+    let digits = key.expose().strip_prefix("sk-loquat-").unwrap().as_bytes();
+    let mut stored = Vec::new();
+    for entry in std::fs::read_dir(directory.path()).unwrap() {
+        stored.extend(std::fs::read(entry.unwrap().path()).unwrap());
+    }
+    let holds = |wanted: &[u8]| stored.windows(wanted.len()).any(|w| w == wanted);
+    assert!(holds(b"name-to-find"));
+    assert!(!holds(&digits[..16]) && !holds(&digits[48..]));
+}
+
+#[test]
+fn a_revoked_key_is_refused_at_once_here_and_within_seconds_elsewhere() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("control.db");
+    let clock = HandClock::new();
+    let here = Control::open_with(&path, clock.clock()).unwrap();
+    let elsewhere = Control::open_with(&path, clock.clock()).unwrap();
+    let key = here.create_key("k").unwrap();
+    let kept = here.create_key("kept").unwrap();
+    let valid = |control: &Control, text: &str| control.check_key(text).unwrap().is_some();
+    assert!(valid(&here, key.expose()) && valid(&elsewhere, key.expose()));
+
+    assert!(here.revoke_key(key.info.id).unwrap());
+    assert!(!valid(&here, key.expose()));
+    clock.advance(1_000);
+    assert!(!valid(&elsewhere, key.expose()));
+    assert!(valid(&here, kept.expose()) && valid(&elsewhere, kept.expose()));
+
+    assert!(!here.revoke_key(key.info.id).unwrap(), "it is revoked already");
+    assert!(!here.revoke_key(KeyId(99)).unwrap());
+    let keys = here.list_keys().unwrap();
+    assert_eq!(keys.len(), 2);
+    assert!(keys[0].revoked_at.is_some() && keys[1].revoked_at.is_none());
+}
+
+#[test]
+fn a_clock_set_back_does_not_keep_a_revoked_key_alive() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("control.db");
+    let clock = HandClock::new();
+    let here = Control::open_with(&path, clock.clock()).unwrap();
+    let elsewhere = Control::open_with(&path, clock.clock()).unwrap();
+    let key = here.create_key("k").unwrap();
+    assert!(elsewhere.check_key(key.expose()).unwrap().is_some());
+    here.revoke_key(key.info.id).unwrap();
+    clock.advance(-3_600_000);
+    assert!(elsewhere.check_key(key.expose()).unwrap().is_none());
+}
+
+#[test]
+fn bad_names_are_refused() {
+    let (control, _) = in_memory();
+    for name in ["", "a\nb", &"x".repeat(129)] {
+        let error = control.create_key(name).unwrap_err();
+        assert!(matches!(error, Error::Invalid { .. }), "{error}");
+    }
+}
+
+#[test]
+fn keys_are_checked_while_they_are_created_and_revoked() {
+    let (control, _) = in_memory();
+    let kept = control.create_key("kept").unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..200 {
+                let key = control.create_key("short-lived").unwrap();
+                assert!(control.check_key(key.expose()).unwrap().is_some());
+                control.revoke_key(key.info.id).unwrap();
+                assert!(control.check_key(key.expose()).unwrap().is_none());
+            }
+        });
+        scope.spawn(|| {
+            for _ in 0..2_000 {
+                assert!(control.check_key(kept.expose()).unwrap().is_some());
+            }
+        });
+    });
+}
