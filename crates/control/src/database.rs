@@ -66,16 +66,14 @@ impl Control {
 
     /// As [`Control::open`], with the time from `clock`.
     pub fn open_with(path: &Path, clock: Clock) -> Result<Self> {
-        match fs::metadata(path) {
-            Ok(found) if found.len() == 0 => {
-                // We create the file whole, so an empty one has lost what it held.
-                return Err(Error::EmptyDatabase { path: path.to_owned() });
-            }
-            Ok(_) => {}
-            Err(source) if source.kind() == io::ErrorKind::NotFound => create(path)?,
-            Err(source) => {
-                return Err(Error::CreateDatabase { path: path.to_owned(), source });
-            }
+        let failed = |source| Error::CreateDatabase { path: path.to_owned(), source };
+        if !path.try_exists().map_err(failed)? {
+            refuse_orphaned_wal(path)?;
+            create(path)?;
+        }
+        if fs::metadata(path).map_err(failed)?.len() == 0 {
+            // We create the file whole, so an empty one has lost what it held.
+            return Err(Error::EmptyDatabase { path: path.to_owned() });
         }
         let failed = |source| opening_failed(path, source);
         let mut connection = Connection::open(path).map_err(failed)?;
@@ -178,6 +176,19 @@ impl std::fmt::Debug for Control {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Control").field("path", &self.0.path).finish()
     }
+}
+
+/// SQLite would replay a log that is left of a removed database into the new one.
+fn refuse_orphaned_wal(path: &Path) -> Result<()> {
+    let mut wal = path.as_os_str().to_owned();
+    wal.push("-wal");
+    let wal = PathBuf::from(wal);
+    let left = fs::metadata(&wal).is_ok_and(|found| found.len() > 0);
+    // Looked at again: another process may just have created the database, and its log with it.
+    if left && !path.exists() {
+        return Err(Error::MissingDatabase { path: path.to_owned(), wal });
+    }
+    Ok(())
 }
 
 /// Makes a complete, migrated database under another name and links it to `path`, so that no one ever sees half of one.

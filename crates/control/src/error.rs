@@ -28,6 +28,10 @@ pub enum Error {
     EmptyDatabase { path: PathBuf },
     #[error("database {path} is damaged ({what}); restore it from a backup, or remove it to start over")]
     DamagedDatabase { path: PathBuf, what: String },
+    #[error(
+        "database {path} is missing but its unfinished writes {wal} are there; put it back, or remove them too to start over"
+    )]
+    MissingDatabase { path: PathBuf, wal: PathBuf },
     #[error("{path} is a database of another program")]
     ForeignDatabase { path: PathBuf },
     #[error(

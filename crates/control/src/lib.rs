@@ -42,4 +42,4 @@ pub use local::LocalLauncher;
 pub use models::{Model, ModelKind};
 pub use process::ProcessRef;
 pub use reconcile::{Action, EXIT_INTERRUPTED, Policy, reconcile};
-pub use reconciler::{Reconciler, ReconcilerOptions, Shutdown, pass};
+pub use reconciler::{Reconciler, ReconcilerOptions, Shutdown};

@@ -178,7 +178,10 @@ impl Launcher for LocalLauncher {
             return Ok(Observed::Ended(Ending::Lost));
         };
         if let Some(path) = &job.log_path {
-            log::rotate(path, LOG_BYTES_MAX)?;
+            // A log that cannot be cut (a full disk) must not hide the job's end.
+            if let Err(error) = log::rotate(path, LOG_BYTES_MAX) {
+                tracing::warn!(%error, "cannot cut a job's log");
+            }
         }
         let failed = |source| Error::ObserveProcess { pid: process.pid, source };
         let Some(ending) = self.ending(process).map_err(failed)? else {

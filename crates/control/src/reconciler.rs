@@ -50,6 +50,9 @@ pub enum Shutdown {
     Interrupt,
 }
 
+/// How long stopping may take beyond the jobs' grace, before the reconciler goes and leaves them running.
+const STOP_MARGIN: Duration = Duration::from_secs(10);
+
 const RUN: u8 = 0;
 const LEAVE: u8 = 1;
 const INTERRUPT: u8 = 2;
@@ -127,12 +130,21 @@ struct Worker {
 impl Worker {
     fn run(&mut self) {
         let mut seen = 0;
+        let mut deadline = None;
         loop {
             let order = self.order.load(Ordering::SeqCst);
             self.options.policy.draining = order == INTERRUPT;
             let n_running = if order == LEAVE { 0 } else { self.turn() };
-            if order != RUN && n_running == 0 {
-                break;
+            if order != RUN {
+                let now = monotonic_now();
+                let deadline = *deadline.get_or_insert(now + self.options.policy.stop_grace + STOP_MARGIN);
+                if n_running == 0 {
+                    break;
+                }
+                if now > deadline {
+                    tracing::error!(n_running, "jobs could not be stopped in time and are left running");
+                    break;
+                }
             }
             seen = self.control.wait_jobs_changed(seen, self.options.tick);
         }
@@ -148,8 +160,7 @@ impl Worker {
     /// the next turn.
     fn turn(&mut self) -> usize {
         self.launcher.tick();
-        #[allow(clippy::disallowed_methods)] // Only to measure how long the turn took.
-        let started = Instant::now();
+        let started = monotonic_now();
         let outcome = self.hold_lease().and_then(|lease| match lease {
             Some(lease) => {
                 let launcher = self.launcher.as_mut();
@@ -196,7 +207,7 @@ impl Worker {
 /// Observes every unfinished job, decides, and does what was decided, under `lease`. Returns how many jobs had a
 /// process at its start. Errors: [`Error::StaleLease`] when another controller took over, or the database's; what could not be done
 /// is found to be missing at the next pass.
-pub fn pass(
+fn pass(
     control: &Control,
     launcher: &mut dyn Launcher,
     lease: &Lease,
@@ -295,6 +306,12 @@ impl Doer<'_> {
         tracing::info!(job = %id, name = job.spec.name, pid = process.pid, attempt = job.n_starts + 1, "started a job");
         Ok(())
     }
+}
+
+/// For durations within this process; what is recorded goes by the control plane's clock.
+fn monotonic_now() -> Instant {
+    #[allow(clippy::disallowed_methods)]
+    Instant::now()
 }
 
 fn warn(what: &str, error: &Error) {

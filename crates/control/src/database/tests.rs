@@ -126,6 +126,25 @@ fn a_database_cut_short_or_overwritten_is_refused_by_name() {
 }
 
 #[test]
+fn the_log_of_a_removed_database_is_not_replayed_into_a_new_one() {
+    let directory = directory();
+    let path = directory.path().join("control.db");
+    let control = Control::open(&path).unwrap();
+    control.submit(&spec("train")).unwrap();
+    let wal = directory.path().join("control.db-wal");
+    let log = fs::read(&wal).unwrap();
+    assert!(!log.is_empty());
+    drop(control);
+    fs::remove_file(&path).unwrap();
+    fs::write(&wal, log).unwrap();
+    let error = Control::open(&path).unwrap_err();
+    assert!(matches!(error, Error::MissingDatabase { .. }), "{error}");
+    assert!(!path.exists());
+    fs::remove_file(&wal).unwrap();
+    assert!(Control::open(&path).unwrap().list_jobs(9).unwrap().is_empty());
+}
+
+#[test]
 fn a_place_that_cannot_hold_a_database_is_named() {
     let directory = directory();
     let file = directory.path().join("file");
