@@ -46,6 +46,7 @@ pub struct Manifest {
     sha256: String,
     /// What the files are together: `dataset`, `model`, `checkpoint`.
     pub kind: String,
+    /// Sorted by name.
     pub files: Vec<FileEntry>,
     /// What the owner of the kind wants to know before it reads a file.
     pub meta: serde_json::Value,
@@ -222,12 +223,15 @@ impl BundleWriter {
         }
     }
 
+    /// The same files and meta give the same bytes, in whatever order the files were added.
     fn manifest(&self, kind: &str, meta: serde_json::Value) -> (Manifest, Vec<u8>) {
+        let mut files = self.files.clone();
+        files.sort_by(|a, b| a.name.cmp(&b.name));
         let mut manifest = Manifest {
             format_version: MANIFEST_VERSION,
             sha256: NO_CHECKSUM.to_string(),
             kind: kind.to_string(),
-            files: self.files.clone(),
+            files,
             meta,
         };
         manifest.sha256 = hex::encode(Sha256::digest(manifest_json(&manifest)));

@@ -1,0 +1,38 @@
+use super::Rows;
+use super::lines::Lines;
+use super::row::parse_row;
+use crate::document::text_of;
+use crate::error::Row;
+use crate::{Error, ReadOptions, Result};
+
+/// A JSON object (or string) on every line; blank lines are left out.
+pub(super) struct JsonlRows {
+    lines: Lines,
+    text_field: String,
+}
+
+impl JsonlRows {
+    pub(super) fn new(lines: Lines, options: &ReadOptions) -> JsonlRows {
+        JsonlRows { lines, text_field: options.text_field.clone() }
+    }
+
+    fn parse(&self, number: u64, line: Vec<u8>) -> Result<(u64, String)> {
+        let line = text_of(&self.lines.path, number, line)?;
+        let text = parse_row(&line, &self.text_field)
+            .map_err(|reason| Error::row(&self.lines.path, Row::Line(number), reason))?;
+        Ok((number, text))
+    }
+}
+
+impl Rows for JsonlRows {
+    fn next_row(&mut self) -> Option<Result<(u64, String)>> {
+        loop {
+            match self.lines.next_line() {
+                Ok(None) => return None,
+                Ok(Some((_, line))) if line.trim_ascii().is_empty() => {}
+                Ok(Some((number, line))) => return Some(self.parse(number, line)),
+                Err(error) => return Some(Err(error)),
+            }
+        }
+    }
+}

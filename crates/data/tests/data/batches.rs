@@ -1,0 +1,84 @@
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use data::{Batches, Dataset, Error, Split};
+use store::Store;
+
+use crate::ingest::{corpus, plan, ram, run};
+
+fn dataset() -> (Arc<dyn Store>, Dataset) {
+    let inputs = corpus(40);
+    let store = ram();
+    run(&plan(vec![inputs.path().join("corpus")]), &store).unwrap();
+    let dataset = Dataset::open(&store, "speeches").unwrap();
+    (store, dataset)
+}
+
+#[test]
+fn an_epoch_is_every_window_once() {
+    let (_store, dataset) = dataset();
+    let n_tokens = dataset.info().train.n_tokens;
+    let stream = dataset.tokens(Split::Train, 0..n_tokens).unwrap();
+    for t in [1, 7, 64, 1000, n_tokens as usize - 1] {
+        let batches = Batches::new(&dataset, Split::Train, 5, t).unwrap();
+        let n = batches.n_windows();
+        assert_eq!(n, (n_tokens - 1) / t as u64);
+        let in_order: Vec<_> = (0..n).map(|i| batches.window_at(i).unwrap()).collect();
+        for (i, window) in in_order.iter().enumerate() {
+            assert_eq!(window[..], stream[i * t..i * t + t + 1]);
+        }
+        let epoch =
+            |epoch: u64| (epoch * n..(epoch + 1) * n).map(|i| batches.window(i).unwrap()).collect::<Vec<_>>();
+        let (first, second) = (epoch(0), epoch(1));
+        let mut sorted = [in_order.clone(), first.clone(), second.clone()];
+        sorted.iter_mut().for_each(|windows| windows.sort());
+        assert!(
+            sorted[0] == sorted[1] && sorted[0] == sorted[2],
+            "an epoch is not every window once (t = {t})"
+        );
+        if n > 20 {
+            assert!(first != in_order && second != first, "the order is not random, or the same every epoch");
+        }
+        assert_eq!((batches.epoch(n - 1), batches.epoch(n), batches.epoch(6 * n - 1)), (0, 1, 5));
+        assert!(matches!(batches.window_at(n), Err(Error::OutOfRange { .. })));
+    }
+}
+
+/// A run that is resumed asks for the same indices of another `Batches`.
+#[test]
+fn a_window_depends_on_seed_and_index_only() {
+    let (store, dataset) = dataset();
+    let batches = Batches::new(&dataset, Split::Train, 7, 16).unwrap();
+    let again = Batches::new(&Dataset::open(&store, "speeches").unwrap(), Split::Train, 7, 16).unwrap();
+    let other_seed = Batches::new(&dataset, Split::Train, 8, 16).unwrap();
+    let indices = [1_000_000, 3, 2, 1 << 40, 3, u64::MAX];
+    let of = |batches: &Batches| indices.map(|i| batches.window(i).unwrap());
+    assert_eq!(of(&batches), of(&again));
+    assert_ne!(of(&batches), of(&other_seed));
+    // From several threads at once, as ranks do.
+    let expected = of(&batches);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| assert_eq!(of(&batches), expected));
+        }
+    });
+    let distinct: BTreeSet<_> = (0..batches.n_windows()).map(|i| batches.window(i).unwrap()).collect();
+    assert!(distinct.len() as u64 > batches.n_windows() / 2);
+}
+
+#[test]
+fn a_split_smaller_than_a_window_is_named() {
+    let (_store, dataset) = dataset();
+    let n_tokens = dataset.info().validation.n_tokens;
+    let error = Batches::new(&dataset, Split::Validation, 0, n_tokens as usize).unwrap_err();
+    assert!(matches!(error, Error::TooSmall { .. }), "{error:?}");
+    let text = error.to_string();
+    assert!(
+        text.contains("speeches") && text.contains("validation") && text.contains(&n_tokens.to_string()),
+        "{text}"
+    );
+    assert!(matches!(dataset.tokens(Split::Validation, 0..n_tokens + 1), Err(Error::OutOfRange { .. })));
+    #[allow(clippy::reversed_empty_ranges)]
+    let backwards = dataset.tokens(Split::Validation, 5..2);
+    assert!(matches!(backwards, Err(Error::OutOfRange { .. })));
+}
