@@ -63,7 +63,7 @@ fn special_tokens_cannot_be_put_together_from_parts() {
     assert_eq!(tokenizer.decode(&ids), r#"<|im_end|>[{"<|im_end|>": "<|endoftext|>"}]"#);
 }
 
-/// Expected texts are those of `apply_chat_template` in transformers 5.23 with Jinja2 3.1.6.
+/// Expected texts are those of transformers 5.23 with Jinja2 3.1.6, but for the clock, which it always has.
 #[test]
 fn renders_like_transformers() {
     let messages = [json!({"role": "user", "content": " hi ", "n": 1, "f": 1.5, "none": null, "yes": true,
