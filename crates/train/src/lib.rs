@@ -1,1 +1,30 @@
-//! The training loop: schedule, optimizer, checkpoints, exact resume.
+//! The training loop: from a dataset and a plan to a published model.
+//!
+//! What this is: steps of AdamW over micro-batches whose gradients are summed in one fixed tree, checkpoints, exact
+//! resume, evaluation on held-out documents, metrics and samples as it learns.
+//! What this is not: it knows no HTTP and no engine; a trained model meets the engine as files.
+//!
+//! Where to start: [`Plan`] determines a run; [`run`] carries it out; `rank.rs` is the step loop.
+//!
+//! Invariant: the weights after step k are a pure function of the plan and the dataset. Killing the run, resuming it,
+//! and the numbers of ranks and threads change no bit (held by `tests/exact.rs`).
+#![forbid(unsafe_code)]
+
+mod checkpoint;
+mod curve;
+mod error;
+mod event;
+mod metrics_log;
+mod plan;
+mod rank;
+mod run;
+mod sample;
+mod schedule;
+
+pub use curve::Curve;
+pub use error::{Error, Result};
+pub use event::{Event, Started, Step};
+pub use metrics_log::read_metrics;
+pub use plan::{AdamW, CheckpointPolicy, Evaluate, PLAN_VERSION, Plan, Sample};
+pub use run::{Context, Outcome, create, read_plan, run};
+pub use schedule::{Decay, Schedule};

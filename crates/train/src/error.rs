@@ -1,0 +1,52 @@
+/// Why a run could not begin, go on or end.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("the plan is not valid JSON of the expected fields")]
+    PlanJson(#[source] serde_json::Error),
+    #[error("the plan has version {found}; this build reads up to {}", crate::plan::PLAN_VERSION)]
+    PlanVersion { found: u64 },
+    #[error("plan: {field} {must}")]
+    PlanField { field: &'static str, must: &'static str },
+    #[error(
+        "the run {run} was planned with another {field}; resume it unchanged or start a run of another name"
+    )]
+    PlanChanged { run: String, field: String },
+    #[error(
+        "{micro_batches} micro-batches a step cannot be shared by {n_ranks} ranks: a power of two that divides them"
+    )]
+    Ranks { n_ranks: usize, micro_batches: usize },
+    #[error("the run {run} does not exist")]
+    NoRun { run: String },
+    #[error(
+        "the dataset {name} is not the one that the run was planned with (sha256 {found}, planned {planned})"
+    )]
+    DatasetChanged { name: String, found: String, planned: String },
+    #[error("the model has {model} token ids where the dataset's tokenizer has {dataset}")]
+    Vocabulary { model: usize, dataset: usize },
+    #[error(
+        "the loss of step {step} is not a number (micro-batch {micro_batch}, rows {rows:?} of the data's order)"
+    )]
+    NotANumber { step: u64, micro_batch: usize, rows: std::ops::Range<u64> },
+    #[error("checkpoint {prefix}: {what}")]
+    Checkpoint { prefix: String, what: String },
+    #[error("no checkpoint of run {run} could be read")]
+    NoCheckpoint {
+        run: String,
+        #[source]
+        last: Box<Error>,
+    },
+    #[error("rank {rank} panicked")]
+    RankPanicked { rank: usize },
+    #[error(transparent)]
+    Config(#[from] model::ConfigError),
+    #[error(transparent)]
+    Model(#[from] model::Error),
+    #[error(transparent)]
+    Comm(#[from] comm::CommError),
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    #[error(transparent)]
+    Data(#[from] data::Error),
+}
+
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,132 @@
+//! What a run reports while it goes on. One definition is the line in the metrics log, the line a job
+//! writes for whoever watches it, and what the terminal view and the console draw.
+
+use serde::{Deserialize, Serialize};
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// The run begins, or goes on from the checkpoint of `step`.
+    Started(Started),
+    Step(Step),
+    /// Loss on whole held-out documents.
+    Eval {
+        step: u64,
+        nats_per_token: f64,
+        bits_per_byte: f64,
+    },
+    /// A continuation written by the model as it is now.
+    Sample {
+        step: u64,
+        text: String,
+    },
+    /// A checkpoint of `step` is published; `seconds` is how long training stood still for it.
+    Checkpoint {
+        step: u64,
+        bytes: u64,
+        seconds: f64,
+    },
+    /// A checkpoint could not be read; the one before it is tried.
+    CheckpointRefused {
+        step: u64,
+        why: String,
+    },
+    /// A checkpoint could not be written; training goes on.
+    CheckpointFailed {
+        step: u64,
+        why: String,
+    },
+    /// Metrics or a sample could not be written; training goes on.
+    MetricsFailed {
+        step: u64,
+        why: String,
+    },
+    /// Stopped on request with everything up to `step` in a checkpoint.
+    Interrupted {
+        step: u64,
+    },
+    /// All steps are done; `model` is the name it was published under.
+    Finished {
+        step: u64,
+        model: Option<String>,
+    },
+}
+
+/// What a run says of itself when it starts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Started {
+    pub run: String,
+    /// Steps finished before.
+    pub step: u64,
+    pub n_steps: u64,
+    pub n_params: u64,
+    /// Floating-point operations of the model itself for one token, forward and backward.
+    pub flops_per_token: f64,
+    /// What this machine can do at most, measured: floating-point operations a second.
+    pub peak_flops: f64,
+    pub n_ranks: u64,
+}
+
+/// One optimizer step. `step` counts finished steps: the first is 1.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Step {
+    pub step: u64,
+    /// Mean cross-entropy of the step's tokens, in nats.
+    pub loss: f64,
+    pub lr: f32,
+    /// Norm of the mean gradient before clipping.
+    pub grad_norm: f64,
+    /// Tokens trained on since the run began.
+    pub tokens: u64,
+    pub tokens_per_second: f64,
+    /// Time the step waited for its data.
+    pub data_seconds: f64,
+    /// Seconds of training since the run began, without the time it was stopped.
+    pub elapsed_seconds: f64,
+}
+
+impl Event {
+    /// The step that the event speaks of.
+    pub fn step(&self) -> u64 {
+        match self {
+            Event::Step(s) => s.step,
+            Event::Started(s) => s.step,
+            Event::Eval { step, .. }
+            | Event::Sample { step, .. }
+            | Event::Checkpoint { step, .. }
+            | Event::CheckpointRefused { step, .. }
+            | Event::CheckpointFailed { step, .. }
+            | Event::MetricsFailed { step, .. }
+            | Event::Interrupted { step }
+            | Event::Finished { step, .. } => *step,
+        }
+    }
+
+    /// The event as one line of JSON, without the line end.
+    pub fn to_line(&self) -> String {
+        serde_json::to_string(self).unwrap_or_else(|e| panic!("an event is plain data: {e}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_reads_back() {
+        let step = Step {
+            step: 3,
+            loss: 2.5,
+            lr: 1e-3,
+            grad_norm: 0.7,
+            tokens: 4096,
+            tokens_per_second: 100.0,
+            data_seconds: 0.0,
+            elapsed_seconds: 1.5,
+        };
+        let event = Event::Step(step);
+        let line = event.to_line();
+        assert!(line.starts_with(r#"{"event":"step","step":3,"loss":2.5"#), "{line}");
+        assert_eq!(serde_json::from_str::<Event>(&line).unwrap(), event);
+    }
+}

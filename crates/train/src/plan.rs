@@ -1,0 +1,156 @@
+//! The plan of a run: everything that determines its result, written into the run before the first step.
+//!
+//! Two runs of the same plan on the same data give the same weights, bit for bit, whatever the number of ranks and
+//! threads and however often they were killed. What may differ between two starts of one run (threads, ranks, the
+//! place of the store) is therefore not part of the plan.
+
+use model::Config;
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result, Schedule};
+
+/// The newest layout of `plan.json` that this build understands.
+pub const PLAN_VERSION: u64 = 1;
+
+/// The most tokens one micro-batch may hold. 2^20 tokens * 1 KiB of activations and more a token: GiBs.
+const MICRO_BATCH_TOKENS_MAX: usize = 1 << 20;
+const MICRO_BATCHES_MAX: usize = 1 << 16;
+
+/// What is trained, on what, and how.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    pub version: u64,
+    /// Name of the dataset in the store.
+    pub dataset: String,
+    /// The dataset's identity: the sha256 of all that its bytes depend on. A run never goes on with other data.
+    pub dataset_sha256: String,
+    /// Name to publish the finished model under.
+    pub publish: Option<String>,
+    /// The model's shape: a Hugging Face `config.json`.
+    pub model: serde_json::Value,
+    /// t, tokens in a row.
+    pub context: usize,
+    /// b, rows in a micro-batch: what one rank computes at once.
+    pub rows: usize,
+    /// Micro-batches in a step; their gradients are summed in a fixed tree.
+    pub micro_batches: usize,
+    pub steps: u64,
+    pub schedule: Schedule,
+    pub adamw: AdamW,
+    /// The mean gradient is scaled down to this norm.
+    pub clip_norm: f32,
+    pub seed: u64,
+    /// Round the operands of matrix products to bf16 (sums stay f32). Only worth it where the CPU has such products.
+    pub bf16: bool,
+    pub evaluate: Evaluate,
+    pub checkpoint: CheckpointPolicy,
+    pub sample: Sample,
+}
+
+/// Loshchilov and Hutter 2019, "Decoupled weight decay regularization".
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdamW {
+    pub beta1: f32,
+    pub beta2: f32,
+    pub epsilon: f32,
+    /// Applied to matrices, not to norms.
+    pub weight_decay: f32,
+}
+
+/// When held-out documents are looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Evaluate {
+    pub every_steps: u64,
+    /// How many rows of validation text; the whole split when it has fewer.
+    pub rows_max: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointPolicy {
+    pub every_steps: u64,
+    /// The newest so many are kept.
+    pub keep: usize,
+}
+
+/// What the model is asked to continue as it learns.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sample {
+    pub every_steps: u64,
+    pub prompt: String,
+    pub n_tokens: usize,
+}
+
+impl Plan {
+    /// Reads a plan as it stands in a run.
+    pub fn from_json(bytes: &[u8]) -> Result<Plan> {
+        let plan: Plan = serde_json::from_slice(bytes).map_err(Error::PlanJson)?;
+        if plan.version > PLAN_VERSION {
+            return Err(Error::PlanVersion { found: plan.version });
+        }
+        plan.check()?;
+        Ok(plan)
+    }
+
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec_pretty(self).unwrap_or_else(|e| panic!("a plan is plain data: {e}"))
+    }
+
+    /// The model's shape, checked.
+    pub fn config(&self) -> Result<Config> {
+        Ok(Config::from_json(self.model.to_string().as_bytes())?)
+    }
+
+    pub fn tokens_per_step(&self) -> usize {
+        self.context * self.rows * self.micro_batches
+    }
+
+    /// Refuses a plan that cannot be run, naming the field.
+    pub fn check(&self) -> Result<()> {
+        let config = self.config()?;
+        let finite = |x: f32| x.is_finite() && x >= 0.0;
+        check(self.context >= 1, "context", "must be at least 1")?;
+        check(
+            self.context <= config.context_max,
+            "context",
+            "must not exceed the model's max_position_embeddings",
+        )?;
+        let tokens = self.context.checked_mul(self.rows);
+        let fits = self.rows >= 1 && tokens.is_some_and(|n| n <= MICRO_BATCH_TOKENS_MAX);
+        check(fits, "rows", "must be at least 1, and rows * context at most 2^20")?;
+        let micro_batches = 1..=MICRO_BATCHES_MAX;
+        check(micro_batches.contains(&self.micro_batches), "micro_batches", "must be 1 to 65536")?;
+        check(self.steps >= 1, "steps", "must be at least 1")?;
+        check(finite(self.schedule.lr_peak), "schedule.lr_peak", "must be a number, 0 or more")?;
+        let share = self.schedule.lr_final_share;
+        check(finite(share) && share <= 1.0, "schedule.lr_final_share", "must be 0 to 1")?;
+        check((0.0..1.0).contains(&self.adamw.beta1), "adamw.beta1", "must be in [0, 1)")?;
+        check((0.0..1.0).contains(&self.adamw.beta2), "adamw.beta2", "must be in [0, 1)")?;
+        check(
+            finite(self.adamw.epsilon) && self.adamw.epsilon > 0.0,
+            "adamw.epsilon",
+            "must be more than 0",
+        )?;
+        check(finite(self.adamw.weight_decay), "adamw.weight_decay", "must be a number, 0 or more")?;
+        check(finite(self.clip_norm) && self.clip_norm > 0.0, "clip_norm", "must be more than 0")?;
+        check(self.evaluate.every_steps >= 1, "evaluate.every_steps", "must be at least 1")?;
+        check(self.evaluate.rows_max >= 1, "evaluate.rows_max", "must be at least 1")?;
+        check(self.checkpoint.every_steps >= 1, "checkpoint.every_steps", "must be at least 1")?;
+        check(self.checkpoint.keep >= 1, "checkpoint.keep", "must be at least 1")?;
+        check(self.sample.every_steps >= 1, "sample.every_steps", "must be at least 1")
+    }
+
+    /// Refuses ranks among which the step's micro-batches cannot be shared evenly.
+    pub fn check_ranks(&self, n_ranks: usize) -> Result<()> {
+        let even = n_ranks.is_power_of_two() && self.micro_batches.is_multiple_of(n_ranks);
+        if even { Ok(()) } else { Err(Error::Ranks { n_ranks, micro_batches: self.micro_batches }) }
+    }
+}
+
+fn check(holds: bool, field: &'static str, must: &'static str) -> Result<()> {
+    if holds { Ok(()) } else { Err(Error::PlanField { field, must }) }
+}

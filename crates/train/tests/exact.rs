@@ -1,0 +1,193 @@
+//! The promise of exactness: the same bits on 1, 2 and 4 ranks, on any number of threads, stopped and resumed or not,
+//! with a damaged checkpoint in between. (A real kill −9 of a real process: `crates/loquat/tests`.)
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use data::{Dataset, IngestPlan, TokenizerSource};
+use store::{Bundle, Store};
+use train::{
+    AdamW, CheckpointPolicy, Context, Decay, Error, Evaluate, Event, Outcome, PLAN_VERSION, Plan, Sample,
+    Schedule,
+};
+
+const STEPS: u64 = 6;
+
+/// A store with a small dataset of real text, and a plan for it.
+fn prepared() -> (Arc<dyn Store>, Plan) {
+    let store = store::open("mem:").unwrap();
+    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/text");
+    let mut ingest = IngestPlan::new("speeches", vec![text], TokenizerSource::Train { vocab_size: 320 });
+    ingest.validation_fraction = 0.2;
+    data::ingest(&ingest, &store, &mut |_| {}).unwrap();
+    let dataset = Dataset::open(&store, "speeches").unwrap();
+    let model = serde_json::json!({
+        "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": dataset.info().vocab_size,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": true, "max_position_embeddings": 32,
+    });
+    let plan = Plan {
+        version: PLAN_VERSION,
+        dataset: "speeches".into(),
+        dataset_sha256: dataset.info().plan_sha256.clone(),
+        publish: Some("tiny".into()),
+        model,
+        context: 32,
+        rows: 2,
+        micro_batches: 8,
+        steps: STEPS,
+        schedule: Schedule { decay: Decay::Cosine, lr_peak: 1e-2, lr_final_share: 0.1, warmup_steps: 2 },
+        adamw: AdamW { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 },
+        clip_norm: 1.0,
+        seed: 3,
+        bf16: false,
+        evaluate: Evaluate { every_steps: 3, rows_max: 5 },
+        checkpoint: CheckpointPolicy { every_steps: 2, keep: 2 },
+        sample: Sample { every_steps: 6, prompt: "Fellow citizens".into(), n_tokens: 8 },
+    };
+    (store, plan)
+}
+
+/// Carries `run` out on so many ranks; stops it after step `stop_after` if that is `Some`.
+fn carry_out(
+    store: &Arc<dyn Store>,
+    run: &str,
+    [n_ranks, n_threads]: [usize; 2],
+    stop_after: Option<u64>,
+) -> (Outcome, Vec<Event>) {
+    let stop = AtomicBool::new(false);
+    let context = Context {
+        store: store.clone(),
+        run: run.into(),
+        n_ranks,
+        n_threads,
+        peak_flops: 1.0,
+        stop: &stop,
+        seconds: &|| 0.0,
+    };
+    let mut events = Vec::new();
+    let outcome = train::run(&context, &mut |event| {
+        if matches!(event, Event::Step(s) if Some(s.step) == stop_after) {
+            stop.store(true, Ordering::Relaxed);
+        }
+        events.push(event.clone());
+    });
+    (outcome.unwrap(), events)
+}
+
+/// The published weights, and the losses that the metrics log holds.
+fn results(store: &Arc<dyn Store>, run: &str) -> (Vec<u8>, Vec<(u64, u64)>) {
+    let weights = Bundle::open(store, "models/tiny").unwrap().unwrap().read("model.safetensors").unwrap();
+    let losses = train::read_metrics(store.as_ref(), run).unwrap();
+    let losses = losses.iter().filter_map(|event| match event {
+        Event::Step(s) => Some((s.step, s.loss.to_bits())),
+        _ => None,
+    });
+    (weights, losses.collect())
+}
+
+fn whole_run(
+    store: &Arc<dyn Store>,
+    plan: &Plan,
+    run: &str,
+    layout: [usize; 2],
+) -> (Vec<u8>, Vec<(u64, u64)>) {
+    train::create(store, run, plan).unwrap();
+    assert_eq!(carry_out(store, run, layout, None).0, Outcome::Finished);
+    results(store, run)
+}
+
+#[test]
+fn ranks_and_threads_change_no_bit() {
+    let (store, plan) = prepared();
+    let one = whole_run(&store, &plan, "one", [1, 1]);
+    assert_eq!(one.1.iter().map(|l| l.0).collect::<Vec<_>>(), (1..=STEPS).collect::<Vec<_>>());
+    let first = f64::from_bits(one.1[0].1);
+    let last = f64::from_bits(one.1[STEPS as usize - 1].1);
+    assert!(last < first - 0.3, "nothing was learned: {first} then {last}");
+    for (n_ranks, n_threads) in [(1, 3), (2, 2), (4, 4), (8, 2)] {
+        let run = format!("on-{n_ranks}-{n_threads}");
+        assert!(
+            whole_run(&store, &plan, &run, [n_ranks, n_threads]) == one,
+            "{n_ranks} ranks, {n_threads} threads"
+        );
+    }
+    let other = Plan { seed: 4, ..plan };
+    assert!(
+        whole_run(&store, &other, "other-seed", [1, 1]) != one,
+        "the comparison sees no difference at all"
+    );
+}
+
+#[test]
+fn stopped_and_resumed_on_other_ranks_changes_no_bit() {
+    let (store, plan) = prepared();
+    let uninterrupted = whole_run(&store, &plan, "whole", [1, 1]);
+    train::create(&store, "parts", &plan).unwrap();
+    assert_eq!(carry_out(&store, "parts", [4, 4], Some(1)).0, Outcome::Interrupted);
+    assert_eq!(carry_out(&store, "parts", [2, 2], Some(4)).0, Outcome::Interrupted);
+    let (outcome, events) = carry_out(&store, "parts", [8, 1], None);
+    assert_eq!(outcome, Outcome::Finished);
+    assert!(matches!(&events[0], Event::Started(s) if s.step == 4), "{:?}", events[0]);
+    assert!(results(&store, "parts") == uninterrupted);
+}
+
+#[test]
+fn a_damaged_checkpoint_falls_back_to_the_one_before() {
+    let (store, plan) = prepared();
+    let uninterrupted = whole_run(&store, &plan, "whole", [1, 1]);
+    train::create(&store, "hurt", &plan).unwrap();
+    carry_out(&store, "hurt", [1, 1], Some(4));
+    let newest = store.list("runs/hurt/checkpoints/00000004").unwrap();
+    let victim = newest.iter().find(|o| o.name.as_str().ends_with("params.f32")).unwrap();
+    let mut bytes = store.get(&victim.name).unwrap();
+    bytes[1000] ^= 1;
+    store.put(&victim.name, &bytes).unwrap();
+    let (_, events) = carry_out(&store, "hurt", [1, 1], None);
+    assert!(events.iter().any(|e| matches!(e, Event::CheckpointRefused { step: 4, .. })), "{events:?}");
+    assert!(results(&store, "hurt") == uninterrupted);
+
+    // With no checkpoint left that can be read, the run says so instead of starting over.
+    for object in store.list("runs/hurt/checkpoints").unwrap() {
+        if object.name.as_str().ends_with("adam_v.f32") {
+            store.put(&object.name, b"short").unwrap();
+        }
+    }
+    let stop = AtomicBool::new(false);
+    let run = "hurt".to_owned();
+    let seconds = || 0.0;
+    let context =
+        Context { store, run, n_ranks: 1, n_threads: 1, peak_flops: 1.0, stop: &stop, seconds: &seconds };
+    assert!(matches!(train::run(&context, &mut |_| {}), Err(Error::NoCheckpoint { .. })));
+}
+
+#[test]
+fn a_changed_plan_and_other_data_are_refused_by_name() {
+    let (store, plan) = prepared();
+    train::create(&store, "fixed", &plan).unwrap();
+    train::create(&store, "fixed", &plan).unwrap();
+    let mut changed = plan.clone();
+    changed.schedule.lr_peak = 0.5;
+    let error = train::create(&store, "fixed", &changed).unwrap_err();
+    assert!(error.to_string().contains("schedule.lr_peak"), "{error}");
+
+    let moved = Plan { dataset_sha256: "00".into(), ..plan.clone() };
+    train::create(&store, "moved", &moved).unwrap();
+    let stop = AtomicBool::new(false);
+    let seconds = || 0.0;
+    let context = |run: &str, n_ranks| Context {
+        store: store.clone(),
+        run: run.to_owned(),
+        n_ranks,
+        n_threads: 1,
+        peak_flops: 1.0,
+        stop: &stop,
+        seconds: &seconds,
+    };
+    assert!(matches!(train::run(&context("moved", 1), &mut |_| {}), Err(Error::DatasetChanged { .. })));
+    assert!(matches!(train::run(&context("fixed", 3), &mut |_| {}), Err(Error::Ranks { .. })));
+    assert!(matches!(train::run(&context("absent", 1), &mut |_| {}), Err(Error::NoRun { .. })));
+    let bad = Plan { rows: 0, ..plan };
+    assert!(train::create(&store, "bad", &bad).unwrap_err().to_string().contains("rows"));
+}
