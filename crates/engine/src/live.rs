@@ -23,6 +23,7 @@ pub(crate) struct Live {
     last_token: Option<Instant>,
     /// Of `usage.completion`, what the metrics know already.
     n_noted: usize,
+    is_prompt_noted: bool,
 }
 
 /// What a step brought a sequence.
@@ -48,6 +49,7 @@ impl Live {
             first_token: None,
             last_token: None,
             n_noted: 0,
+            is_prompt_noted: false,
         }
     }
 
@@ -161,22 +163,30 @@ impl Live {
     }
 
     /// Brings metrics and statistics up to date after a step whose logits were ready at `computed`.
-    pub(crate) fn note_progress(&mut self, metrics: &EngineMetrics, stats: &mut Stats, computed: Instant) {
+    pub(crate) fn note_progress(
+        &mut self,
+        row: &PlanRow,
+        metrics: &EngineMetrics,
+        stats: &mut Stats,
+        computed: Instant,
+    ) {
+        if row.catches_up && !self.is_prompt_noted {
+            self.is_prompt_noted = true;
+            metrics.prompt_done(self.usage.prompt, self.usage.cached);
+            stats.prompt_tokens += self.usage.prompt as u64;
+        }
         if self.n_noted == self.usage.completion {
             return;
         }
-        match self.last_token {
+        self.n_noted += 1;
+        stats.generation_tokens += 1;
+        match self.last_token.replace(computed) {
+            Some(last_token) => metrics.token_gap(computed - last_token),
             None => {
-                metrics.prompt_done(self.usage.prompt, self.usage.cached);
                 metrics.first_token(computed - self.submitted);
-                stats.prompt_tokens += self.usage.prompt as u64;
                 self.first_token = Some(computed);
             }
-            Some(last_token) => metrics.token_gap(computed - last_token),
         }
-        self.last_token = Some(computed);
-        stats.generation_tokens += (self.usage.completion - self.n_noted) as u64;
-        self.n_noted = self.usage.completion;
     }
 
     /// Sends the last event and tells the metrics.

@@ -40,7 +40,7 @@ pub(crate) enum SampleError {
 /// How often each token occurred in a sequence; empty while no penalty asks for it.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct TokenCounts {
-    generated: HashMap<TokenId, Occurrence>,
+    by_id: HashMap<TokenId, Occurrence>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -53,14 +53,14 @@ impl TokenCounts {
     pub(crate) fn new(sampling: &Sampling, prompt: &[TokenId]) -> TokenCounts {
         let mut counts = TokenCounts::default();
         if sampling.repetition_penalty != 1.0 {
-            prompt.iter().for_each(|&id| counts.generated.entry(id).or_default().in_prompt = true);
+            prompt.iter().for_each(|&id| counts.by_id.entry(id).or_default().in_prompt = true);
         }
         counts
     }
 
     pub(crate) fn add(&mut self, sampling: &Sampling, id: TokenId) {
         if has_penalties(sampling) {
-            self.generated.entry(id).or_default().n_generated += 1;
+            self.by_id.entry(id).or_default().n_generated += 1;
         }
     }
 }
@@ -148,7 +148,7 @@ fn adjust(adjusted_v: &mut Vec<f32>, draw: &Draw) {
     for &(id, bias) in &sampling.logit_bias {
         adjusted_v[id as usize] += bias;
     }
-    for (&id, occurrence) in &draw.counts.generated {
+    for (&id, occurrence) in &draw.counts.by_id {
         let logit = &mut adjusted_v[id as usize];
         // Keskar et al., "CTRL", 2019: towards less likely on either side of 0.
         let factor = sampling.repetition_penalty;

@@ -19,15 +19,14 @@ use crate::blocks::{BlockId, BlockPool};
 use crate::request::TokenId;
 use crate::sequence::{Sequence, SequenceId};
 
-/// Rows of logits a prompt may ask for in one step: 32 * 49,152 ids * 4 B = 6 MiB.
-const PROMPT_LOGITS_PER_STEP: usize = 32;
-
 #[derive(Clone, Debug)]
 pub(crate) struct Limits {
     pub(crate) n_blocks: usize,
     pub(crate) block_tokens: usize,
     pub(crate) max_running: usize,
     pub(crate) max_batch_tokens: usize,
+    /// Rows of logits that prompts may ask for in one step.
+    pub(crate) max_prompt_logits: usize,
     pub(crate) prefix_cache: bool,
 }
 
@@ -75,11 +74,13 @@ pub(crate) struct Admission {
 /// What is left to give away while a plan is made.
 struct Budget {
     n_tokens: usize,
+    n_prompt_logits: usize,
 }
 
 impl Scheduler {
     pub(crate) fn new(limits: Limits) -> Scheduler {
         assert!(limits.max_batch_tokens >= limits.max_running, "a step cannot hold every decode");
+        assert!(limits.max_prompt_logits > 0, "prompts would wait for ever for their logits");
         let pool = BlockPool::new(limits.n_blocks);
         Scheduler { limits, pool, sequences: HashMap::new(), waiting: VecDeque::new(), running: Vec::new() }
     }
@@ -136,7 +137,7 @@ impl Scheduler {
         self.plan_decodes(&mut plan);
         let left = self.limits.max_batch_tokens - plan.n_decodes;
         let n_tokens = if plan.n_decodes == 0 { left } else { left.min(max_prefill_beside_decode) };
-        let mut budget = Budget { n_tokens };
+        let mut budget = Budget { n_tokens, n_prompt_logits: self.limits.max_prompt_logits };
         self.plan_prefills(&mut plan, &mut budget);
         // Whoever was preempted just now must not come straight back.
         if plan.preempted.is_empty() {
@@ -192,16 +193,19 @@ impl Scheduler {
 
     fn plan_prefills(&mut self, plan: &mut Plan, budget: &mut Budget) {
         for &id in &self.running {
-            let n_pending = self.sequences[&id].n_pending();
-            if n_pending > 1 && budget.n_tokens > 0 {
-                plan.rows.push(self.prefill_row(id, budget));
+            let is_planned = self.sequences[&id].n_pending() == 1;
+            let n_tokens = self.share(id, budget);
+            if !is_planned && n_tokens > 0 {
+                plan.rows.push(self.prefill_row(id, n_tokens, budget));
             }
         }
     }
 
     fn admit(&mut self, plan: &mut Plan, budget: &mut Budget) {
-        while budget.n_tokens > 0 && self.running.len() < self.limits.max_running {
-            let Some(&id) = self.waiting.front() else { break };
+        while let Some(&id) = self.waiting.front() {
+            if self.running.len() == self.limits.max_running || self.share(id, budget) == 0 {
+                break;
+            }
             let cached = self.cached_prefix(id);
             if !self.has_room(id, &cached) {
                 break;
@@ -209,7 +213,8 @@ impl Scheduler {
             self.waiting.pop_front();
             self.running.push(id);
             self.start(id, cached, plan);
-            plan.rows.push(self.prefill_row(id, budget));
+            let n_tokens = self.share(id, budget);
+            plan.rows.push(self.prefill_row(id, n_tokens, budget));
         }
     }
 
@@ -283,13 +288,18 @@ impl Scheduler {
         blocks.into_iter().rev().for_each(|block| self.pool.release(block));
     }
 
-    fn prefill_row(&self, id: SequenceId, budget: &mut Budget) -> PlanRow {
+    /// Pending tokens of a sequence that the budget has room for.
+    fn share(&self, id: SequenceId, budget: &Budget) -> usize {
         let sequence = &self.sequences[&id];
-        let mut n_tokens = sequence.n_pending().min(budget.n_tokens);
-        if wants_prompt_logits(sequence) {
-            n_tokens = n_tokens.min(PROMPT_LOGITS_PER_STEP);
-        }
+        let n_tokens = sequence.n_pending().min(budget.n_tokens);
+        if wants_prompt_logits(sequence) { n_tokens.min(budget.n_prompt_logits) } else { n_tokens }
+    }
+
+    fn prefill_row(&self, id: SequenceId, n_tokens: usize, budget: &mut Budget) -> PlanRow {
         budget.n_tokens -= n_tokens;
+        if wants_prompt_logits(&self.sequences[&id]) {
+            budget.n_prompt_logits -= n_tokens;
+        }
         self.row(id, n_tokens)
     }
 

@@ -90,6 +90,7 @@ impl Simulation {
             block_tokens: 1 + dice.below(5),
             max_running,
             max_batch_tokens: max_running + dice.below(20),
+            max_prompt_logits: 1 + dice.below(4),
             prefix_cache: !dice.one_in(3),
         };
         Simulation {
@@ -210,6 +211,8 @@ impl Simulation {
         let (decodes, prefills) = plan.rows.split_at(plan.n_decodes);
         let n_prefill: usize = prefills.iter().map(|row| row.n_tokens).sum();
         assert!(decodes.is_empty() || n_prefill <= max_prefill_beside_decode);
+        let n_logits: usize = prefills.iter().map(|row| row.n_logits).sum();
+        assert!(n_logits <= self.limits.max_prompt_logits + prefills.len());
         // No stream waits for a prompt: whoever runs and has one token to go has a row.
         for &id in self.scheduler.running() {
             assert!(self.scheduler.n_pending(id) != 1 || ids.contains(&id), "{id:?} was left out");

@@ -19,6 +19,9 @@ use crate::sampler::Sampler;
 use crate::scheduler::{Limits, Plan, PlanRow, Scheduler};
 use crate::sequence::{Sequence, SequenceId};
 
+/// Rows of logits that scored prompts get in one step: 128 * 49,152 ids * 4 B = 24 MiB.
+const PROMPT_LOGITS_PER_STEP: usize = 128;
+
 pub(crate) struct Worker {
     shared: Arc<Shared>,
     limits: EngineLimits,
@@ -65,6 +68,7 @@ impl Worker {
             block_tokens: runner.block_tokens(),
             max_running: limits.max_running,
             max_batch_tokens: limits.max_batch_tokens,
+            max_prompt_logits: PROMPT_LOGITS_PER_STEP,
             prefix_cache: limits.prefix_cache,
         });
         metrics.set_cache_config(runner.block_tokens(), runner.n_blocks(), limits.prefix_cache);
@@ -209,7 +213,7 @@ impl Worker {
         });
         let mut ended = Vec::new();
         for Turn { live, row, progress, .. } in turns {
-            live.note_progress(&self.metrics, &mut self.stats, computed);
+            live.note_progress(row, &self.metrics, &mut self.stats, computed);
             progress.token.into_iter().for_each(|token| self.scheduler.push_token(row.id, token));
             ended.extend(progress.end.map(|reason| (row.id, reason)));
         }

@@ -275,6 +275,18 @@ fn draining_finishes_what_runs_and_refuses_what_comes() {
 }
 
 #[test]
+fn a_step_that_does_not_return_shows_as_a_stall() {
+    let (permit, runner) = gated(fake());
+    let step_time_max = Duration::from_millis(20);
+    let engine = start(runner, EngineLimits { step_time_max, ..EngineLimits::default() });
+    let stream = engine.submit(request(&[1], 1)).unwrap();
+    eventually("the stall is seen", || matches!(engine.health(), Health::Stalled(_)));
+    permit.send(()).unwrap();
+    collect(stream);
+    eventually("it is over", || engine.health() == Health::Ready);
+}
+
+#[test]
 fn stopping_cancels_what_runs() {
     let engine = start(fake(), EngineLimits::default());
     let streams: Vec<_> = (0..5).map(|i| engine.submit(request(&[i], 250)).unwrap()).collect();
