@@ -14,6 +14,26 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// A file could not be written.
+    #[error("cannot write {}", path.display())]
+    Write {
+        /// The file or directory.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A safetensors file or its index says something that cannot be true.
+    #[error("{file}: {problem}")]
+    Safetensors {
+        /// Which file of the model's directory.
+        file: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The configuration is not one of a model that can be computed here.
+    #[error(transparent)]
+    Config(#[from] crate::ConfigError),
     /// A GGUF file says something that cannot be true, or that is not supported.
     #[error("gguf: {field}: {problem}")]
     Gguf {

@@ -11,6 +11,7 @@
 mod config;
 mod error;
 pub mod gguf;
+pub mod hf;
 mod infer;
 mod params;
 mod step;

@@ -6,8 +6,9 @@
 use std::ops::Range;
 
 use tensor::Buf;
+use tensor::packed::WeightKind;
 
-use crate::Config;
+use crate::{Config, Result, WeightTensor, Weights};
 
 /// One tensor's place in the flat vector.
 #[derive(Clone, Debug, PartialEq)]
@@ -116,6 +117,30 @@ impl ParamTable {
             }
         }
         params
+    }
+
+    /// The parameters as named tensors, stored as f32 or rounded to `kind`.
+    ///
+    /// # Panics
+    /// If `config` is not the one the table was made of, or `params` has another length.
+    pub fn to_weights(&self, config: &Config, params: &[f32], kind: WeightKind) -> Weights {
+        assert_eq!(params.len(), self.n_params());
+        assert_eq!(config.n_params(), self.n_params());
+        let tensor = |spec: &ParamSpec| {
+            let bytes = kind.quantize(&params[spec.range.clone()]);
+            (spec.name.clone(), WeightTensor { kind, dims: spec.dims.clone(), bytes })
+        };
+        Weights { config: config.clone(), tensors: self.specs.iter().map(tensor).collect() }
+    }
+
+    /// Named tensors, widened to f32, as one vector. Tensors that have no place in it are dropped.
+    pub fn from_weights(&self, mut weights: Weights) -> Result<Buf<f32>> {
+        let mut params = Buf::zeroed(self.n_params());
+        for spec in &self.specs {
+            let tensor = weights.take(&spec.name, &spec.dims)?;
+            tensor.kind.dequantize(&tensor.bytes, &mut params[spec.range.clone()]);
+        }
+        Ok(params)
     }
 }
 
