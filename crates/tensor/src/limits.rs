@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use crate::cpu::{Level, features};
-use crate::simd::{Simd, dispatch};
+use crate::simd::{MAX_LANES, Simd, dispatch};
 use crate::{Buf, Pool};
 
 /// Measured peaks of all threads of a pool together. A multiply-add counts as two operations.
@@ -32,7 +32,7 @@ const MEASURE_FOR: Duration = Duration::from_millis(80);
 const ROUNDS_PER_TASK: usize = 20_000;
 
 /// Bytes read to measure memory: more than the last-level cache of most processors.
-const MEMORY_BYTES: usize = 192 << 20;
+const MEMORY_BYTES: usize = 128 << 20;
 
 /// Bytes read to measure the last-level cache: more than the L2 of two cores, less than a 16 MiB L3.
 const CACHE_BYTES: usize = 6 << 20;
@@ -83,8 +83,7 @@ fn best_s(mut round: impl FnMut()) -> f64 {
     best.as_secs_f64()
 }
 
-/// Chains of operations that need nothing but registers; the compiler must not see that they are sums of equal
-/// terms, so one operand passes through `black_box` now and then. 12 chains cover the latency of two units (4 to 5 cycles each).
+/// Chains of operations that need nothing but registers: 12 cover the latency of two units (4 to 5 cycles each).
 #[inline(always)]
 fn chains<T: Copy>(mut sums: [T; 12], step: impl Fn(T) -> T) -> [T; 12] {
     for _ in 0..ROUNDS_PER_TASK {
@@ -98,24 +97,28 @@ fn chains<T: Copy>(mut sums: [T; 12], step: impl Fn(T) -> T) -> [T; 12] {
 #[inline(always)]
 fn chains_f32_simd<S: Simd>(s: S) -> f32 {
     let (a, b) = (s.splat(black_box(0.999)), s.splat(black_box(0.001)));
-    let sums = chains(
-        [s.splat(1.0); 12],
-        #[inline(always)]
-        |x| s.fma(a, x, b),
-    );
+    let sums = chains([s.splat(1.0); 12], |x| s.fma(a, x, b));
     sums.into_iter().map(|x| s.sum(x)).sum()
 }
 dispatch!(fn chains_f32() -> f32 = chains_f32_simd);
 
+/// 4 × 2 products a round, as in a tile. Their sum does not depend on the chain, so the operands are read anew each
+/// round (from L1): else the compiler would form the products once.
 #[inline(always)]
 fn chains_int16_simd<S: Simd>(s: S) -> f32 {
-    let (a, b) = (s.splat_h(black_box(3)), s.splat_h(black_box(-5)));
-    let sums = chains(
-        [s.splat_i(1); 12],
-        #[inline(always)]
-        |x| s.madd(x, a, b),
-    );
-    sums.into_iter().map(|x| s.sum(s.to_f(x))).sum()
+    let words = [3i16; 6 * 2 * MAX_LANES];
+    let mut sums = [[s.splat_i(1); 2]; 4];
+    for _ in 0..ROUNDS_PER_TASK {
+        let words = black_box(words.as_ptr());
+        // SAFETY: six registers of 2·LANES words, and LANES <= MAX_LANES.
+        let operand = |i: usize| unsafe { s.load_h_ptr(words.add(i * 2 * S::LANES)) };
+        let b = [operand(4), operand(5)];
+        for (i, sums) in sums.iter_mut().enumerate() {
+            let a = operand(i);
+            *sums = [s.madd(sums[0], a, b[0]), s.madd(sums[1], a, b[1])];
+        }
+    }
+    sums.into_iter().flatten().map(|x| s.sum(s.to_f(x))).sum()
 }
 dispatch!(fn chains_int16() -> f32 = chains_int16_simd);
 
@@ -126,11 +129,7 @@ fn chains_bf16() -> f32 {
         #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
         fn avx512_bf16(s: crate::simd::Avx512) -> f32 {
             let (a, b) = (s.splat(black_box(1.5)), s.splat(black_box(0.001)));
-            let sums = chains(
-                [s.splat(1.0); 12],
-                #[inline(always)]
-                |x| s.dot_bf16(a, b, x),
-            );
+            let sums = chains([s.splat(1.0); 12], |x| s.dot_bf16(a, b, x));
             sums.into_iter().map(|x| s.sum(x)).sum()
         }
         assert!(features().bf16);

@@ -205,23 +205,19 @@ fn pack_along_lanes<E: Element, const W: usize>(
     depths: &Range<usize>,
 ) {
     let n_depth = depths.len();
-    let n_whole = lanes.len() / W;
+    let rows = dst.as_chunks_mut::<W>().0;
     for start in (0..n_depth).step_by(8) {
         let end = n_depth.min(start + 8);
-        for panel_idx in 0..lanes.len().div_ceil(W) {
+        for (panel_idx, first) in lanes.clone().step_by(W).enumerate() {
+            let n_lanes = W.min(lanes.end - first);
             for depth in start..end {
-                let row = &mut dst[panel_idx * W * n_depth + depth * W..][..W];
-                let from = (depths.start + depth) * depth_stride + lanes.start + panel_idx * W;
-                if panel_idx < n_whole {
-                    let src = &src[from..from + W];
-                    for lane in 0..W {
-                        row[lane] = src[lane].widen();
-                    }
+                let row = &mut rows[panel_idx * n_depth + depth];
+                let src = &src[(depths.start + depth) * depth_stride + first..][..n_lanes];
+                // A length known to the compiler makes the copy two or three instructions.
+                if let Some(src) = src.first_chunk::<W>() {
+                    *row = src.map(E::widen);
                 } else {
-                    let n_lanes = lanes.len() - n_whole * W;
-                    for (lane, x) in row.iter_mut().enumerate() {
-                        *x = if lane < n_lanes { src[from + lane].widen() } else { 0.0 };
-                    }
+                    *row = std::array::from_fn(|lane| if lane < n_lanes { src[lane].widen() } else { 0.0 });
                 }
             }
         }
