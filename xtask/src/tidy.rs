@@ -17,7 +17,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("tensor", &[]),
     ("comm", &[]),
     ("model", &["tensor"]),
-    ("train", &["data", "model", "tensor", "comm", "store", "telemetry"]),
+    // The tokenizer: a run writes samples of text as it learns.
+    ("train", &["data", "model", "tensor", "comm", "store", "tokenizer"]),
     ("engine", &["model", "tensor", "telemetry"]),
     ("control", &["store", "telemetry"]),
     ("api", &["engine", "tokenizer", "control", "telemetry"]),

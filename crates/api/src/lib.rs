@@ -1,1 +1,46 @@
-//! The HTTP surface: OpenAI endpoints, keys, limits, the console's files.
+//! The HTTP surface: OpenAI's endpoints, keys, limits, the console's files.
+//!
+//! **What it is.** Text in, text out: JSON is checked, chats are laid out by the model's template, ids go to the
+//! engine, what comes back becomes text, chunk by chunk. Everything a client can get wrong is refused here, by name.
+//!
+//! **What it is not.** It knows no kernels and no scheduling, and it keeps no state: models, keys, runs and jobs are
+//! handed to it in [`AppState`].
+//!
+//! **Where to start.** `routes.rs` is the table of routes. A chat's way: `edge.rs` (id, host, accounting), `auth.rs`,
+//! `body.rs`, `chat.rs` (fields), `prompt.rs` (ids), `generate.rs` (submit, answer), `choice.rs` (ids back to text).
+//! `error.rs` alone decides HTTP statuses, `limits.rs` names every bound, `serve.rs` is the accept loop.
+#![forbid(unsafe_code)]
+
+mod auth;
+mod body;
+mod bridge;
+mod chat;
+mod choice;
+mod completions;
+mod connections;
+mod console;
+mod edge;
+mod error;
+mod generate;
+mod json;
+mod limits;
+mod logprobs;
+mod models;
+mod probes;
+mod prompt;
+mod routes;
+mod runs;
+mod sampling;
+mod serve;
+mod stall;
+mod state;
+mod stop;
+
+pub use error::ApiError;
+pub use limits::Limits;
+pub use routes::app;
+pub use runs::{Curve, Eval, Point, Runs, StoreRuns};
+pub use serve::serve;
+pub use state::{
+    AppState, Cause, JobView, Jobs, KeyChecker, KeyOwner, Lifecycle, Models, Parts, ServedModel,
+};

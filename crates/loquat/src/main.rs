@@ -1,2 +1,70 @@
+//! The one binary. What this is: flags, files and wiring; every capability lives in a crate below.
+//! Where to start: `args.rs` is the command line; `commands/` has one file a subcommand; `service.rs` is what runs
+//! while a Loquat is up.
 #![forbid(unsafe_code)]
-fn main() {}
+
+mod adapters;
+mod args;
+mod commands;
+mod follow;
+mod home;
+mod runs;
+mod service;
+mod serving;
+mod signals;
+mod view;
+
+use std::process::ExitCode;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::Result;
+use args::{Command, Loquat};
+use clap::Parser;
+use home::Home;
+use sha2::{Digest, Sha256};
+use telemetry::LogFormat;
+
+fn main() -> ExitCode {
+    let loquat = Loquat::parse();
+    let format = if loquat.log_json { LogFormat::Json } else { LogFormat::Text };
+    let filter = std::env::var("LOQUAT_LOG").unwrap_or_else(|_| "warn".to_owned());
+    if let Err(error) = telemetry::init_logs(format, &filter) {
+        eprintln!("error: LOQUAT_LOG: {error}");
+        return ExitCode::from(2);
+    }
+    match run(&loquat) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(loquat: &Loquat) -> Result<ExitCode> {
+    let home = Home::open(&loquat.home, loquat.store.clone())?;
+    match &loquat.command {
+        Command::Ingest(args) => commands::ingest::run(&home, args),
+        Command::Train(args) => commands::train::run(&home, args),
+        Command::Serve(args) => commands::up::serve(&home, args),
+        Command::Up(args) => commands::up::up(&home, args),
+        Command::Demo(args) => commands::demo::run(&home, args),
+        Command::Model { command } => commands::model::run(&home, command),
+        Command::Job { command } => commands::job::run(&home, command),
+        Command::Key { command } => commands::key::run(&home, command),
+        Command::Doctor => commands::doctor::run(&home),
+    }
+}
+
+/// One thread for each core that this process may use.
+fn n_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+fn now_unix_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+fn sha256_hex(bytes: &[u8]) -> String {
+    hex::encode(Sha256::digest(bytes))
+}

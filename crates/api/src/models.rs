@@ -1,0 +1,63 @@
+//! `GET /v1/models`, `GET /v1/models/{id}`, and finding the model a request names.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::rejection::PathRejection;
+use axum::extract::{Path, State};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::error::{ApiError, Result};
+use crate::json::Fields;
+use crate::state::{AppState, Models, ServedModel};
+
+/// OpenAI's four fields, then what vLLM adds and clients have come to use, then `is_base` for the console.
+#[derive(Serialize)]
+pub(crate) struct ModelBody {
+    id: String,
+    object: &'static str,
+    created: u64,
+    owned_by: &'static str,
+    root: String,
+    parent: Option<String>,
+    max_model_len: usize,
+    is_base: bool,
+}
+
+impl ModelBody {
+    fn new(model: &ServedModel) -> ModelBody {
+        ModelBody {
+            id: model.id.clone(),
+            object: "model",
+            created: model.created,
+            owned_by: "loquat",
+            root: model.id.clone(),
+            parent: None,
+            max_model_len: model.context_max(),
+            is_base: model.is_base,
+        }
+    }
+}
+
+pub(crate) async fn list(State(state): State<AppState>) -> Json<Value> {
+    let data: Vec<ModelBody> = state.models.list().iter().map(|model| ModelBody::new(model)).collect();
+    Json(json!({"object": "list", "data": data}))
+}
+
+/// The id may hold slashes, as in `owner/name`.
+pub(crate) async fn get(
+    State(state): State<AppState>,
+    id: std::result::Result<Path<String>, PathRejection>,
+) -> Result<Json<ModelBody>> {
+    // A name that is not UTF-8 names no model.
+    let Path(id) = id.map_err(|e| ApiError::ModelNotFound(e.body_text()))?;
+    let model = state.models.get(&id).ok_or(ApiError::ModelNotFound(id))?;
+    Ok(Json(ModelBody::new(&model)))
+}
+
+/// The model the field `model` names.
+pub(crate) fn named(models: &Models, fields: Fields) -> Result<Arc<ServedModel>> {
+    let id = fields.text("model")?.ok_or_else(|| ApiError::invalid("model", "it is required"))?;
+    models.get(id).ok_or_else(|| ApiError::ModelNotFound(id.to_owned()))
+}

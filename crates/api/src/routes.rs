@@ -1,0 +1,100 @@
+//! The table of routes.
+
+use axum::Router;
+use axum::extract::Request;
+use axum::http::{Method, StatusCode};
+use axum::middleware::{from_fn, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use tower_http::catch_panic::CatchPanicLayer;
+
+use crate::error::ApiError;
+use crate::state::AppState;
+use crate::{auth, chat, completions, console, edge, models, probes, runs};
+
+/// Routes that need no key and are answered whatever else the server does.
+const PROBES: &[&str] =
+    &["/health", "/health/live", "/health/ready", "/healthz", "/readyz", "/ping", "/version"];
+
+/// All other templates that may become a metric label.
+const TEMPLATES: &[&str] = &[
+    "/v1/models",
+    "/v1/models/{*id}",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/runs",
+    "/v1/runs/{name}",
+    "/v1/jobs",
+    "/metrics",
+];
+
+/// The whole HTTP surface over one state.
+pub fn app(state: AppState) -> Router {
+    let guarded = Router::new()
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*id}", get(models::get))
+        .route("/v1/chat/completions", post(chat::create))
+        .route("/v1/completions", post(completions::create))
+        .route("/v1/runs", get(runs::list))
+        .route("/v1/runs/{name}", get(runs::get))
+        .route("/v1/jobs", get(runs::jobs))
+        .route("/metrics", get(probes::metrics))
+        .route_layer(from_fn_with_state(state.clone(), auth::require_key))
+        .fallback(fallback)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(from_fn_with_state(state.clone(), edge::check_host));
+    let open = Router::new()
+        .route("/health", get(probes::health))
+        .route("/health/live", get(probes::live))
+        .route("/health/ready", get(probes::health))
+        .route("/healthz", get(probes::live))
+        .route("/readyz", get(probes::health))
+        .route("/ping", get(probes::live))
+        .route("/version", get(probes::version))
+        .method_not_allowed_fallback(wrong_method);
+    guarded
+        .merge(open)
+        .layer(from_fn_with_state(state.clone(), edge::allow_origins))
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(from_fn(uncached))
+        .layer(from_fn_with_state(state.clone(), edge::account))
+        .with_state(state)
+}
+
+/// A path's template as a word that is safe as a metric label.
+pub(crate) fn template(matched: &str) -> &'static str {
+    PROBES.iter().chain(TEMPLATES).find(|&&template| template == matched).copied().unwrap_or("console")
+}
+
+pub(crate) fn is_probe(template: &str) -> bool {
+    PROBES.contains(&template)
+}
+
+/// The console's files, and a clear answer for everything else.
+async fn fallback(request: Request) -> Response {
+    let path = request.uri().path();
+    let reads = [Method::GET, Method::HEAD].contains(request.method());
+    let file = (reads && !path.starts_with("/v1/")).then(|| console::file(path, request.headers())).flatten();
+    file.unwrap_or_else(|| ApiError::NoRoute(path.to_owned()).into_response())
+}
+
+async fn wrong_method(method: Method) -> ApiError {
+    ApiError::Method(method.to_string())
+}
+
+/// Answers are for whoever asked, so nobody keeps them, unless a handler said otherwise.
+async fn uncached(request: Request, next: axum::middleware::Next) -> Response {
+    use axum::http::{HeaderValue, header};
+    let mut response = next.run(request).await;
+    response.headers_mut().entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    response
+}
+
+/// A bug of ours: the client gets a 500 in the usual form, the log gets the text, the next request is served.
+fn panicked(panic: Box<dyn std::any::Any + Send>) -> Response {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("no text");
+    let response = ApiError::internal(format!("a handler panicked: {text}")).into_response();
+    debug_assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
+    response
+}

@@ -1,0 +1,231 @@
+//! What the handlers share: the models being served, and narrow views of what other parts of the system know.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use engine::Engine;
+use serde::Serialize;
+use telemetry::Metrics;
+use tokenizer::{ChatTemplate, Tokenizer};
+use tokio::sync::Semaphore;
+
+use crate::limits::Limits;
+use crate::runs::Runs;
+
+/// Everything a handler can reach. Clones share it.
+#[derive(Clone)]
+pub struct AppState {
+    pub models: Models,
+    pub keys: Arc<dyn KeyChecker>,
+    pub runs: Arc<dyn Runs>,
+    pub jobs: Arc<dyn Jobs>,
+    pub metrics: Metrics,
+    pub limits: Arc<Limits>,
+    pub lifecycle: Lifecycle,
+    /// Seconds since 1970, for `created` stamps. The binary passes the system's clock.
+    pub now_unix_s: fn() -> u64,
+    /// One permit per large body in memory, and one per large body in work.
+    pub(crate) large_bodies: Arc<Semaphore>,
+    pub(crate) heavy: Arc<Semaphore>,
+}
+
+/// What the binary hands over.
+pub struct Parts {
+    pub keys: Arc<dyn KeyChecker>,
+    pub runs: Arc<dyn Runs>,
+    pub jobs: Arc<dyn Jobs>,
+    pub metrics: Metrics,
+    pub limits: Limits,
+    pub now_unix_s: fn() -> u64,
+}
+
+impl AppState {
+    /// No models yet, and not ready.
+    pub fn new(parts: Parts) -> AppState {
+        AppState {
+            models: Models::default(),
+            keys: parts.keys,
+            runs: parts.runs,
+            jobs: parts.jobs,
+            metrics: parts.metrics,
+            large_bodies: Arc::new(Semaphore::new(parts.limits.n_large_bodies)),
+            heavy: Arc::new(Semaphore::new(parts.limits.n_heavy)),
+            limits: Arc::new(parts.limits),
+            lifecycle: Lifecycle::default(),
+            now_unix_s: parts.now_unix_s,
+        }
+    }
+}
+
+/// Another part of the system could not answer; the text goes to the log only.
+pub type Cause = Box<dyn std::error::Error + Send + Sync>;
+
+/// Says whether a key is valid. Called on a blocking thread, once per request, so that a revoked key stops at once.
+pub trait KeyChecker: Send + Sync {
+    fn check(&self, key: &str) -> Result<Option<KeyOwner>, Cause>;
+}
+
+/// Whom a key belongs to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyOwner {
+    /// Stable; keeps the prefix caches of different keys apart.
+    pub id: String,
+    /// For the log.
+    pub name: String,
+}
+
+/// The jobs the control plane knows. Called on a blocking thread.
+pub trait Jobs: Send + Sync {
+    fn list(&self) -> Result<Vec<JobView>, Cause>;
+}
+
+/// One job, as `GET /v1/jobs` shows it.
+#[derive(Clone, Debug, Serialize)]
+pub struct JobView {
+    pub id: String,
+    /// Always `job`.
+    pub object: &'static str,
+    pub name: String,
+    /// The control plane's own word, e.g. `running`.
+    pub state: String,
+    pub restarts: u32,
+    /// Why the job is in this state, where there is something to say.
+    pub message: Option<String>,
+    /// Seconds since 1970.
+    pub created: u64,
+}
+
+/// The models being served, by name. They come and go while the server runs.
+#[derive(Clone, Default)]
+pub struct Models(Arc<RwLock<BTreeMap<String, Arc<ServedModel>>>>);
+
+/// One model with everything needed to turn text into text.
+pub struct ServedModel {
+    pub id: String,
+    /// Seconds since 1970.
+    pub created: u64,
+    pub engine: Engine,
+    pub tokenizer: Tokenizer,
+    pub template: ChatTemplate,
+    /// Ids that end an answer.
+    pub stop_ids: Vec<u32>,
+    /// Trained on plain text only: the console offers to continue a text instead of a chat.
+    pub is_base: bool,
+    /// Bytes of the longest token: a text longer than this times the context cannot fit.
+    pub(crate) token_bytes_max: usize,
+}
+
+impl ServedModel {
+    /// The end-of-text id and whatever of [`END_OF_TURN`] the vocabulary has become the stop ids.
+    /// A model without a template is a base model and chats through the plain one.
+    pub fn new(
+        id: &str,
+        created: u64,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        template: Option<ChatTemplate>,
+    ) -> ServedModel {
+        let mut stop_ids: Vec<u32> = tokenizer.eos().into_iter().collect();
+        let ends = END_OF_TURN.iter().filter_map(|name| tokenizer.id_of(name));
+        stop_ids.extend(ends.filter(|&id| tokenizer.is_special(id)));
+        stop_ids.sort_unstable();
+        stop_ids.dedup();
+        let ids = 0..tokenizer.vocab_size() as u32;
+        let token_bytes_max = ids.map(|id| tokenizer.token_bytes(id).len()).max().unwrap_or(1).max(1);
+        let is_base = template.is_none();
+        let template = template.unwrap_or_else(ChatTemplate::plain);
+        ServedModel {
+            id: id.to_owned(),
+            created,
+            engine,
+            tokenizer,
+            template,
+            stop_ids,
+            is_base,
+            token_bytes_max,
+        }
+    }
+
+    /// Prompt and answer together, in tokens.
+    pub fn context_max(&self) -> usize {
+        self.engine.context_max()
+    }
+}
+
+/// Names under which chat models of today end a turn; only special tokens count.
+const END_OF_TURN: &[&str] =
+    &["<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<end_of_turn>", "<|end_of_text|>", "</s>"];
+
+impl Models {
+    /// Serves `model` from now on, in place of an older one of the same name, whose running requests go on.
+    pub fn insert(&self, model: ServedModel) {
+        let mut models = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        models.insert(model.id.clone(), Arc::new(model));
+    }
+
+    /// The model that was served under this name. It lives until its last request has ended.
+    pub fn remove(&self, id: &str) -> Option<Arc<ServedModel>> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).remove(id)
+    }
+
+    pub fn get(&self, id: &str) -> Option<Arc<ServedModel>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).get(id).cloned()
+    }
+
+    /// All of them, by name.
+    pub fn list(&self) -> Vec<Arc<ServedModel>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+}
+
+/// Where the server is in its life, and how much it has to finish. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Lifecycle(Arc<LifecycleInner>);
+
+#[derive(Debug, Default)]
+struct LifecycleInner {
+    ready: AtomicBool,
+    draining: AtomicBool,
+    n_in_flight: AtomicUsize,
+}
+
+impl Lifecycle {
+    /// Everything that should be served is loaded: `/health/ready` says yes from now on.
+    pub fn set_ready(&self) {
+        self.0.ready.store(true, Ordering::Release);
+    }
+
+    /// New requests are refused with 503 from now on; running ones go on.
+    pub fn start_draining(&self) {
+        self.0.draining.store(true, Ordering::Release);
+    }
+
+    pub fn is_draining(&self) -> bool {
+        self.0.draining.load(Ordering::Acquire)
+    }
+
+    pub fn is_ready(&self) -> bool {
+        self.0.ready.load(Ordering::Acquire) && !self.is_draining()
+    }
+
+    /// Requests whose answer is not wholly sent, probes aside.
+    pub fn n_in_flight(&self) -> usize {
+        self.0.n_in_flight.load(Ordering::Acquire)
+    }
+
+    /// Counts one request until the guard is dropped.
+    pub(crate) fn enter(&self) -> InFlight {
+        self.0.n_in_flight.fetch_add(1, Ordering::AcqRel);
+        InFlight(self.clone())
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct InFlight(Lifecycle);
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.0.n_in_flight.fetch_sub(1, Ordering::AcqRel);
+    }
+}

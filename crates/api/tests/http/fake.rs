@@ -1,0 +1,170 @@
+//! A whole server without a model: an engine over a scripted runner, and a tokenizer of single bytes.
+//!
+//! The script: what stands in the last `[…]` of the prompt is the answer. Without brackets a chat gets a fixed text, and
+//! a text is continued by the alphabet, without an end.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::{AppState, Cause, JobView, Jobs, KeyChecker, KeyOwner, Limits, Parts, ServedModel, StoreRuns};
+use engine::{Engine, EngineLimits, FakeRunner, Runner, RunnerError, StepInput};
+use store::{ObjectName, Store};
+use telemetry::Metrics;
+use tokenizer::{ChatTemplate, Tokenizer};
+
+pub const KEY: &str = "sk-test";
+/// Tokens of context of the fake models.
+pub const CONTEXT_MAX: usize = 4096;
+const TURN_START: u32 = 256;
+const TURN_END: u32 = 257;
+const END_OF_TEXT: u32 = 258;
+const VOCAB: usize = 259;
+
+pub const DEFAULT_ANSWER: &str = "I am a **fake** model. I say:\n\n1. what I was told in brackets,\n2. or this.\n\n\
+    ```rust\nfn main() { println!(\"hello\"); }\n```\n";
+
+pub struct OneKey;
+
+impl KeyChecker for OneKey {
+    fn check(&self, key: &str) -> Result<Option<KeyOwner>, Cause> {
+        if key == "sk-broken" {
+            return Err("the secret detail: cannot open keys.db".into());
+        }
+        Ok((key == KEY).then(|| KeyOwner { id: "k1".into(), name: "test".into() }))
+    }
+}
+
+pub struct OneJob;
+
+impl Jobs for OneJob {
+    fn list(&self) -> Result<Vec<JobView>, Cause> {
+        Ok(vec![JobView {
+            id: "job-1".into(),
+            object: "job",
+            name: "train sotu".into(),
+            state: "running".into(),
+            restarts: 1,
+            message: None,
+            created: 1_700_000_000,
+        }])
+    }
+}
+
+pub fn metrics_store() -> Arc<dyn Store> {
+    let store = store::open("mem:").unwrap();
+    let lines = r#"{"event":"plan","steps_total":300}
+{"event":"step","step":1,"loss":8.3,"lr":0.001,"tokens":4096,"tokens_per_second":9000.0}
+{"event":"eval","step":1,"bits_per_byte":3.1}
+"#;
+    store.put(&ObjectName::parse("runs/sotu/metrics/000001.jsonl").unwrap(), lines.as_bytes()).unwrap();
+    store
+}
+
+/// The models `chat`, `base` and `random` (whose logits are noise, for seeds), each step taking `step_time`.
+pub fn state(limits: Limits, step_time: Duration) -> AppState {
+    state_over(limits, step_time, metrics_store())
+}
+
+pub fn state_over(limits: Limits, step_time: Duration, store: Arc<dyn Store>) -> AppState {
+    let metrics = Metrics::new();
+    let state = AppState::new(Parts {
+        keys: Arc::new(OneKey),
+        runs: Arc::new(StoreRuns::new(store)),
+        jobs: Arc::new(OneJob),
+        metrics: metrics.clone(),
+        limits,
+        now_unix_s: || 1_700_000_000,
+    });
+    for (name, template) in [("chat", Some(chat_template())), ("base", None), ("random", None)] {
+        let runner = match name {
+            "random" => FakeRunner::new(VOCAB, CONTEXT_MAX / 16, 16),
+            _ => FakeRunner::with_next(VOCAB, CONTEXT_MAX / 16, 16, next_token),
+        };
+        let limits = EngineLimits { max_running: 8, queue_max_requests: 16, ..EngineLimits::default() };
+        let slow = Slow { inner: runner, step_time };
+        let engine = Engine::start(Box::new(slow), limits, metrics.engine(name, CONTEXT_MAX));
+        state.models.insert(ServedModel::new(name, 1_700_000_000, engine, tokenizer(), template));
+    }
+    state.lifecycle.set_ready();
+    state
+}
+
+struct Slow {
+    inner: FakeRunner,
+    step_time: Duration,
+}
+
+impl Runner for Slow {
+    fn vocab(&self) -> usize {
+        self.inner.vocab()
+    }
+    fn n_blocks(&self) -> usize {
+        self.inner.n_blocks()
+    }
+    fn block_tokens(&self) -> usize {
+        self.inner.block_tokens()
+    }
+    fn context_max(&self) -> usize {
+        self.inner.context_max()
+    }
+    fn step(&mut self, input: &StepInput) -> Result<&[f32], RunnerError> {
+        std::thread::sleep(self.step_time);
+        self.inner.step(input)
+    }
+}
+
+fn next_token(context: &[u32]) -> u32 {
+    let chat = context.iter().rposition(|&id| id == TURN_START);
+    let prompt_end = match chat {
+        Some(at) => at + "\u{1}assistant\n".len(),
+        None => context.iter().position(|&id| id == u32::from(b']')).map_or(context.len(), |at| at + 1),
+    };
+    let prompt = &context[..prompt_end.min(context.len())];
+    let n_said = context.len() - prompt.len();
+    let end = if chat.is_some() { TURN_END } else { END_OF_TEXT };
+    let open = prompt.iter().rposition(|&id| id == u32::from(b'['));
+    let close = prompt.iter().rposition(|&id| id == u32::from(b']'));
+    match (open, close) {
+        (Some(open), Some(close)) if open < close => {
+            prompt[open + 1..close].get(n_said).copied().unwrap_or(end)
+        }
+        _ if chat.is_some() => DEFAULT_ANSWER.as_bytes().get(n_said).map_or(end, |&byte| byte.into()),
+        _ => u32::from(b'a') + (context.len() % 26) as u32,
+    }
+}
+
+fn chat_template() -> ChatTemplate {
+    let source = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + \
+                  '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+    ChatTemplate::new(source, "", "<|im_end|>").unwrap()
+}
+
+/// Every byte is the token of its own number, followed by the three special tokens.
+pub fn tokenizer() -> Tokenizer {
+    let mut vocab = serde_json::Map::new();
+    let mut n_unprintable = 0;
+    for byte in 0..=255u32 {
+        // GPT-2's alphabet: bytes that do not print are moved beyond U+00FF.
+        let prints = matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
+        let letter = if prints { byte } else { 0x100 + n_unprintable };
+        n_unprintable += u32::from(!prints);
+        vocab.insert(char::from_u32(letter).unwrap().to_string(), byte.into());
+    }
+    let added: Vec<serde_json::Value> = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+        .iter()
+        .zip(TURN_START..)
+        .map(|(content, id)| {
+            serde_json::json!({"id": id, "content": content, "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false, "special": true})
+        })
+        .collect();
+    let level = serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let json = serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
+        "pre_tokenizer": level, "post_processor": null, "decoder": level,
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []},
+    });
+    let tokenizer = Tokenizer::from_json(json.to_string().as_bytes()).unwrap();
+    tokenizer.with_bos_eos(None, Some(END_OF_TEXT)).unwrap()
+}

@@ -1,0 +1,8 @@
+//! The HTTP surface from outside: answers, refusals, connections, and the shapes of the OpenAI specification.
+
+mod answers;
+mod bad_inputs;
+mod client;
+mod connections;
+mod fake;
+mod specification;

@@ -1,0 +1,217 @@
+//! The command line, in the order of the way from text to a chat answer.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// The infrastructure behind a ChatGPT, whole, in one program.
+#[derive(Parser)]
+#[command(name = "loquat", version, max_term_width = 100)]
+pub(crate) struct Loquat {
+    /// Where everything is kept: the store, the cluster's state, logs.
+    #[arg(long, global = true, default_value = "loquat-home", env = "LOQUAT_HOME")]
+    pub(crate) home: PathBuf,
+    /// The object store when it is not the home's own directory: a path or s3://bucket/prefix.
+    #[arg(long, global = true, env = "LOQUAT_STORE")]
+    pub(crate) store: Option<String>,
+    /// Log lines as JSON.
+    #[arg(long, global = true)]
+    pub(crate) log_json: bool,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Turn text files into a dataset of token shards, training a tokenizer on the way.
+    Ingest(Ingest),
+    /// Train a model on a dataset; a run that exists goes on where it was.
+    Train(Train),
+    /// Serve models over the OpenAI API, without a control plane.
+    Serve(Serve),
+    /// Everything on one machine: control plane, jobs, models, API and console.
+    Up(Up),
+    /// From text to a served chat model in one go; what ./run calls.
+    Demo(Demo),
+    /// Models that are kept here.
+    Model {
+        #[command(subcommand)]
+        command: ModelCommand,
+    },
+    /// Training and other jobs.
+    Job {
+        #[command(subcommand)]
+        command: JobCommand,
+    },
+    /// Keys that clients of the API need.
+    Key {
+        #[command(subcommand)]
+        command: KeyCommand,
+    },
+    /// What this machine can do, measured, and whether everything is in order.
+    Doctor,
+}
+
+#[derive(Args)]
+pub(crate) struct Ingest {
+    /// Name of the dataset.
+    #[arg(long)]
+    pub(crate) name: String,
+    /// Files or directories: .txt, .md, .jsonl, .json, .parquet, also .gz and .zst.
+    #[arg(required = true)]
+    pub(crate) inputs: Vec<PathBuf>,
+    /// Token ids of the tokenizer that is trained on the text.
+    #[arg(long, default_value_t = 4096)]
+    pub(crate) vocab: usize,
+    /// Share of the documents that is held out for validation.
+    #[arg(long, default_value_t = 0.03)]
+    pub(crate) validation: f64,
+    /// The field that holds the text, in formats that have fields.
+    #[arg(long, default_value = "text")]
+    pub(crate) text_field: String,
+}
+
+#[derive(Args)]
+pub(crate) struct Train {
+    /// Name of the run.
+    #[arg(long)]
+    pub(crate) run: String,
+    /// Name of the dataset.
+    #[arg(long)]
+    pub(crate) dataset: String,
+    /// Publish the finished model under this name.
+    #[arg(long)]
+    pub(crate) publish: Option<String>,
+    /// Optimizer steps.
+    #[arg(long, conflicts_with = "minutes")]
+    pub(crate) steps: Option<u64>,
+    /// Plan so many steps as this machine does in this time.
+    #[arg(long)]
+    pub(crate) minutes: Option<f64>,
+    /// The model's shape: a Hugging Face config.json. Default: a Llama of about 3 million parameters.
+    #[arg(long)]
+    pub(crate) config: Option<PathBuf>,
+    /// Rows of one micro-batch.
+    #[arg(long, default_value_t = 4)]
+    pub(crate) rows: usize,
+    /// Micro-batches of one step.
+    #[arg(long, default_value_t = 4)]
+    pub(crate) micro_batches: usize,
+    /// Tokens of one row.
+    #[arg(long, default_value_t = 256)]
+    pub(crate) context: usize,
+    /// Peak learning rate.
+    #[arg(long, default_value_t = 3e-3)]
+    pub(crate) lr: f32,
+    /// Steps between checkpoints.
+    #[arg(long, default_value_t = 25)]
+    pub(crate) checkpoint_every: u64,
+    /// Seed of the first weights and of the data's order.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Text that the model is asked to continue as it learns.
+    #[arg(long, default_value = "My fellow Americans")]
+    pub(crate) prompt: String,
+    /// Ranks: threads that each train on their share of a step. The result does not depend on it.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) ranks: usize,
+    #[arg(long)]
+    pub(crate) threads: Option<usize>,
+    /// Report as JSON lines instead of the live view.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Where and how to serve.
+#[derive(Args, Clone)]
+pub(crate) struct Listen {
+    /// Address to listen on.
+    #[arg(long, default_value = "127.0.0.1")]
+    pub(crate) host: String,
+    /// Port to listen on; 0 takes a free one.
+    #[arg(long, default_value_t = 8080)]
+    pub(crate) port: u16,
+    #[arg(long)]
+    pub(crate) threads: Option<usize>,
+    /// Memory for keys and values of running sequences, in MiB, for each model.
+    #[arg(long, default_value_t = 256)]
+    pub(crate) kv_mib: usize,
+}
+
+#[derive(Args)]
+pub(crate) struct Serve {
+    /// A .gguf file, a Hugging Face directory or the name of a model kept here.
+    #[arg(required = true)]
+    pub(crate) models: Vec<String>,
+    /// Clients must send this key; without it the service is open to whoever reaches the address.
+    #[arg(long, env = "LOQUAT_API_KEY")]
+    pub(crate) api_key: Option<String>,
+    #[command(flatten)]
+    pub(crate) listen: Listen,
+}
+
+#[derive(Args)]
+pub(crate) struct Up {
+    #[command(flatten)]
+    pub(crate) listen: Listen,
+}
+
+#[derive(Args)]
+pub(crate) struct Demo {
+    /// Files or directories of text to learn from.
+    #[arg(long, required = true)]
+    pub(crate) text: Vec<PathBuf>,
+    /// A chat model to serve beside the trained one: a .gguf file or a Hugging Face directory.
+    #[arg(long)]
+    pub(crate) chat_model: Option<PathBuf>,
+    /// Name of the dataset, the run and the model.
+    #[arg(long, default_value = "sotu")]
+    pub(crate) name: String,
+    #[arg(long, default_value_t = 3.0)]
+    pub(crate) minutes: f64,
+    /// Optimizer steps, instead of a time.
+    #[arg(long)]
+    pub(crate) steps: Option<u64>,
+    /// Steps between checkpoints.
+    #[arg(long, default_value_t = 25)]
+    pub(crate) checkpoint_every: u64,
+    #[command(flatten)]
+    pub(crate) listen: Listen,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum ModelCommand {
+    List,
+    /// Keep a .gguf file or a Hugging Face directory under a name, to be served by `up`.
+    Add {
+        name: String,
+        path: PathBuf,
+    },
+    Rm {
+        name: String,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum JobCommand {
+    List,
+    /// The end of a job's log.
+    Logs {
+        name: String,
+    },
+    Cancel {
+        name: String,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum KeyCommand {
+    /// Make a key. It is shown once.
+    Create {
+        name: String,
+    },
+    List,
+    Revoke {
+        id: i64,
+    },
+}

@@ -1,0 +1,10 @@
+//! One file a subcommand.
+
+pub(crate) mod demo;
+pub(crate) mod doctor;
+pub(crate) mod ingest;
+pub(crate) mod job;
+pub(crate) mod key;
+pub(crate) mod model;
+pub(crate) mod train;
+pub(crate) mod up;

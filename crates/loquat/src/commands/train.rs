@@ -1,0 +1,153 @@
+//! `loquat train`: one training run, by hand or as a job of the control plane.
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use data::{Dataset, DatasetInfo};
+use model::{Config, ParamTable, TrainModel};
+use store::Store;
+use tensor::{Buf, Pool, Precision};
+use train::{AdamW, CheckpointPolicy, Decay, Evaluate, Event, Outcome, PLAN_VERSION, Plan, Sample, Schedule};
+
+use crate::args;
+use crate::home::Home;
+use crate::view::View;
+
+/// Steps of a run that is told neither steps nor minutes.
+const STEPS_DEFAULT: u64 = 300;
+/// Share of `--minutes` that goes to steps; the rest is evaluation, samples and checkpoints.
+const STEP_SHARE: f64 = 0.93;
+
+pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
+    let store = home.store()?;
+    let n_threads = args.threads.unwrap_or_else(crate::n_threads);
+    let limits = tensor::limits::measure(&Pool::new(n_threads));
+    if train::read_plan(&store, &args.run)?.is_none() {
+        let plan = plan(&store, args, n_threads)?;
+        train::create(&store, &args.run, &plan)?;
+    }
+    // SIGINT and SIGTERM end the run after its step, with a checkpoint; a second one ends it at once.
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register_conditional_shutdown(signal, 130, stop.clone())?;
+        signal_hook::flag::register(signal, stop.clone())?;
+    }
+    let start = Instant::now();
+    let context = train::Context {
+        store: store.clone(),
+        run: args.run.clone(),
+        n_ranks: args.ranks,
+        n_threads,
+        peak_flops: if tensor::cpu::features().bf16 { limits.bf16_per_s } else { limits.f32_per_s },
+        stop: &stop,
+        seconds: &|| start.elapsed().as_secs_f64(),
+    };
+    let mut view = View::new();
+    if !args.json {
+        train::read_metrics(store.as_ref(), &args.run)?.iter().for_each(|e| view.remember(e));
+    }
+    let mut on_event = |event: &Event| match args.json {
+        true => print_line(&event.to_line()),
+        false => view.show(event),
+    };
+    match train::run(&context, &mut on_event)? {
+        Outcome::Finished => Ok(ExitCode::SUCCESS),
+        Outcome::Interrupted => Ok(ExitCode::from(control::EXIT_INTERRUPTED as u8)),
+    }
+}
+
+fn print_line(line: &str) {
+    let mut out = std::io::stdout().lock();
+    // Whoever reads the lines may be gone; the run is worth more than its audience.
+    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+}
+
+/// The plan of a new run: what was asked for, on this dataset, for as long as was asked.
+fn plan(store: &Arc<dyn Store>, args: &args::Train, n_threads: usize) -> Result<Plan> {
+    let name = &args.dataset;
+    let dataset = Dataset::open(store, name)?;
+    let config = match &args.config {
+        Some(path) => {
+            let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+            Config::from_json(&bytes).with_context(|| format!("{}", path.display()))?
+        }
+        None => small_llama(dataset.info(), args.context),
+    };
+    let mut plan = Plan {
+        version: PLAN_VERSION,
+        dataset: name.clone(),
+        dataset_sha256: dataset.info().plan_sha256.clone(),
+        publish: args.publish.clone(),
+        model: serde_json::from_str(&config.to_json("float32"))?,
+        context: args.context,
+        rows: args.rows,
+        micro_batches: args.micro_batches,
+        steps: 1,
+        schedule: Schedule { decay: Decay::Wsd, lr_peak: args.lr, lr_final_share: 0.05, warmup_steps: 0 },
+        adamw: AdamW { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 },
+        clip_norm: 1.0,
+        seed: args.seed,
+        bf16: tensor::cpu::features().bf16,
+        evaluate: Evaluate { every_steps: 1, rows_max: 64 },
+        checkpoint: CheckpointPolicy { every_steps: args.checkpoint_every, keep: 2 },
+        sample: Sample { every_steps: 1, prompt: args.prompt.clone(), n_tokens: 48 },
+    };
+    plan.check()?;
+    plan.check_ranks(args.ranks)?;
+    plan.steps = match (args.steps, args.minutes) {
+        (Some(steps), _) => steps,
+        (None, Some(minutes)) => steps_in(&plan, &config, minutes, n_threads)?,
+        (None, None) => STEPS_DEFAULT,
+    };
+    plan.schedule.warmup_steps = (plan.steps / 20).clamp(1, 200);
+    plan.evaluate.every_steps = (plan.steps / 12).max(1);
+    plan.sample.every_steps = (plan.steps / 6).max(1);
+    plan.check()?;
+    Ok(plan)
+}
+
+/// How many steps this machine does in `minutes`: measured on a few micro-batches of the plan's shape.
+fn steps_in(plan: &Plan, config: &Config, minutes: f64, n_threads: usize) -> Result<u64> {
+    if !(minutes > 0.0 && minutes <= 60.0 * 24.0 * 365.0) {
+        bail!("--minutes is {minutes}: it must be more than 0 and at most a year");
+    }
+    let precision = if plan.bf16 { Precision::Bf16 } else { Precision::F32 };
+    let pool = Pool::new(n_threads);
+    let mut model = TrainModel::new(config, plan.rows, plan.context, precision);
+    let params = ParamTable::new(config).init(plan.seed);
+    let mut dparams = Buf::zeroed(params.len());
+    let n = plan.rows * plan.context;
+    let tokens: Vec<u32> = (0..n).map(|i| (i * 7919 % config.vocab) as u32).collect();
+    let mut best = f64::INFINITY;
+    for _ in 0..5 {
+        let start = Instant::now();
+        model.loss_and_grads(&pool, &params, &tokens, &tokens, &mut dparams);
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    let step_seconds = best * plan.micro_batches as f64;
+    Ok(((minutes * 60.0 * STEP_SHARE / step_seconds) as u64).max(1))
+}
+
+/// 6 layers, 192 wide: 2.4 million parameters in the layers and as many embeddings as the dataset has ids
+/// (4,096 * 192 = 0.8 million).
+fn small_llama(dataset: &DatasetInfo, context: usize) -> Config {
+    Config {
+        n_layers: 6,
+        width: 192,
+        n_heads: 6,
+        n_kv_heads: 2,
+        head_width: 32,
+        ff_width: 512,
+        vocab: dataset.vocab_size,
+        norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        tied_embeddings: true,
+        context_max: context,
+        bos: None,
+        eos: vec![dataset.end_of_text],
+    }
+}

@@ -1,0 +1,114 @@
+//! `loquat up` and `loquat serve`: serving until told to stop.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use api::{AppState, Limits, Parts};
+use control::Control;
+use telemetry::Metrics;
+
+use crate::adapters::{NoJobs, OneKey};
+use crate::args;
+use crate::home::Home;
+use crate::runs::StoredRuns;
+use crate::service::Service;
+use crate::serving::{self, Share};
+use crate::signals::Stop;
+
+pub(crate) fn up(home: &Home, args: &args::Up) -> Result<ExitCode> {
+    let stop = Stop::on_signals()?;
+    let service = Service::start(home, &args.listen)?;
+    let key = console_key(home, &service.control)?;
+    service.refresh_models()?;
+    tell(&service.state, &service.address.to_string(), Some(&key));
+    stop.wait();
+    println!("stopping: running answers finish, jobs save and stop");
+    service.shut_down()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// One replica without a control plane: what `llama-server` or `vllm serve` would be used for.
+pub(crate) fn serve(home: &Home, args: &args::Serve) -> Result<ExitCode> {
+    let stop = Stop::on_signals()?;
+    let listen = &args.listen;
+    let state = AppState::new(Parts {
+        keys: Arc::new(OneKey(args.api_key.clone())),
+        runs: Arc::new(StoredRuns::new(home.store()?)),
+        jobs: Arc::new(NoJobs),
+        metrics: Metrics::new(),
+        limits: Limits::default(),
+        now_unix_s: crate::now_unix_s,
+    });
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let wanted = format!("{}:{}", listen.host, listen.port);
+    let listener = runtime.block_on(tokio::net::TcpListener::bind(&wanted));
+    let listener = listener.with_context(|| format!("cannot listen on {wanted}"))?;
+    let address = listener.local_addr()?;
+    let (ended, mut ends) = tokio::sync::watch::channel(false);
+    let http = runtime.spawn(api::serve(listener, state.clone(), async move {
+        // The sender outlives the server; its end means the same as its word.
+        let _ = ends.wait_for(|ended| *ended).await;
+    }));
+    let share =
+        Share { n_threads: listen.threads.unwrap_or_else(crate::n_threads), kv_bytes: listen.kv_mib << 20 };
+    for model in &args.models {
+        let path = crate::commands::model::resolve(home, model)?;
+        let id = crate::commands::model::name_of(model);
+        state.models.insert(serving::load(&id, &path, share, &state.metrics)?);
+    }
+    state.lifecycle.set_ready();
+    tell(&state, &address.to_string(), args.api_key.as_deref());
+    stop.wait();
+    ended.send_replace(true);
+    runtime.block_on(http).context("the HTTP server panicked")??;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Where it is, with which key, and a line to try: what a new user needs, each on a line of its own.
+pub(crate) fn tell(state: &AppState, address: &str, key: Option<&str>) {
+    let names: Vec<String> = state.models.list().iter().map(|m| m.id.clone()).collect();
+    let chat =
+        state.models.list().into_iter().find(|m| !m.is_base).or(state.models.list().into_iter().next());
+    let fragment = key.map_or(String::new(), |k| format!("#key={k}"));
+    println!("\nserving   {}", if names.is_empty() { "no model yet".to_owned() } else { names.join(", ") });
+    println!("console   http://{address}/{fragment}");
+    if let Some(key) = key {
+        println!("API key   {key}");
+    }
+    if let Some(model) = chat {
+        let header = key.map_or(String::new(), |k| format!(" -H 'Authorization: Bearer {k}'"));
+        println!(
+            "try       curl http://{address}/v1/chat/completions{header} -H 'Content-Type: application/json' \
+             -d '{{\"model\":\"{}\",\"messages\":[{{\"role\":\"user\",\"content\":\"What is the capital of France?\"}}]}}'",
+            model.id
+        );
+    }
+    println!("stop      Ctrl-C\n");
+}
+
+/// The key that this machine's user opens the console with. Kept readable for them alone, because a printed address
+/// must work again tomorrow; the database has only its hash.
+pub(crate) fn console_key(home: &Home, control: &Control) -> Result<String> {
+    let path = home.path().join("console-key");
+    if let Ok(key) = std::fs::read_to_string(&path) {
+        let key = key.trim().to_owned();
+        if control.check_key(&key)?.is_some() {
+            return Ok(key);
+        }
+    }
+    let key = control.create_key("console")?.expose().to_owned();
+    write_private(&path, &key).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(key)
+}
+
+fn write_private(path: &std::path::Path, text: &str) -> std::io::Result<()> {
+    use std::io::Write;
+    use std::os::unix::fs::OpenOptionsExt;
+    let whole = path.with_extension("new");
+    let mut file =
+        std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&whole)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()?;
+    std::fs::rename(whole, path)
+}

@@ -1,0 +1,73 @@
+//! The home directory of a Loquat: everything it keeps on this machine.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use store::{S3Options, Store};
+
+pub(crate) struct Home {
+    path: PathBuf,
+    store_url: Option<String>,
+}
+
+impl Home {
+    /// Opens the directory, making it where it is missing.
+    pub(crate) fn open(path: &Path, store_url: Option<String>) -> Result<Home> {
+        std::fs::create_dir_all(path)
+            .with_context(|| format!("cannot make the directory {}", path.display()))?;
+        let path = path.canonicalize().with_context(|| format!("cannot open {}", path.display()))?;
+        Ok(Home { path, store_url })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The object store: `--store`, or the home's own directory.
+    pub(crate) fn store(&self) -> Result<Arc<dyn Store>> {
+        let url = match &self.store_url {
+            Some(url) => url.clone(),
+            None => self.path.join("store").display().to_string(),
+        };
+        store::open_with(&url, &s3_options()).with_context(|| format!("cannot open the store {url}"))
+    }
+
+    /// The cluster's state.
+    pub(crate) fn database(&self) -> PathBuf {
+        self.path.join("loquat.db")
+    }
+
+    pub(crate) fn job_logs(&self) -> PathBuf {
+        self.path.join("jobs")
+    }
+
+    /// Where models that live in the store are laid out as files.
+    pub(crate) fn models(&self) -> PathBuf {
+        self.path.join("models")
+    }
+
+    /// The arguments that make a child process use this home.
+    pub(crate) fn as_args(&self) -> Vec<String> {
+        let mut args = vec!["--home".to_owned(), self.path.display().to_string()];
+        if let Some(url) = &self.store_url {
+            args.extend(["--store".to_owned(), url.clone()]);
+        }
+        args
+    }
+}
+
+/// Where S3 is and with which key, from the variables that every S3 client knows.
+fn s3_options() -> S3Options {
+    let var = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
+    let endpoint = var("AWS_ENDPOINT_URL_S3").or_else(|| var("AWS_ENDPOINT_URL")).unwrap_or_default();
+    let defaults = S3Options::default();
+    S3Options {
+        allow_http: endpoint.starts_with("http://"),
+        endpoint,
+        region: var("AWS_REGION").or_else(|| var("AWS_DEFAULT_REGION")).unwrap_or(defaults.region),
+        access_key: var("AWS_ACCESS_KEY_ID").unwrap_or_default(),
+        secret_key: var("AWS_SECRET_ACCESS_KEY").unwrap_or_default(),
+        session_token: var("AWS_SESSION_TOKEN").unwrap_or_default(),
+    }
+}

@@ -1,0 +1,213 @@
+//! One machine's Loquat while it runs: API and console, control plane with its jobs, and the models that are served.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use api::{AppState, Limits, Parts};
+use control::{Control, LocalLauncher, ModelKind, Reconciler, ReconcilerOptions, Shutdown};
+use store::{Bundle, Store};
+use telemetry::Metrics;
+use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
+use tokio::sync::watch;
+
+use crate::adapters::{ControlJobs, ControlKeys};
+use crate::args::Listen;
+use crate::home::Home;
+use crate::runs::StoredRuns;
+use crate::serving::{self, Share};
+
+/// How often the models that are served are compared with those that should be.
+const MODELS_EVERY: Duration = Duration::from_secs(1);
+/// Threads that answer HTTP. They only parse and wait: two are enough to keep probes answered beside inference.
+const HTTP_THREADS: usize = 2;
+
+pub(crate) struct Service {
+    pub(crate) control: Control,
+    pub(crate) state: AppState,
+    pub(crate) address: SocketAddr,
+    runtime: Runtime,
+    http: tokio::task::JoinHandle<std::io::Result<()>>,
+    close: watch::Sender<bool>,
+    reconciler: Reconciler,
+    models: Option<JoinHandle<()>>,
+    stop: Arc<AtomicBool>,
+    keeper: Arc<ModelKeeper>,
+}
+
+impl Service {
+    /// Opens the state, binds the port and starts everything; models are loaded as [`ModelKeeper`] finds them.
+    pub(crate) fn start(home: &Home, listen: &Listen) -> Result<Service> {
+        let control = Control::open(&home.database())?;
+        let store = home.store()?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(HTTP_THREADS)
+            .enable_all()
+            .build()
+            .context("cannot start the HTTP threads")?;
+        let state = AppState::new(Parts {
+            keys: Arc::new(ControlKeys(control.clone())),
+            runs: Arc::new(StoredRuns::new(store.clone())),
+            jobs: Arc::new(ControlJobs(control.clone())),
+            metrics: Metrics::new(),
+            limits: Limits::default(),
+            now_unix_s: crate::now_unix_s,
+        });
+        let wanted = format!("{}:{}", listen.host, listen.port);
+        let listener = runtime.block_on(TcpListener::bind(&wanted)).with_context(|| {
+            format!("cannot listen on {wanted} (is another server there? --port picks another)")
+        })?;
+        let address = listener.local_addr()?;
+        let (close, mut closed) = watch::channel(false);
+        let shutdown = async move {
+            // The sender lives as long as the service; its end means the same as its word.
+            let _ = closed.wait_for(|closed| *closed).await;
+        };
+        let http = runtime.spawn(api::serve(listener, state.clone(), shutdown));
+        let launcher = LocalLauncher::new(&std::env::current_exe()?, &home.job_logs())?;
+        let options = ReconcilerOptions::default();
+        let reconciler = Reconciler::start(&control, Box::new(launcher), state.metrics.job(), options)?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let share = Share {
+            n_threads: listen.threads.unwrap_or_else(crate::n_threads),
+            kv_bytes: listen.kv_mib << 20,
+        };
+        let keeper = Arc::new(ModelKeeper {
+            control: control.clone(),
+            store,
+            state: state.clone(),
+            models_dir: home.models(),
+            share,
+            served: Mutex::default(),
+        });
+        let models = spawn_keeper(keeper.clone(), stop.clone())?;
+        let models = Some(models);
+        Ok(Service { control, state, address, runtime, http, close, reconciler, models, stop, keeper })
+    }
+
+    /// Loads what should be served and is not yet, now.
+    pub(crate) fn refresh_models(&self) -> Result<()> {
+        self.keeper.refresh()
+    }
+
+    /// Ends in order: no new requests, running ones finish, jobs save and stop, then the rest.
+    pub(crate) fn shut_down(mut self) -> Result<()> {
+        self.state.lifecycle.start_draining();
+        self.close.send_replace(true);
+        self.stop.store(true, Ordering::Relaxed);
+        self.reconciler.stop(Shutdown::Interrupt);
+        let http = self.runtime.block_on(self.http);
+        if let Some(models) = self.models.take()
+            && models.join().is_err()
+        {
+            tracing::error!("the model keeper had panicked");
+        }
+        http.context("the HTTP server panicked")??;
+        Ok(())
+    }
+}
+
+fn spawn_keeper(keeper: Arc<ModelKeeper>, stop: Arc<AtomicBool>) -> Result<JoinHandle<()>> {
+    let keep = move || {
+        while !stop.load(Ordering::Relaxed) {
+            if let Err(error) = keeper.refresh() {
+                tracing::error!("{error:#}");
+            }
+            std::thread::park_timeout(MODELS_EVERY);
+        }
+    };
+    std::thread::Builder::new().name("models".into()).spawn(keep).context("no thread for the models")
+}
+
+/// Makes the served models equal to those the control plane wants: rows of its table, which published bundles join
+/// by themselves.
+struct ModelKeeper {
+    control: Control,
+    store: Arc<dyn Store>,
+    state: AppState,
+    models_dir: PathBuf,
+    share: Share,
+    /// What each served model was loaded from; one that failed stays here with its version, so that it is tried again
+    /// only when it changes.
+    served: Mutex<BTreeMap<String, String>>,
+}
+
+impl ModelKeeper {
+    fn refresh(&self) -> Result<()> {
+        // One refresh at a time: loading the same model twice would waste its memory.
+        let mut served = self.served.lock().unwrap_or_else(PoisonError::into_inner);
+        self.adopt_published()?;
+        let wanted = self.control.list_models()?;
+        let gone: Vec<String> =
+            served.keys().filter(|name| wanted.iter().all(|m| m.name != **name)).cloned().collect();
+        for name in gone {
+            served.remove(&name);
+            self.state.models.remove(&name);
+            tracing::info!(model = name, "no longer served");
+        }
+        for model in wanted {
+            let version = self.version(&model.source)?;
+            if served.get(&model.name) == Some(&version) {
+                continue;
+            }
+            served.insert(model.name.clone(), version);
+            let loaded = self
+                .local_path(&model.name, &model.source)
+                .and_then(|path| serving::load(&model.name, &path, self.share, &self.state.metrics));
+            match loaded {
+                Ok(ready) => {
+                    self.state.models.insert(ready);
+                    tracing::info!(model = model.name, source = model.source, "serving");
+                }
+                Err(error) => tracing::error!(model = model.name, "not served: {error:#}"),
+            }
+        }
+        self.state.lifecycle.set_ready();
+        Ok(())
+    }
+
+    /// Every model bundle of the store becomes a row.
+    fn adopt_published(&self) -> Result<()> {
+        for object in self.store.list("models")? {
+            let Some(name) = object.name.as_str().strip_prefix("models/") else { continue };
+            let Some(name) = name.strip_suffix("/manifest.json") else { continue };
+            if self.control.get_model(name)?.is_none() {
+                self.control.put_model(name, ModelKind::Base, &format!("{BUNDLE}models/{name}"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What tells one state of a source from another.
+    fn version(&self, source: &str) -> Result<String> {
+        let Some(prefix) = source.strip_prefix(BUNDLE) else {
+            return Ok(source.to_owned());
+        };
+        let manifest = store::ObjectName::parse(&format!("{prefix}/manifest.json"))?;
+        match self.store.head(&manifest)? {
+            Some(_) => Ok(crate::sha256_hex(&self.store.get(&manifest)?)),
+            None => Ok("gone".to_owned()),
+        }
+    }
+
+    /// Where the model's files lie on this machine; a bundle is brought here first.
+    fn local_path(&self, name: &str, source: &str) -> Result<PathBuf> {
+        let Some(prefix) = source.strip_prefix(BUNDLE) else {
+            return Ok(PathBuf::from(source));
+        };
+        let bundle = Bundle::open(&self.store, prefix)?;
+        let bundle = bundle.with_context(|| format!("there is no model at {prefix} in the store"))?;
+        let dir = self.models_dir.join(name);
+        bundle.download_to(&dir)?;
+        Ok(dir)
+    }
+}
+
+/// A model's source that is a bundle of the store; others are paths.
+const BUNDLE: &str = "bundle:";

@@ -1,0 +1,225 @@
+//! The live view of a training run: a block of lines redrawn in place on a terminal, plain lines elsewhere.
+
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use train::{Curve, Event, Started, Step};
+
+/// How often plain output tells where the run is.
+const PLAIN_EVERY: Duration = Duration::from_secs(10);
+/// How often a terminal is redrawn at most.
+const DRAW_EVERY: Duration = Duration::from_millis(120);
+const CURVE_WIDTH: usize = 60;
+const CURVE_HEIGHT: usize = 8;
+const SAMPLE_CHARS_MAX: usize = 220;
+
+pub(crate) struct View {
+    started: Option<Started>,
+    last: Option<Step>,
+    bits_per_byte: Option<f64>,
+    /// Tokens per second, smoothed over some steps.
+    speed: Option<f64>,
+    sample: Option<(u64, String)>,
+    notice: Option<String>,
+    curve: Curve,
+    terminal: bool,
+    /// Lines of the block on the screen, to go back over.
+    n_drawn: usize,
+    told: Option<Instant>,
+}
+
+impl View {
+    pub(crate) fn new() -> View {
+        View {
+            started: None,
+            last: None,
+            bits_per_byte: None,
+            speed: None,
+            sample: None,
+            notice: None,
+            curve: Curve::default(),
+            terminal: std::io::stdout().is_terminal(),
+            n_drawn: 0,
+            told: None,
+        }
+    }
+
+    /// Takes an event that was seen before this view began: for the curve only.
+    pub(crate) fn remember(&mut self, event: &Event) {
+        self.curve.push(event);
+    }
+
+    pub(crate) fn show(&mut self, event: &Event) {
+        self.curve.push(event);
+        match event {
+            Event::Started(started) => self.started = Some(started.clone()),
+            Event::Step(step) => {
+                let speed = self.speed.unwrap_or(step.tokens_per_second);
+                self.speed = Some(0.9 * speed + 0.1 * step.tokens_per_second);
+                self.last = Some(step.clone());
+            }
+            Event::Eval { bits_per_byte, .. } => self.bits_per_byte = Some(*bits_per_byte),
+            Event::Sample { step, text } => self.sample = Some((*step, text.clone())),
+            Event::Checkpoint { step, seconds, .. } => {
+                self.notice = Some(format!("checkpoint of step {step} ({seconds:.2} s)"));
+            }
+            Event::CheckpointRefused { step, why } => self.warn(&format!("checkpoint {step} refused: {why}")),
+            Event::CheckpointFailed { step, why } => {
+                self.warn(&format!("no checkpoint at step {step}: {why}"))
+            }
+            Event::MetricsFailed { why, .. } => self.warn(&format!("metrics not written: {why}")),
+            Event::Interrupted { step } => self.notice = Some(format!("stopped after step {step}, saved")),
+            Event::Finished { .. } => self.notice = Some("finished".to_owned()),
+        }
+        let ends = matches!(event, Event::Interrupted { .. } | Event::Finished { .. });
+        let every = if self.terminal { DRAW_EVERY } else { PLAIN_EVERY };
+        let sample = !self.terminal && matches!(event, Event::Sample { .. } | Event::Started(_));
+        if ends || sample || self.told.is_none_or(|t| t.elapsed() >= every) {
+            self.told = Some(Instant::now());
+            self.draw(sample);
+        }
+    }
+
+    /// A line that stays, above the block.
+    fn warn(&mut self, text: &str) {
+        self.erase();
+        println!("warning: {text}");
+    }
+
+    fn erase(&mut self) {
+        if self.n_drawn > 0 {
+            print!("\x1b[{}A\x1b[J", self.n_drawn);
+            self.n_drawn = 0;
+        }
+    }
+
+    fn draw(&mut self, with_sample: bool) {
+        if !self.terminal {
+            let mut lines = self.status();
+            lines.truncate(2);
+            if with_sample {
+                lines.extend(self.sample_line());
+            }
+            for line in lines {
+                println!("{line}");
+            }
+            return;
+        }
+        let mut lines = self.status();
+        lines.extend(self.curve.terminal(CURVE_WIDTH, CURVE_HEIGHT));
+        lines.extend(self.sample_line());
+        lines.extend(self.notice.clone());
+        self.erase();
+        let width = terminal_width();
+        for line in &lines {
+            let line: String = line.chars().take(width.saturating_sub(1)).collect();
+            println!("{line}");
+        }
+        self.n_drawn = lines.len();
+        // A terminal that has gone away must not end the training that it only watches.
+        let _ = std::io::stdout().flush();
+    }
+
+    fn status(&self) -> Vec<String> {
+        let Some(started) = &self.started else {
+            return vec!["starting…".to_owned()];
+        };
+        let step = self.last.as_ref().map_or(started.step, |s| s.step);
+        let share = step as f64 / started.n_steps.max(1) as f64;
+        let mut first = format!(
+            "{} {} {:>3.0} %  step {step}/{}",
+            started.run,
+            bar(share, 24),
+            share * 100.0,
+            started.n_steps
+        );
+        let Some((last, speed)) = self.last.as_ref().zip(self.speed) else {
+            let millions = started.n_params as f64 / 1e6;
+            return vec![first, format!("{millions:.2} million parameters, {} ranks", started.n_ranks)];
+        };
+        let tokens_per_step = last.tokens as f64 / last.step.max(1) as f64;
+        let left = (started.n_steps.saturating_sub(step)) as f64 * tokens_per_step / speed.max(1e-9);
+        first += &format!("  {} left", duration(left));
+        let peak = speed * started.flops_per_token / started.peak_flops.max(1.0);
+        let validation =
+            self.bits_per_byte.map_or(String::new(), |b| format!("  validation {b:.3} bits/byte"));
+        let peak_gflops = started.peak_flops / 1e9;
+        let second = format!(
+            "loss {:.3}{validation}  {speed:.0} tokens/s  {:.0} % of this machine's {peak_gflops:.0} GFLOP/s",
+            last.loss,
+            peak * 100.0
+        );
+        vec![first, second]
+    }
+
+    fn sample_line(&self) -> Option<String> {
+        let (step, text) = self.sample.as_ref()?;
+        let flat: String = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let cut: String = flat.chars().take(SAMPLE_CHARS_MAX).collect();
+        Some(format!("step {step} writes: {cut}"))
+    }
+}
+
+/// A bar of `width` cells of which `share` is full.
+pub(crate) fn bar(share: f64, width: usize) -> String {
+    let full = ((share.clamp(0.0, 1.0) * width as f64).round() as usize).min(width);
+    format!("{}{}", "█".repeat(full), "░".repeat(width - full))
+}
+
+fn duration(seconds: f64) -> String {
+    let seconds = seconds.round() as u64;
+    match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
+        (0, 0, s) => format!("{s} s"),
+        (0, m, s) => format!("{m} min {s:02} s"),
+        (h, m, _) => format!("{h} h {m:02} min"),
+    }
+}
+
+fn terminal_width() -> usize {
+    std::env::var("COLUMNS").ok().and_then(|c| c.parse().ok()).unwrap_or(100)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_and_bars() {
+        assert_eq!(duration(42.4), "42 s");
+        assert_eq!(duration(125.0), "2 min 05 s");
+        assert_eq!(duration(7265.0), "2 h 01 min");
+        assert_eq!(bar(0.5, 4), "██░░");
+        assert_eq!(bar(7.0, 2), "██");
+    }
+
+    #[test]
+    fn status_tells_time_left_and_share_of_the_peak() {
+        let mut view = View::new();
+        view.terminal = false;
+        let (n_steps, n_params) = (100, 3_000_000);
+        let (flops_per_token, peak_flops) = (2e7, 2e11);
+        let run = "r".to_owned();
+        view.show(&Event::Started(Started {
+            run,
+            step: 0,
+            n_steps,
+            n_params,
+            flops_per_token,
+            peak_flops,
+            n_ranks: 1,
+        }));
+        view.show(&Event::Step(Step {
+            step: 50,
+            loss: 4.0,
+            lr: 1e-3,
+            grad_norm: 1.0,
+            tokens: 50 * 4096,
+            tokens_per_second: 5000.0,
+            data_seconds: 0.0,
+            elapsed_seconds: 41.0,
+        }));
+        let status = view.status().join("\n");
+        assert!(status.contains("step 50/100") && status.contains("41 s left"), "{status}");
+        assert!(status.contains("50 % of this machine's 200 GFLOP/s"), "{status}");
+    }
+}

@@ -1,0 +1,8 @@
+//! The whole program, as processes: from text to an answer over HTTP, killed with signal 9 on the way, fed with bad input,
+//! and used by real clients.
+
+mod bad_input;
+mod clients;
+mod demo;
+mod kill;
+mod support;
