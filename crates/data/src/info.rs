@@ -63,6 +63,8 @@ pub struct DatasetInfo {
     pub validation_fraction: f64,
     /// Rows left out because they could not be read.
     pub n_rows_skipped: u64,
+    /// Files in input directories whose format is not known.
+    pub n_files_ignored: u64,
     /// SHA-256 over the inputs and every setting that the bytes depend on.
     pub plan_sha256: String,
     pub inputs: Vec<InputInfo>,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 use store::{Bundle, Store};
 
-use crate::input::{InputFile, input_files};
+use crate::input::{InputFile, Inputs, input_files};
 use crate::parts::{Tokens, tokenize};
 use crate::prepare::{Prepared, prepare};
 use crate::work::Work;
@@ -32,7 +32,7 @@ pub fn ingest(
     progress: &mut dyn FnMut(IngestProgress),
 ) -> Result<DatasetInfo> {
     plan.check()?;
-    let files = input_files(&plan.inputs)?.files;
+    let Inputs { files, n_ignored } = input_files(&plan.inputs)?;
     let inputs = checksums(&files, progress)?;
     let plan_sha256 = plan.sha256(&inputs);
     let work = Work::new(store, &plan.name, &plan_sha256)?;
@@ -47,7 +47,8 @@ pub fn ingest(
         work.clear()?;
         return Err(Error::InputsChanged { name: plan.name.clone() });
     }
-    let info = info(plan, inputs, plan_sha256, &prepared, &tokens);
+    let info =
+        DatasetInfo { n_files_ignored: n_ignored, ..info(plan, inputs, plan_sha256, &prepared, &tokens) };
     progress(IngestProgress {
         stage: IngestStage::Publish,
         done: 0,
@@ -91,6 +92,7 @@ fn info(
         train: tokens.train.info,
         validation: tokens.validation.info,
         validation_fraction: plan.validation_fraction,
+        n_files_ignored: 0,
         n_rows_skipped: prepared.scan.n_rows_skipped,
         plan_sha256,
         inputs,

@@ -20,7 +20,7 @@ pub(crate) struct InputFile {
 pub(crate) struct Inputs {
     pub(crate) files: Vec<InputFile>,
     /// Files in directories whose format is not known. (A file that was named itself is an error then.)
-    pub(crate) ignored: Vec<PathBuf>,
+    pub(crate) n_ignored: u64,
 }
 
 /// The files to read for `inputs`, in their order; directories sorted by path, dotted names left out.
@@ -70,7 +70,7 @@ fn walk(dir: &Path, name: &str, depth: usize, found: &mut Inputs) -> Result<()> 
         } else if meta.is_file() && is_known_format(&path) {
             found.files.push(InputFile { path, name });
         } else {
-            found.ignored.push(path);
+            found.n_ignored += 1;
         }
     }
     Ok(())

@@ -30,7 +30,7 @@ mod work;
 pub use batches::Batches;
 pub use dataset::Dataset;
 pub use document::{BadRows, Document, Documents, ReadOptions, Source, documents};
-pub use error::{Error, Result};
+pub use error::{Error, Result, Row};
 pub use info::{DATASET_VERSION, DatasetInfo, InputInfo, Split, SplitInfo};
 pub use ingest::ingest;
 pub use permutation::Permutation;

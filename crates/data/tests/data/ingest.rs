@@ -51,6 +51,7 @@ pub(crate) fn corpus(n_documents: u64) -> Inputs {
 #[test]
 fn the_tokens_are_the_documents() {
     let inputs = corpus(60);
+    inputs.write("corpus/picture.png", [0, 1]);
     let store = ram();
     let plan = plan(vec![inputs.path().join("corpus")]);
     let mut stages = Vec::new();
@@ -94,6 +95,7 @@ fn the_tokens_are_the_documents() {
     assert!(shards.len() > 3);
     assert!(shards[..shards.len() - 1].iter().all(|shard| shard.bytes == 2000));
     assert_eq!(shards.iter().map(|shard| shard.bytes).sum::<u64>(), 2 * info.train.n_tokens);
+    assert_eq!((info.n_files_ignored, info.n_rows_skipped), (1, 0));
     // Provenance: the hash of the first file, by another route.
     let first = std::fs::read(inputs.path().join("corpus/000.txt")).unwrap();
     let entry = store::FileEntry::of("", &first);
