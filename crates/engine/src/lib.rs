@@ -18,6 +18,7 @@ mod clock;
 mod engine;
 mod fake;
 mod live;
+mod model_runner;
 mod pacer;
 mod random;
 mod request;
@@ -33,6 +34,7 @@ mod worker;
 pub use engine::{Engine, EngineLimits, Health, Stats};
 pub use fake::FakeRunner;
 pub use model::{StepInput, StepRow};
+pub use model_runner::ModelRunner;
 pub use request::{
     Event, FinishReason, Logprobs, Request, STOP_IDS_MAX, Sampling, SubmitError, TOP_LOGPROBS_MAX, TokenId,
     Usage,

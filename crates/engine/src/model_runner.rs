@@ -1,0 +1,70 @@
+//! A real model behind [`Runner`]: weights, KV cache and the threads they are computed on.
+
+use std::sync::Arc;
+
+use model::{BLOCK_TOKENS, KvCache, KvType, Llama, Scratch, StepInput};
+use tensor::Pool;
+
+use crate::runner::{Runner, RunnerError};
+
+/// See the module.
+pub struct ModelRunner {
+    llama: Llama,
+    kv: KvCache,
+    pool: Arc<Pool>,
+    scratch: Scratch,
+    logits_rv: Vec<f32>,
+}
+
+impl ModelRunner {
+    /// A runner whose KV cache takes `kv_bytes_max` at most, and never more than `max_running`
+    /// sequences of full context could use.
+    ///
+    /// # Errors
+    /// If not even one block fits.
+    pub fn new(
+        llama: Llama,
+        pool: Arc<Pool>,
+        kv_type: KvType,
+        kv_bytes_max: usize,
+        max_running: usize,
+    ) -> Result<ModelRunner, RunnerError> {
+        let block_bytes = llama.kv_block_bytes(kv_type);
+        let n_useful = llama.context_max().div_ceil(BLOCK_TOKENS).saturating_mul(max_running);
+        let n_blocks = (kv_bytes_max / block_bytes).min(n_useful);
+        if n_blocks == 0 {
+            let why = format!("{kv_bytes_max} bytes for the KV cache hold no block of {block_bytes} bytes");
+            return Err(RunnerError(why));
+        }
+        let kv = llama.new_kv(n_blocks, kv_type);
+        Ok(ModelRunner { llama, kv, pool, scratch: Scratch::default(), logits_rv: Vec::new() })
+    }
+}
+
+impl Runner for ModelRunner {
+    fn vocab(&self) -> usize {
+        self.llama.config().vocab
+    }
+
+    fn n_blocks(&self) -> usize {
+        self.kv.n_blocks()
+    }
+
+    fn block_tokens(&self) -> usize {
+        BLOCK_TOKENS
+    }
+
+    fn context_max(&self) -> usize {
+        self.llama.context_max()
+    }
+
+    fn step(&mut self, input: &StepInput) -> Result<&[f32], RunnerError> {
+        let ModelRunner { llama, kv, pool, scratch, logits_rv } = self;
+        llama.forward(pool, input, kv, scratch, logits_rv).map_err(|error| RunnerError(error.to_string()))?;
+        Ok(logits_rv)
+    }
+
+    fn pool(&self) -> Option<Arc<Pool>> {
+        Some(self.pool.clone())
+    }
+}
