@@ -184,7 +184,8 @@ fn put_if_absent(store: &dyn Store) {
 
 fn one_of_many_wins(store: &Arc<dyn Store>) {
     const WRITERS: usize = 8;
-    for round in 0..6 {
+    // SeaweedFS makes a writer that meets a lock wait for whole seconds, so a few rounds must do.
+    for round in 0..3 {
         let object = name(&format!("suite/race/deep-{round}/x"));
         let start = Barrier::new(WRITERS);
         let winners: Vec<usize> = std::thread::scope(|scope| {
