@@ -55,7 +55,7 @@ fn publishing_again_replaces_and_leaves_nothing_behind() {
     let store = ram();
     publish(&store, &[("a.bin", b"old"), ("same.bin", b"same"), ("gone.bin", b"gone")], json!(1));
     // A neighbour's objects, and those that are no files of a bundle, are not ours to remove.
-    let others = ["models/m2/x", "models/m/work/state", "models/m/notes"].map(name);
+    let others = ["models/m2/x", "models/m/sub/state", "models/m/notes"].map(name);
     others.iter().for_each(|other| store.put(other, b"x").unwrap());
     // A writer that was killed before it published.
     BundleWriter::new(&store, "models/m").unwrap().add("stray.bin", b"stray").unwrap();
