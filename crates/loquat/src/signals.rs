@@ -24,10 +24,6 @@ impl Stop {
         Ok(Stop(flag))
     }
 
-    pub(crate) fn flag(&self) -> &AtomicBool {
-        &self.0
-    }
-
     pub(crate) fn is_set(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }

@@ -14,7 +14,7 @@ fn the_openai_package_and_a_browser_work_unchanged() {
         return;
     }
     let home = tempfile::tempdir().unwrap();
-    let mut server = Running::start(&mut demo(home.path(), 8));
+    let mut server = Running::start(&mut demo(home.path(), 4));
     let client = server.client();
     let python = root().join("var/venv/bin/python");
     match python.exists() {
@@ -34,11 +34,11 @@ fn the_openai_package_and_a_browser_work_unchanged() {
 fn run(client: &Client, command: &mut Command) {
     let status = command
         .current_dir(root())
-        .env("LOQUAT_URL", &client.base)
+        .env("LOQUAT_URL", format!("{}/v1", client.base))
         .env("LOQUAT_KEY", &client.key)
         .env("LOQUAT_CHAT_MODEL", CHAT_MODEL)
         .env("LOQUAT_BASE_MODEL", "sotu")
-        .env("LOQUAT_SCREENSHOTS", root().join("var/screenshots"))
+        .env("SCREENSHOTS", root().join("var/screenshots"))
         .status()
         .unwrap();
     assert!(status.success(), "{command:?}: {status}");

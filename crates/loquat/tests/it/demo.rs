@@ -32,7 +32,7 @@ pub(crate) fn demo(home: &Path, steps: u32) -> Command {
 #[test]
 fn from_text_to_an_answer_and_again() {
     let home = tempfile::tempdir().unwrap();
-    let mut first = Running::start(&mut demo(home.path(), 12));
+    let mut first = Running::start(&mut demo(home.path(), 6));
     let client = first.client();
     the_trained_model_answers(&client);
     the_curve_and_the_metrics_are_there(&client);
@@ -43,7 +43,7 @@ fn from_text_to_an_answer_and_again() {
     assert_eq!(first.stop(), Some(0));
 
     let start = Instant::now();
-    let mut second = Running::start(&mut demo(home.path(), 12));
+    let mut second = Running::start(&mut demo(home.path(), 6));
     let again = second.client();
     assert!(start.elapsed() < Duration::from_secs(20), "a second start took {:?}", start.elapsed());
     assert_eq!(again.key, client.key, "the key that was printed must go on working");
