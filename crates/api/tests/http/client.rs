@@ -8,23 +8,23 @@ use tower::ServiceExt;
 
 use crate::fake::KEY;
 
-pub struct Answer {
-    pub status: StatusCode,
-    pub headers: HeaderMap,
-    pub body: Bytes,
+pub(crate) struct Answer {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
 }
 
 impl Answer {
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("{e}: {:?}", self.body))
     }
 
-    pub fn header(&self, name: &str) -> &str {
+    pub(crate) fn header(&self, name: &str) -> &str {
         self.headers.get(name).map_or("", |value| value.to_str().unwrap())
     }
 
     /// The JSON of all events but `[DONE]`, which must be last.
-    pub fn events(&self) -> Vec<Value> {
+    pub(crate) fn events(&self) -> Vec<Value> {
         assert_eq!(self.status, StatusCode::OK, "{:?}", self.body);
         assert!(self.header("content-type").starts_with("text/event-stream"));
         let text = std::str::from_utf8(&self.body).unwrap();
@@ -38,26 +38,26 @@ impl Answer {
     }
 }
 
-pub async fn send(app: &Router, request: Request<Body>) -> Answer {
+pub(crate) async fn send(app: &Router, request: Request<Body>) -> Answer {
     let response = app.clone().oneshot(request).await.unwrap();
     let (parts, body) = response.into_parts();
     let body = axum::body::to_bytes(body, usize::MAX).await.unwrap();
     Answer { status: parts.status, headers: parts.headers, body }
 }
 
-pub async fn get(app: &Router, path: &str) -> Answer {
+pub(crate) async fn get(app: &Router, path: &str) -> Answer {
     send(app, authorized(path).body(Body::empty()).unwrap()).await
 }
 
-pub async fn post(app: &Router, path: &str, body: Value) -> Answer {
+pub(crate) async fn post(app: &Router, path: &str, body: Value) -> Answer {
     post_bytes(app, path, body.to_string().into_bytes()).await
 }
 
-pub async fn post_bytes(app: &Router, path: &str, body: Vec<u8>) -> Answer {
+pub(crate) async fn post_bytes(app: &Router, path: &str, body: Vec<u8>) -> Answer {
     let request = authorized(path).method("POST").header("content-type", "application/json");
     send(app, request.body(body.into()).unwrap()).await
 }
 
-pub fn authorized(path: &str) -> axum::http::request::Builder {
+pub(crate) fn authorized(path: &str) -> axum::http::request::Builder {
     Request::builder().uri(path).header("authorization", format!("Bearer {KEY}"))
 }

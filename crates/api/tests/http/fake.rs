@@ -12,18 +12,18 @@ use store::{ObjectName, Store};
 use telemetry::Metrics;
 use tokenizer::{ChatTemplate, Tokenizer};
 
-pub const KEY: &str = "sk-test";
+pub(crate) const KEY: &str = "sk-test";
 /// Tokens of context of the fake models.
-pub const CONTEXT_MAX: usize = 4096;
+pub(crate) const CONTEXT_MAX: usize = 4096;
 const TURN_START: u32 = 256;
 const TURN_END: u32 = 257;
 const END_OF_TEXT: u32 = 258;
 const VOCAB: usize = 259;
 
-pub const DEFAULT_ANSWER: &str = "I am a **fake** model. I say:\n\n1. what I was told in brackets,\n2. or this.\n\n\
+pub(crate) const DEFAULT_ANSWER: &str = "I am a **fake** model. I say:\n\n1. what I was told in brackets,\n2. or this.\n\n\
     ```rust\nfn main() { println!(\"hello\"); }\n```\n";
 
-pub struct OneKey;
+pub(crate) struct OneKey;
 
 impl KeyChecker for OneKey {
     fn check(&self, key: &str) -> Result<Option<KeyOwner>, Cause> {
@@ -34,7 +34,7 @@ impl KeyChecker for OneKey {
     }
 }
 
-pub struct OneJob;
+pub(crate) struct OneJob;
 
 impl Jobs for OneJob {
     fn list(&self) -> Result<Vec<JobView>, Cause> {
@@ -50,7 +50,7 @@ impl Jobs for OneJob {
     }
 }
 
-pub fn metrics_store() -> Arc<dyn Store> {
+pub(crate) fn metrics_store() -> Arc<dyn Store> {
     let store = store::open("mem:").unwrap();
     let lines = r#"{"event":"plan","steps_total":300}
 {"event":"step","step":1,"loss":8.3,"lr":0.001,"tokens":4096,"tokens_per_second":9000.0}
@@ -61,11 +61,11 @@ pub fn metrics_store() -> Arc<dyn Store> {
 }
 
 /// The models `chat`, `base` and `random` (whose logits are noise, for seeds), each step taking `step_time`.
-pub fn state(limits: Limits, step_time: Duration) -> AppState {
+pub(crate) fn state(limits: Limits, step_time: Duration) -> AppState {
     state_over(limits, step_time, metrics_store())
 }
 
-pub fn state_over(limits: Limits, step_time: Duration, store: Arc<dyn Store>) -> AppState {
+pub(crate) fn state_over(limits: Limits, step_time: Duration, store: Arc<dyn Store>) -> AppState {
     let metrics = Metrics::new();
     let state = AppState::new(Parts {
         keys: Arc::new(OneKey),
@@ -140,7 +140,7 @@ fn chat_template() -> ChatTemplate {
 }
 
 /// Every byte is the token of its own number, followed by the three special tokens.
-pub fn tokenizer() -> Tokenizer {
+pub(crate) fn tokenizer() -> Tokenizer {
     let mut vocab = serde_json::Map::new();
     let mut n_unprintable = 0;
     for byte in 0..=255u32 {
