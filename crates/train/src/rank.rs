@@ -55,10 +55,10 @@ impl Rank<'_> {
             // Rank 0 decides for all, so that every rank stops before the same step.
             let wants_stop = self.comm.rank() == 0 && stop.load(Ordering::Relaxed);
             if self.comm.all_gather(&[f64::from(u8::from(wants_stop))])?[0] != 0.0 {
-                if let Some(lead) = &mut lead {
-                    if lead.save(&self.state) {
-                        lead.event(Event::Interrupted { step: self.state.step });
-                    }
+                if let Some(lead) = &mut lead
+                    && lead.save(&self.state)
+                {
+                    lead.event(Event::Interrupted { step: self.state.step });
                 }
                 return Ok(false);
             }

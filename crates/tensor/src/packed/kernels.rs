@@ -1,11 +1,11 @@
 //! The products themselves: some tiles times some columns.
 //!
-//! Quantized weights, per 32 inputs and row: t = Σ q_w·q_x in int32, exact, then acc = fma(t, d·scale, acc) and for Q4_1
-//! acc = fma(m, scale·Σq_x, acc). The integers are exact in any order and the float steps are the same two in the same
-//! order everywhere, so a row's result does not depend on which kernel made it. Float weights: one chain
-//! acc = fma(w, x, acc) over the inputs.
+//! Quantized weights, per 32 inputs and row: high = Σ q_w·q_high and low = Σ q_w·q_low in int32, exact, then
+//! t = fma(low, 1/1024, high), acc = fma(t, d·scale, acc) and for Q4_1 acc = fma(m, Σx, acc). The integers are exact in
+//! any order and the float steps are the same in the same order everywhere, so a row's result does not depend on which
+//! kernel made it. Float weights: one chain acc = fma(w, x, acc) over the inputs.
 
-use super::activations::{Activations, Block};
+use super::activations::{Activations, Block, LOW, SPLIT};
 use super::kind::{BLOCK, WeightKind};
 use super::layout::{Q4_BYTES, Q8_BYTES, TILE, halves, unpack};
 use crate::simd::{Simd, dispatch};
@@ -46,30 +46,33 @@ fn decode_tile_simd<S: Simd>(s: S, task: &DecodeTile<'_>, sums: &mut [f32; TILE]
 fn decode_q4<S: Simd, const R: usize, const MIN: bool>(s: S, task: &DecodeTile<'_>, sums: &mut [f32; TILE]) {
     let block_bytes = TILE * task.kind.block_bytes();
     let mut acc = [s.zero(); R];
-    let (low, high) = (s.splat_h(0x000f), s.splat_h(0x00f0));
+    let (even, odd) = (s.splat_h(0x000f), s.splat_h(0x00f0));
     for (b, block) in task.tile.chunks_exact(block_bytes).enumerate() {
         let x = task.x.block(b, 0..1);
-        let x_pair = |p: usize| s.splat_pair([x.q[2 * p], x.q[2 * p + 1]]);
         prefetch(block, block_bytes);
-        let offset = if MIN { 0 } else { -128 * x.sums[0] };
-        let mut sum_low = [s.splat_i(0); R];
-        let mut sum_high = [s.splat_i(offset); R];
+        // Sums of even and odd nibbles, for high and low.
+        let zero = |part: usize| s.splat_i(if MIN { 0 } else { -8 * 16 * x.sums[0][part] });
+        let mut sum = [[[s.splat_i(0), zero(0)], [s.splat_i(0), zero(1)]]; R];
         for w in 0..4 {
-            let x: [S::H; 4] = [x_pair(4 * w), x_pair(4 * w + 1), x_pair(4 * w + 2), x_pair(4 * w + 3)];
             for r in 0..R {
                 let at = (w * TILE + r * S::LANES) * 4;
                 // SAFETY: a register's worth of words, inside the 4 · 16 words at the start of the block.
                 let word = unsafe { s.load_h_ptr(block.as_ptr().add(at).cast()) };
                 let upper = s.shr_h::<8>(word);
-                sum_low[r] = s.madd(sum_low[r], s.and_h(word, low), x[0]);
-                sum_high[r] = s.madd(sum_high[r], s.and_h(word, high), x[1]);
-                sum_low[r] = s.madd(sum_low[r], s.and_h(upper, low), x[2]);
-                sum_high[r] = s.madd(sum_high[r], s.and_h(upper, high), x[3]);
+                let nibbles =
+                    [s.and_h(word, even), s.and_h(word, odd), s.and_h(upper, even), s.and_h(upper, odd)];
+                for (j, nibbles) in nibbles.into_iter().enumerate() {
+                    for part in 0..2 {
+                        let sum = &mut sum[r][part][j % 2];
+                        *sum = s.madd(*sum, nibbles, pair_of(s, x.q, part, 4 * w + j));
+                    }
+                }
             }
         }
-        let (scale, shift) = (s.splat(x.scales[0] / 16.0), s.splat(x.scaled_sums[0]));
+        let (scale, shift) = (s.splat(x.scales[0] / 16.0), s.splat(x.x_sums[0]));
         for r in 0..R {
-            let total = s.to_f(s.add_i(s.shl_i::<4>(sum_low[r]), sum_high[r]));
+            let [high, low] = sum[r].map(|[even, odd]| s.to_f(s.add_i(s.shl_i::<4>(even), odd)));
+            let total = s.fma(low, s.splat(LOW), high);
             // SAFETY: 16 halves d follow the words, and for MIN 16 halves m follow those.
             unsafe {
                 let d = block.as_ptr().add(Q4_BYTES + 2 * r * S::LANES).cast();
@@ -85,6 +88,12 @@ fn decode_q4<S: Simd, const R: usize, const MIN: bool>(s: S, task: &DecodeTile<'
     }
 }
 
+/// Pair `p` of the high (0) or low (1) part of a column's block.
+#[inline(always)]
+fn pair_of<S: Simd>(s: S, q: &[i16], part: usize, p: usize) -> S::H {
+    s.splat_pair([q[part * BLOCK + 2 * p], q[part * BLOCK + 2 * p + 1]])
+}
+
 #[inline(always)]
 fn decode_q8<S: Simd, const R: usize>(s: S, task: &DecodeTile<'_>, sums: &mut [f32; TILE]) {
     let block_bytes = TILE * task.kind.block_bytes();
@@ -92,20 +101,22 @@ fn decode_q8<S: Simd, const R: usize>(s: S, task: &DecodeTile<'_>, sums: &mut [f
     for (b, block) in task.tile.chunks_exact(block_bytes).enumerate() {
         let x = task.x.block(b, 0..1);
         prefetch(block, block_bytes);
-        // Two chains, for the latency of an addition (of a whole `vpdpwssd` with AVX-512).
-        let mut sum = [[s.splat_i(0); 2]; R];
+        // Two chains each, for the latency of an addition (of a whole `vpdpwssd` with AVX-512).
+        let mut sum = [[[s.splat_i(0); 2]; 2]; R];
         for p in 0..BLOCK / 2 {
-            let pair = s.splat_pair([x.q[2 * p], x.q[2 * p + 1]]);
             for r in 0..R {
                 let at = (p * TILE + r * S::LANES) * 2;
                 // SAFETY: a register's worth of int8 pairs, inside the 16 · 16 pairs at the start of the block.
                 let q = unsafe { s.load_h_from_i8_ptr(block.as_ptr().add(at).cast()) };
-                sum[r][p % 2] = s.madd(sum[r][p % 2], q, pair);
+                for part in 0..2 {
+                    sum[r][part][p % 2] = s.madd(sum[r][part][p % 2], q, pair_of(s, x.q, part, p));
+                }
             }
         }
         let scale = s.splat(x.scales[0]);
         for r in 0..R {
-            let total = s.to_f(s.add_i(sum[r][0], sum[r][1]));
+            let [high, low] = sum[r].map(|[a, b]| s.to_f(s.add_i(a, b)));
+            let total = s.fma(low, s.splat(LOW), high);
             // SAFETY: 16 halves d follow the pairs.
             let d = unsafe { s.load_f16_ptr(block.as_ptr().add(Q8_BYTES + 2 * r * S::LANES).cast()) };
             acc[r] = s.fma(total, s.mul(d, scale), acc[r]);
@@ -182,20 +193,18 @@ fn widen<S: Simd>(s: S, bytes: &[u8], out: &mut [f32; TILE]) {
     }
 }
 
-/// Walks the columns in the widest steps the registers allow: 6 × 2 sums with 16 registers, 12 × 1 with 32.
+/// Walks the columns in the widest steps the registers allow: high and low sums of 3 columns × 2 registers with 16
+/// registers, of 6 × 1 with 32.
 #[inline(always)]
 fn block_columns<S: Simd, const MIN: bool>(s: S, w: &WideBlock, x: Block<'_>, sums: &mut [[f32; TILE]]) {
     let mut c = 0;
     while c < sums.len() {
         c += match (sums.len() - c, S::LANES) {
-            (6.., 8) => columns::<S, 2, 6, MIN>(s, w, x, c, sums),
-            (4.., 8) => columns::<S, 2, 4, MIN>(s, w, x, c, sums),
+            (3.., 8) => columns::<S, 2, 3, MIN>(s, w, x, c, sums),
             (2.., 8) => columns::<S, 2, 2, MIN>(s, w, x, c, sums),
             (_, 8) => columns::<S, 2, 1, MIN>(s, w, x, c, sums),
-            (12.., _) => columns::<S, 1, 12, MIN>(s, w, x, c, sums),
             (6.., _) => columns::<S, 1, 6, MIN>(s, w, x, c, sums),
-            (4.., _) => columns::<S, 1, 4, MIN>(s, w, x, c, sums),
-            (2.., _) => columns::<S, 1, 2, MIN>(s, w, x, c, sums),
+            (3.., _) => columns::<S, 1, 3, MIN>(s, w, x, c, sums),
             (_, _) => columns::<S, 1, 1, MIN>(s, w, x, c, sums),
         }
     }
@@ -210,27 +219,30 @@ fn columns<S: Simd, const R: usize, const C: usize, const MIN: bool>(
     c: usize,
     sums: &mut [[f32; TILE]],
 ) -> usize {
-    let q = &x.q[c * BLOCK..(c + C) * BLOCK];
-    let mut total = [[s.splat_i(0); C]; R];
+    let q = &x.q[c * SPLIT..(c + C) * SPLIT];
+    let mut total = [[[s.splat_i(0); C]; 2]; R];
     for p in 0..BLOCK / 2 {
         // SAFETY: pair p of the rows, 2 · LANES int16 each, inside the 16 · 16 pairs.
         let rows: [S::H; R] = std::array::from_fn(|r| unsafe {
             s.load_h_ptr(w.pairs.as_ptr().add((p * TILE + r * S::LANES) * 2))
         });
         for j in 0..C {
-            let pair = s.splat_pair([q[j * BLOCK + 2 * p], q[j * BLOCK + 2 * p + 1]]);
-            for r in 0..R {
-                total[r][j] = s.madd(total[r][j], rows[r], pair);
+            for part in 0..2 {
+                let pair = pair_of(s, &q[j * SPLIT..], part, p);
+                for r in 0..R {
+                    total[r][part][j] = s.madd(total[r][part][j], rows[r], pair);
+                }
             }
         }
     }
     for (j, sums) in sums[c..c + C].iter_mut().enumerate() {
         let scale = s.splat(x.scales[c + j]);
         for (r, sums) in sums.chunks_exact_mut(S::LANES).enumerate() {
+            let [high, low] = [total[r][0][j], total[r][1][j]].map(|sum| s.to_f(sum));
             let d = s.mul(s.load(&w.d[r * S::LANES..]), scale);
-            let mut acc = s.fma(s.to_f(total[r][j]), d, s.load(sums));
+            let mut acc = s.fma(s.fma(low, s.splat(LOW), high), d, s.load(sums));
             if MIN {
-                acc = s.fma(s.load(&w.m[r * S::LANES..]), s.splat(x.scaled_sums[c + j]), acc);
+                acc = s.fma(s.load(&w.m[r * S::LANES..]), s.splat(x.x_sums[c + j]), acc);
             }
             s.store(sums, acc);
         }

@@ -1,8 +1,8 @@
 //! Weights packed for inference: `y_no = x_ni · Wᵀ`.
 //!
 //! Weights stay in the bits they are stored in (4, 8, 16 or 32), rearranged into tiles of 16 interleaved rows
-//! ([`layout`]). With quantized weights the inputs become int16 ([`activations`]): close to exact, unlike 8-bit inputs,
-//! and still integers, so that one instruction does two products a lane. A row's result depends on its weights and its
+//! ([`layout`]). With quantized weights the inputs become two int16 each ([`activations`]): as exact as f32, unlike 8-bit
+//! inputs, and still integers, so that one instruction does two products a lane. A row's result depends on its weights and its
 //! own input only: not on the other columns, their number, or the threads. Test: `rows_do_not_depend_on_the_batch`.
 //!
 //! The plain reference is [`WeightKind::dequantize`] and a sum in f64 (see the tests).

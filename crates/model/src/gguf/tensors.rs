@@ -1,0 +1,180 @@
+//! Tensor descriptions and data of a GGUF file.
+
+use std::collections::BTreeMap;
+use std::io::{Read, Seek};
+
+use tensor::packed::WeightKind;
+
+use super::metadata::Metadata;
+use super::reader::{Reader, bad};
+use crate::{Config, Result, WeightTensor, Weights};
+
+/// Tensors a file may have; a thousand layers have nine each.
+const N_TENSORS_MAX: u64 = 1 << 16;
+
+/// Where a tensor lies.
+pub(super) struct TensorInfo {
+    /// GGUF's name.
+    pub(super) name: String,
+    /// Row-major (GGUF stores them reversed).
+    pub(super) dims: Vec<usize>,
+    kind: WeightKind,
+    /// First byte, in the file.
+    at: u64,
+    bytes: u64,
+}
+
+/// Reads and checks the descriptions, after which every tensor is known to lie in the file, apart from the others.
+pub(super) fn read_infos<R: Read + Seek>(
+    reader: &mut Reader<R>,
+    n_tensors: u64,
+    metadata: &Metadata,
+) -> Result<Vec<TensorInfo>> {
+    if n_tensors > N_TENSORS_MAX {
+        return Err(bad("tensor count", format!("{n_tensors}, at most {N_TENSORS_MAX} are allowed")));
+    }
+    let alignment = metadata.count("general.alignment")?.unwrap_or(32) as u64;
+    if !alignment.is_power_of_two() || alignment > 1 << 20 {
+        return Err(bad("general.alignment", format!("{alignment} is no power of two up to 2^20")));
+    }
+    let mut infos = (0..n_tensors).map(|i| read_info(reader, i)).collect::<Result<Vec<_>>>()?;
+    let data_at = reader.at().next_multiple_of(alignment);
+    for info in &mut infos {
+        if !info.at.is_multiple_of(alignment) {
+            return Err(bad(&info.name, format!("offset {} is not aligned to {alignment}", info.at)));
+        }
+        let end = info.at.checked_add(data_at).and_then(|at| at.checked_add(info.bytes));
+        if end.is_none_or(|end| end > reader.len()) {
+            let problem = format!(
+                "{} bytes at offset {} lie past the end of the file ({} bytes of tensors)",
+                info.bytes,
+                info.at,
+                reader.len().saturating_sub(data_at)
+            );
+            return Err(bad(&info.name, problem));
+        }
+        info.at += data_at;
+    }
+    infos.sort_by_key(|info| info.at);
+    for pair in infos.windows(2) {
+        if pair[0].at + pair[0].bytes > pair[1].at {
+            return Err(bad(&pair[1].name, format!("overlaps {}", pair[0].name)));
+        }
+    }
+    Ok(infos)
+}
+
+fn read_info<R: Read + Seek>(reader: &mut Reader<R>, i: u64) -> Result<TensorInfo> {
+    let name = reader.string(&format!("name of tensor {i}"))?;
+    let n_dims = reader.u32(&name)?;
+    if !(1..=4).contains(&n_dims) {
+        return Err(bad(&name, format!("has {n_dims} dimensions, 1 to 4 are allowed")));
+    }
+    let dims = (0..n_dims).map(|_| reader.u64(&name)).collect::<Result<Vec<u64>>>()?;
+    let kind = kind(reader.u32(&name)?).map_err(|problem| bad(&name, problem))?;
+    let at = reader.u64(&name)?;
+    let n_elems = dims.iter().try_fold(1usize, |n, &dim| n.checked_mul(usize::try_from(dim).ok()?));
+    let n_elems = n_elems.filter(|&n| n > 0).ok_or_else(|| bad(&name, format!("has the shape {dims:?}")))?;
+    let whole_rows = dims[0].is_multiple_of(kind.block_elems() as u64);
+    let bytes = kind.bytes(n_elems).filter(|_| whole_rows);
+    let bytes =
+        bytes.ok_or_else(|| bad(&name, format!("shape {dims:?} is not whole blocks of {}", kind.name())))?;
+    // Each fits usize, since their product does.
+    let dims = dims.iter().rev().map(|&dim| dim as usize).collect();
+    Ok(TensorInfo { name, dims, kind, at, bytes: bytes as u64 })
+}
+
+/// Kinds by GGML's numbers; the error names what is not read.
+fn kind(id: u32) -> std::result::Result<WeightKind, String> {
+    const OTHERS: [(u32, &str); 11] = [
+        (6, "Q5_0"),
+        (7, "Q5_1"),
+        (9, "Q8_1"),
+        (10, "Q2_K"),
+        (11, "Q3_K"),
+        (12, "Q4_K"),
+        (13, "Q5_K"),
+        (14, "Q6_K"),
+        (15, "Q8_K"),
+        (20, "IQ4_NL"),
+        (39, "MXFP4"),
+    ];
+    Ok(match id {
+        0 => WeightKind::F32,
+        1 => WeightKind::F16,
+        2 => WeightKind::Q4_0,
+        3 => WeightKind::Q4_1,
+        8 => WeightKind::Q8_0,
+        30 => WeightKind::Bf16,
+        _ => {
+            let name = OTHERS.iter().find(|(other, _)| *other == id).map(|(_, name)| *name);
+            return Err(format!("weights of kind {} are not supported", name.unwrap_or(&id.to_string())));
+        }
+    })
+}
+
+/// Reads the tensors and gives them their Hugging Face names and order of rows.
+pub(super) fn read_tensors<R: Read + Seek>(
+    reader: &mut Reader<R>,
+    infos: Vec<TensorInfo>,
+    config: Config,
+) -> Result<Weights> {
+    let mut tensors = BTreeMap::new();
+    for TensorInfo { name, dims, kind, at, bytes } in infos {
+        let hf_name =
+            hf_name(&name, config.n_layers).ok_or_else(|| bad(&name, "no tensor of a llama is called so"))?;
+        reader.seek(at, &name)?;
+        let mut bytes = reader.bytes(bytes, &name)?;
+        if hf_name.ends_with("q_proj.weight") || hf_name.ends_with("k_proj.weight") {
+            if dims.len() != 2 || !dims[0].is_multiple_of(config.head_width) {
+                return Err(bad(
+                    &name,
+                    format!("shape {dims:?} is not whole heads of {}", config.head_width),
+                ));
+            }
+            bytes = rotate_half_order(&bytes, dims[0], config.head_width);
+        }
+        if tensors.insert(hf_name, WeightTensor { kind, dims, bytes }).is_some() {
+            return Err(bad(&name, "is there twice"));
+        }
+    }
+    Ok(Weights { config, tensors })
+}
+
+/// GGUF files of llamas keep the two numbers that RoPE turns together side by side (2i, 2i + 1); Hugging Face keeps them
+/// half a head apart (i, i + d/2). Moves the rows.
+fn rotate_half_order(bytes: &[u8], n_rows: usize, d: usize) -> Vec<u8> {
+    let row_bytes = bytes.len() / n_rows;
+    let source = |row: usize| {
+        let (head, i) = (row / d, row % d);
+        head * d + 2 * (i % (d / 2)) + i / (d / 2)
+    };
+    (0..n_rows).flat_map(|row| &bytes[source(row) * row_bytes..][..row_bytes]).copied().collect()
+}
+
+fn hf_name(name: &str, n_layers: usize) -> Option<String> {
+    let whole = match name {
+        "token_embd.weight" => Some("model.embed_tokens.weight"),
+        "output_norm.weight" => Some("model.norm.weight"),
+        "output.weight" => Some("lm_head.weight"),
+        _ => None,
+    };
+    if let Some(whole) = whole {
+        return Some(whole.to_owned());
+    }
+    let (layer, part) = name.strip_prefix("blk.")?.split_once('.')?;
+    let layer: usize = layer.parse().ok().filter(|&layer| layer < n_layers)?;
+    let part = match part {
+        "attn_norm.weight" => "input_layernorm",
+        "attn_q.weight" => "self_attn.q_proj",
+        "attn_k.weight" => "self_attn.k_proj",
+        "attn_v.weight" => "self_attn.v_proj",
+        "attn_output.weight" => "self_attn.o_proj",
+        "ffn_norm.weight" => "post_attention_layernorm",
+        "ffn_gate.weight" => "mlp.gate_proj",
+        "ffn_up.weight" => "mlp.up_proj",
+        "ffn_down.weight" => "mlp.down_proj",
+        _ => return None,
+    };
+    Some(format!("model.layers.{layer}.{part}.weight"))
+}

@@ -1,0 +1,102 @@
+//! The cached forward pass against published models and reference outputs.
+
+use std::path::{Path, PathBuf};
+
+use model::{BLOCK_TOKENS, KvType, Llama, Scratch, StepInput, gguf};
+use tensor::Pool;
+
+/// `../shared` beside the repository, or the path inside the repository.
+fn find(relative: &str) -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(relative);
+    if !path.exists() {
+        eprintln!("SKIPPED: {} is missing", path.display());
+    }
+    path.exists().then_some(path)
+}
+
+/// One sequence, greedily continued.
+struct Session<'a> {
+    pool: &'a Pool,
+    llama: &'a Llama,
+    kv: model::KvCache,
+    scratch: Scratch,
+    logits: Vec<f32>,
+    n_cached: usize,
+    blocks: Vec<u32>,
+}
+
+impl<'a> Session<'a> {
+    fn new(pool: &'a Pool, llama: &'a Llama, n_positions: usize, kv_type: KvType) -> Self {
+        let n_blocks = n_positions.div_ceil(BLOCK_TOKENS);
+        Self {
+            pool,
+            llama,
+            kv: llama.new_kv(n_blocks, kv_type),
+            scratch: Scratch::default(),
+            logits: Vec::new(),
+            n_cached: 0,
+            // Not in order, so that a mix-up of blocks and positions shows.
+            blocks: (0..n_blocks as u32).rev().collect(),
+        }
+    }
+
+    /// Feeds tokens; returns the logits after the last one.
+    fn feed(&mut self, tokens: &[u32]) -> &[f32] {
+        let mut step = StepInput::default();
+        step.push_row(tokens, self.n_cached, &self.blocks, 1);
+        self.llama.forward(self.pool, &step, &mut self.kv, &mut self.scratch, &mut self.logits).unwrap();
+        self.n_cached += tokens.len();
+        &self.logits
+    }
+}
+
+fn argmax(logits: &[f32]) -> u32 {
+    let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b]));
+    best.expect("logits are not empty") as u32
+}
+
+fn log_prob(logits: &[f32], id: u32) -> f64 {
+    let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let sum: f64 = logits.iter().map(|&x| (f64::from(x) - max).exp()).sum();
+    f64::from(logits[id as usize]) - max - sum.ln()
+}
+
+fn ids(value: &serde_json::Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+/// The Q4_1 file with exact arithmetic: llama.cpp's F32 run of the same weights gives the same ids, and the same
+/// log-probabilities to 1e-3 with an F32 cache. With a bf16 cache the deviation is printed.
+#[test]
+fn smollm2_agrees_with_the_reference() {
+    let (Some(file), Some(reference)) =
+        (find("var/cache/smollm2-135m-instruct-q4_1.gguf"), find("../shared/parity/smollm2_f32.json"))
+    else {
+        return;
+    };
+    let pool = Pool::new(2);
+    let llama = Llama::new(gguf::read(&file).unwrap().weights, &pool).unwrap();
+    let reference: serde_json::Value = serde_json::from_slice(&std::fs::read(reference).unwrap()).unwrap();
+    for (kv_type, tolerance) in [(KvType::F32, 1e-3), (KvType::Bf16, 0.1)] {
+        let mut worst = 0.0f64;
+        for entry in reference["entries"].as_array().unwrap() {
+            let (prompt, output) = (ids(&entry["prompt_ids"]), ids(&entry["output_ids"]));
+            let mut session = Session::new(&pool, &llama, prompt.len() + output.len(), kv_type);
+            let mut next = prompt;
+            for (i, (&id, token)) in output.iter().zip(entry["tokens"].as_array().unwrap()).enumerate() {
+                let logits = session.feed(&next);
+                if kv_type == KvType::F32 {
+                    assert_eq!(argmax(logits), id, "output token {i} of {:?}", entry["prompt"]);
+                }
+                for top in token["top"].as_array().unwrap() {
+                    let (top_id, expected) = (top[0].as_u64().unwrap() as u32, top[1].as_f64().unwrap());
+                    let error = (log_prob(logits, top_id) - expected).abs();
+                    worst = worst.max(error);
+                    assert!(error < tolerance, "{kv_type:?}, token {i} of {:?}: {error}", entry["prompt"]);
+                }
+                next = vec![id];
+            }
+        }
+        eprintln!("log-probabilities are within {worst:.2e} of the reference with a {kv_type:?} cache");
+    }
+}
