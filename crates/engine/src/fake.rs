@@ -105,6 +105,9 @@ impl Runner for FakeRunner {
     fn step(&mut self, input: &StepInput) -> Result<&[f32], RunnerError> {
         let mut packed_idx = 0;
         for row in &input.rows {
+            if row.n_tokens == 0 || row.n_tokens > row.n_context || row.n_logits > row.n_tokens {
+                return Err(RunnerError(format!("no model can compute {row:?}")));
+            }
             for position in row.n_context - row.n_tokens..row.n_context {
                 if input.positions_n[packed_idx] as usize != position {
                     return Err(RunnerError(format!("token {packed_idx} is not at position {position}")));
