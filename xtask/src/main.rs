@@ -6,7 +6,7 @@ mod ci;
 mod tidy;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
@@ -25,12 +25,19 @@ enum Args {
     Bench(bench::Args),
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
     let root = root();
-    match Args::parse() {
+    let done = match Args::parse() {
         Args::Ci { long } => ci::run(&root, long),
         Args::Tidy => tidy::run(&root),
         Args::Bench(args) => bench::run(&root, &args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }
 

@@ -63,6 +63,8 @@ const LICENCES: &[&str] = &[
     "Unlicense",
     "BSL-1.0",
     "CDLA-Permissive-2.0",
+    // File-level copyleft; only inside a build-time macro (rust-embed's path expansion), never linked in.
+    "MPL-2.0",
 ];
 
 pub(crate) fn run(root: &Path) -> Result<()> {

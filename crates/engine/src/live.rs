@@ -64,6 +64,7 @@ impl Live {
     pub(crate) fn admit(&mut self, n_cached: usize, now: Instant) {
         self.admitted = Some(now);
         self.usage.cached = n_cached;
+        self.sender.set_cached(n_cached);
     }
 
     /// Why this request should not go on, if so.

@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
@@ -29,6 +29,8 @@ struct Channel {
     arrived: Condvar,
     /// The consumer is gone; nobody reads the queue any more.
     abandoned: AtomicBool,
+    /// Prompt tokens found in the prefix cache, once the request runs.
+    n_cached: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -59,6 +61,12 @@ impl Stream {
             let arrived = self.channel.arrived.wait(queue);
             queue = arrived.unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Prompt tokens that came from the prefix cache, for a consumer that does not wait for `Finished`. Known with the
+    /// first token.
+    pub fn cached_tokens(&self) -> usize {
+        self.channel.n_cached.load(Ordering::Acquire)
     }
 
     /// The next event for an async task. `None` after `Finished`. Cancel safe.
@@ -101,6 +109,11 @@ impl Sender {
         }
     }
 
+    /// Tells the consumer how much of the prompt was cached.
+    pub(crate) fn set_cached(&self, n_cached: usize) {
+        self.channel.n_cached.store(n_cached, Ordering::Release);
+    }
+
     /// The consumer has gone away.
     pub(crate) fn is_abandoned(&self) -> bool {
         self.channel.abandoned.load(Ordering::Acquire)
@@ -129,7 +142,6 @@ impl Channel {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::AtomicUsize;
     use std::task::Wake;
 
     fn token(id: u32) -> Event {

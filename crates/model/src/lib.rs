@@ -13,6 +13,7 @@ mod error;
 pub mod gguf;
 pub mod hf;
 mod infer;
+pub mod llama2c;
 mod load;
 mod params;
 mod step;

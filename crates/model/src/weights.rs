@@ -82,3 +82,14 @@ impl std::fmt::Debug for Weights {
         write!(f, "Weights({} tensors, {:?})", self.tensors.len(), self.config)
     }
 }
+
+/// GGUF and llama2.c keep the two numbers that RoPE turns together side by side (2i, 2i + 1); Hugging Face keeps them
+/// half a head apart (i, i + d/2). Moves the rows.
+pub(crate) fn rotate_half_order(bytes: &[u8], n_rows: usize, d: usize) -> Vec<u8> {
+    let row_bytes = bytes.len() / n_rows;
+    let source = |row: usize| {
+        let (head, i) = (row / d, row % d);
+        head * d + 2 * (i % (d / 2)) + i / (d / 2)
+    };
+    (0..n_rows).flat_map(|row| &bytes[source(row) * row_bytes..][..row_bytes]).copied().collect()
+}

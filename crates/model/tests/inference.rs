@@ -100,3 +100,33 @@ fn smollm2_agrees_with_the_reference() {
         eprintln!("log-probabilities are within {worst:.2e} of the reference with a {kv_type:?} cache");
     }
 }
+
+/// Greedy decoding of llama2.c's smallest published model gives its documented text.
+#[test]
+fn stories260k_tells_its_story() {
+    let dir = "../shared/data/models/stories260K";
+    let (Some(file), Some(vocabulary), Some(documented)) = (
+        find(&format!("{dir}/stories260K.bin")),
+        find(&format!("{dir}/tok512.bin")),
+        find(&format!("{dir}/stories260K.md")),
+    ) else {
+        return;
+    };
+    let tokenizer = tokenizer::Tokenizer::from_llama2c(&std::fs::read(vocabulary).unwrap(), 512).unwrap();
+    let documented = std::fs::read_to_string(documented).unwrap();
+    // The greedy sample stands in the first block of output, after the command line.
+    let start = documented.find("-t 0.0\n").unwrap() + "-t 0.0\n".len();
+    let expected = documented[start..].split("\n```").next().unwrap();
+    let pool = Pool::new(2);
+    let weights = model::llama2c::read(&std::fs::read(file).unwrap()).unwrap();
+    let llama = Llama::new(weights, &pool).unwrap();
+    let mut session = Session::new(&pool, &llama, 257, KvType::F32);
+    let mut ids = vec![1];
+    while ids.len() < 257 {
+        let next = argmax(session.feed(&ids[ids.len() - 1..]));
+        ids.push(next);
+    }
+    let text = tokenizer.decode(&ids);
+    assert!(text.trim_start().starts_with(expected), "got:\n{text}\nexpected:\n{expected}");
+    assert!(expected.len() > 600, "the documentation has changed its form");
+}

@@ -7,6 +7,7 @@ use tensor::packed::WeightKind;
 
 use super::metadata::Metadata;
 use super::reader::{Reader, bad};
+use crate::weights::rotate_half_order;
 use crate::{Config, Result, WeightTensor, Weights};
 
 /// Tensors a file may have; a thousand layers have nine each.
@@ -139,17 +140,6 @@ pub(super) fn read_tensors<R: Read + Seek>(
         }
     }
     Ok(Weights { config, tensors })
-}
-
-/// GGUF files of llamas keep the two numbers that RoPE turns together side by side (2i, 2i + 1); Hugging Face keeps them
-/// half a head apart (i, i + d/2). Moves the rows.
-fn rotate_half_order(bytes: &[u8], n_rows: usize, d: usize) -> Vec<u8> {
-    let row_bytes = bytes.len() / n_rows;
-    let source = |row: usize| {
-        let (head, i) = (row / d, row % d);
-        head * d + 2 * (i % (d / 2)) + i / (d / 2)
-    };
-    (0..n_rows).flat_map(|row| &bytes[source(row) * row_bytes..][..row_bytes]).copied().collect()
 }
 
 fn hf_name(name: &str, n_layers: usize) -> Option<String> {
