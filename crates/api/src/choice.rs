@@ -109,10 +109,12 @@ impl Choice {
         let text = if self.tokenizer.is_special(id) { String::new() } else { self.decoder.push(id) };
         self.n_decoded += text.len();
         let passed = self.stops.push(&text);
-        let end = passed.stopped.then_some(End { reason: Finish::Stop, usage: self.usage });
-        if end.is_some() {
-            self.stream = None;
-        }
+        let end = passed.stopped.then(|| {
+            // Dropping the stream ends the sequence; its own report would come too late to wait for.
+            let stream = self.stream.take();
+            self.usage.cached = stream.map_or(0, |stream| stream.cached_tokens());
+            End { reason: Finish::Stop, usage: self.usage }
+        });
         self.piece(passed.text, end)
     }
 

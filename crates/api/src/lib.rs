@@ -13,7 +13,6 @@
 
 mod auth;
 mod body;
-mod bridge;
 mod chat;
 mod choice;
 mod completions;
@@ -39,7 +38,7 @@ mod stop;
 pub use error::ApiError;
 pub use limits::Limits;
 pub use routes::app;
-pub use runs::{Curve, Eval, Point, Runs, StoreRuns};
+pub use runs::{Curve, Eval, Point, Runs};
 pub use serve::serve;
 pub use state::{
     AppState, Cause, JobView, Jobs, KeyChecker, KeyOwner, Lifecycle, Models, Parts, ServedModel,

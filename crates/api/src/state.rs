@@ -64,6 +64,11 @@ pub type Cause = Box<dyn std::error::Error + Send + Sync>;
 /// Says whether a key is valid. Called on a blocking thread, once per request, so that a revoked key stops at once.
 pub trait KeyChecker: Send + Sync {
     fn check(&self, key: &str) -> Result<Option<KeyOwner>, Cause>;
+
+    /// Whom a request without any key belongs to; `None` refuses it. For a server that is open on purpose.
+    fn nobody(&self) -> Option<KeyOwner> {
+        None
+    }
 }
 
 /// Whom a key belongs to.

@@ -127,8 +127,12 @@ async fn cached_tokens_are_reported() {
     let request = chat(&"long prompt ".repeat(20));
     let first = post(&server, "/v1/chat/completions", request.clone()).await.json();
     assert_eq!(first["usage"]["prompt_tokens_details"]["cached_tokens"], 0);
-    let second = post(&server, "/v1/chat/completions", request).await.json();
-    assert!(second["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap() > 100, "{second}");
+    let second = post(&server, "/v1/chat/completions", request.clone()).await.json();
+    let cached = &second["usage"]["prompt_tokens_details"]["cached_tokens"];
+    assert!(cached.as_u64().unwrap() > 100, "{second}");
+    // A stop string ends the answer before the engine's own report.
+    let cut = post(&server, "/v1/chat/completions", with(request, json!({"stop": "prompt"}))).await.json();
+    assert_eq!(&cut["usage"]["prompt_tokens_details"]["cached_tokens"], cached);
 }
 
 #[tokio::test]
@@ -307,7 +311,7 @@ async fn operators_see_runs_jobs_and_metrics() {
     let run = get(&server, "/v1/runs/sotu").await.json();
     assert_eq!(run["points"][0]["loss"], 8.3);
     assert_eq!(run["evals"][0]["bits_per_byte"], 3.1);
-    assert_eq!(run["steps_total"], 300);
+    assert_eq!(run["steps_total"], 600);
     assert_eq!(get(&server, "/v1/runs/none").await.status, StatusCode::NOT_FOUND);
     assert_eq!(get(&server, "/v1/jobs").await.json()["data"][0]["state"], "running");
     post(&server, "/v1/chat/completions", chat("x")).await;
