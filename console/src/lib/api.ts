@@ -5,7 +5,7 @@ export type Role = 'system' | 'user' | 'assistant';
 export type Message = { role: Role; content: string };
 export type Usage = { prompt_tokens: number; completion_tokens: number };
 export type Job = { id: string; name: string; state: string; restarts: number; message: string | null };
-export type Point = { step: number; loss: number; lr: number | null; tokens: number | null; tokens_per_second: number | null };
+export type Point = { step: number; loss: number; tokens_per_second: number | null };
 export type Eval = { step: number; bits_per_byte: number };
 export type Run = {
   id: string;
@@ -28,7 +28,9 @@ export class ApiError extends Error {
 async function send(key: string, path: string, init: RequestInit = {}): Promise<Response> {
   let response: Response;
   try {
-    const headers = { authorization: `Bearer ${key}`, 'content-type': 'application/json' };
+    const headers: Record<string, string> = { 'content-type': 'application/json' };
+    // A server may be open on purpose: then there is no key to send.
+    if (key) headers.authorization = `Bearer ${key}`;
     response = await fetch(path, { ...init, headers });
   } catch (error) {
     if (error instanceof DOMException && error.name === 'AbortError') throw error;
@@ -53,7 +55,12 @@ const list = async <T>(key: string, path: string) => (await get<{ data: T[] }>(k
 export const models = (key: string) => list<Model>(key, '/v1/models');
 export const jobs = (key: string) => list<Job>(key, '/v1/jobs');
 export const runs = (key: string) => list<{ id: string }>(key, '/v1/runs');
-export const run = (key: string, name: string) => get<Run>(key, `/v1/runs/${encodeURIComponent(name)}`);
+
+export async function run(key: string, name: string): Promise<Run> {
+  const found = await get<Run>(key, `/v1/runs/${encodeURIComponent(name)}`);
+  // A loss that is not a number comes as null; the curve has a gap there.
+  return { ...found, points: found.points.filter((point) => point.loss !== null) };
+}
 
 /** What a stream tells piece by piece. */
 export type Piece = { text: string; finish: string | null; usage: Usage | null };
