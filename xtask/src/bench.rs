@@ -26,20 +26,11 @@ enum What {
     Ingest,
     Tokenizer,
     Train,
-    Decode,
     Engine,
 }
 
-const ALL: [What; 8] = [
-    What::Limits,
-    What::Matmul,
-    What::Store,
-    What::Ingest,
-    What::Tokenizer,
-    What::Train,
-    What::Decode,
-    What::Engine,
-];
+const ALL: [What; 7] =
+    [What::Limits, What::Matmul, What::Store, What::Ingest, What::Tokenizer, What::Train, What::Engine];
 
 const TEXT: &str = "var/cache/sotu";
 const CHAT_MODEL: &str = "var/cache/smollm2-135m-instruct-q4_1.gguf";
@@ -54,9 +45,8 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
             What::Store => example(root, "store", "bench_store", &[])?,
             What::Ingest => example(root, "data", "bench_ingest", &[TEXT])?,
             What::Tokenizer => example(root, "tokenizer", "bench_tokenizer", &[TEXT])?,
-            What::Engine => example(root, "engine", "bench_engine", &[CHAT_MODEL])?,
             What::Train => train(root, args)?,
-            What::Decode => decode(root, args)?,
+            What::Engine => engine(root, args)?,
         }
     }
     Ok(())
@@ -86,12 +76,12 @@ fn train(root: &Path, args: &Args) -> Result<()> {
     }
 }
 
-fn decode(root: &Path, args: &Args) -> Result<()> {
-    example(root, "model", "bench_decode", &[CHAT_MODEL])?;
+fn engine(root: &Path, args: &Args) -> Result<()> {
+    example(root, "engine", "bench_engine", &[CHAT_MODEL])?;
     match &args.llama_bench {
         Some(llama_bench) => {
             rival(root, llama_bench, &["-m", CHAT_MODEL, "-p", "512", "-n", "128", "-t", "2", "-r", "3"])?;
-            example(root, "model", "bench_decode", &[CHAT_MODEL])
+            example(root, "engine", "bench_engine", &[CHAT_MODEL])
         }
         None => {
             println!("(give --llama-bench to see llama.cpp on the same file)");
