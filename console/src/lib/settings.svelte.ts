@@ -7,7 +7,8 @@ const defaults = {
   key: '',
   theme: 'auto' as Theme,
   model: '',
-  temperature: 0.7,
+  // Small models wander at the usual 0.7 or 1.
+  temperature: 0.3,
   maxTokens: 512,
   system: '',
 };
