@@ -128,5 +128,5 @@ fn stories260k_tells_its_story() {
     }
     let text = tokenizer.decode(&ids);
     assert!(text.trim_start().starts_with(expected), "got:\n{text}\nexpected:\n{expected}");
-    assert!(expected.len() > 600, "the documentation has changed its form");
+    assert!(expected.len() > 500, "the documentation has changed its form");
 }
