@@ -44,8 +44,21 @@ fn weights(home: &Path) -> Vec<u8> {
     std::fs::read(file.expect("no weights were published")).unwrap()
 }
 
+/// `./test --long`: ten runs, each killed until it is through.
+#[cfg(feature = "long")]
+#[test]
+fn ten_killed_runs_end_with_the_same_bytes() {
+    for _ in 0..10 {
+        killed_run_ends_with_the_same_bytes();
+    }
+}
+
 #[test]
 fn training_killed_at_random_moments_ends_with_the_same_bytes() {
+    killed_run_ends_with_the_same_bytes();
+}
+
+fn killed_run_ends_with_the_same_bytes() {
     let whole = tempfile::tempdir().unwrap();
     ingest(whole.path());
     let start = Instant::now();
