@@ -20,8 +20,8 @@ const EDGES: &[(&str, &[&str])] = &[
     // The tokenizer: a run writes samples of text as it learns.
     ("train", &["data", "model", "tensor", "comm", "store", "tokenizer"]),
     ("engine", &["model", "tensor", "telemetry"]),
-    ("control", &["store", "telemetry"]),
-    ("api", &["engine", "tokenizer", "control", "telemetry"]),
+    ("control", &["telemetry"]),
+    ("api", &["engine", "tokenizer", "telemetry"]),
     (
         "loquat",
         &[
@@ -42,7 +42,7 @@ const EDGES: &[(&str, &[&str])] = &[
 ];
 
 /// Only these may be async: the others own plain threads.
-const ASYNC: &[&str] = &["api", "control", "store", "loquat"];
+const ASYNC: &[&str] = &["api", "store", "loquat"];
 
 const FILE_LINES_MAX: usize = 600;
 const FILE_BYTES_MAX: u64 = 40_000;

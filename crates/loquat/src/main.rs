@@ -8,6 +8,7 @@ mod args;
 mod commands;
 mod follow;
 mod home;
+mod http;
 mod runs;
 mod service;
 mod serving;

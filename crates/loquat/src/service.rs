@@ -13,28 +13,20 @@ use api::{AppState, Limits, Parts};
 use control::{Control, LocalLauncher, ModelKind, Reconciler, ReconcilerOptions, Shutdown};
 use store::{Bundle, Store};
 use telemetry::Metrics;
-use tokio::net::TcpListener;
-use tokio::runtime::Runtime;
-use tokio::sync::watch;
 
 use crate::adapters::{ControlJobs, ControlKeys};
 use crate::args::Listen;
 use crate::home::Home;
+use crate::http::Http;
 use crate::runs::StoredRuns;
 use crate::serving::{self, Share};
 
 /// How often the models that are served are compared with those that should be.
 const MODELS_EVERY: Duration = Duration::from_secs(1);
-/// Threads that answer HTTP. They only parse and wait: two are enough to keep probes answered beside inference.
-const HTTP_THREADS: usize = 2;
-
 pub(crate) struct Service {
     pub(crate) control: Control,
     pub(crate) state: AppState,
-    pub(crate) address: SocketAddr,
-    runtime: Runtime,
-    http: tokio::task::JoinHandle<std::io::Result<()>>,
-    close: watch::Sender<bool>,
+    http: Http,
     reconciler: Reconciler,
     models: Option<JoinHandle<()>>,
     stop: Arc<AtomicBool>,
@@ -46,11 +38,6 @@ impl Service {
     pub(crate) fn start(home: &Home, listen: &Listen) -> Result<Service> {
         let control = Control::open(&home.database())?;
         let store = home.store()?;
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(HTTP_THREADS)
-            .enable_all()
-            .build()
-            .context("cannot start the HTTP threads")?;
         let state = AppState::new(Parts {
             keys: Arc::new(ControlKeys(control.clone())),
             runs: Arc::new(StoredRuns::new(store.clone())),
@@ -59,36 +46,25 @@ impl Service {
             limits: Limits::default(),
             now_unix_s: crate::now_unix_s,
         });
-        let wanted = format!("{}:{}", listen.host, listen.port);
-        let listener = runtime.block_on(TcpListener::bind(&wanted)).with_context(|| {
-            format!("cannot listen on {wanted} (is another server there? --port picks another)")
-        })?;
-        let address = listener.local_addr()?;
-        let (close, mut closed) = watch::channel(false);
-        let shutdown = async move {
-            // The sender lives as long as the service; its end means the same as its word.
-            let _ = closed.wait_for(|closed| *closed).await;
-        };
-        let http = runtime.spawn(api::serve(listener, state.clone(), shutdown));
+        let http = Http::start(&state, listen)?;
         let launcher = LocalLauncher::new(&std::env::current_exe()?, &home.job_logs())?;
         let options = ReconcilerOptions::default();
         let reconciler = Reconciler::start(&control, Box::new(launcher), state.metrics.job(), options)?;
         let stop = Arc::new(AtomicBool::new(false));
-        let share = Share {
-            n_threads: listen.threads.unwrap_or_else(crate::n_threads),
-            kv_bytes: listen.kv_mib << 20,
-        };
         let keeper = Arc::new(ModelKeeper {
             control: control.clone(),
             store,
             state: state.clone(),
             models_dir: home.models(),
-            share,
+            share: Share::of(listen),
             served: Mutex::default(),
         });
         let models = spawn_keeper(keeper.clone(), stop.clone())?;
-        let models = Some(models);
-        Ok(Service { control, state, address, runtime, http, close, reconciler, models, stop, keeper })
+        Ok(Service { control, state, http, reconciler, models: Some(models), stop, keeper })
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.http.address
     }
 
     /// Loads what should be served and is not yet, now.
@@ -98,18 +74,16 @@ impl Service {
 
     /// Ends in order: no new requests, running ones finish, jobs save and stop, then the rest.
     pub(crate) fn shut_down(mut self) -> Result<()> {
-        self.state.lifecycle.start_draining();
-        self.close.send_replace(true);
+        self.http.close();
         self.stop.store(true, Ordering::Relaxed);
         self.reconciler.stop(Shutdown::Interrupt);
-        let http = self.runtime.block_on(self.http);
+        let served = self.http.join();
         if let Some(models) = self.models.take()
             && models.join().is_err()
         {
             tracing::error!("the model keeper had panicked");
         }
-        http.context("the HTTP server panicked")??;
-        Ok(())
+        served
     }
 }
 
@@ -209,5 +183,5 @@ impl ModelKeeper {
     }
 }
 
-/// A model's source that is a bundle of the store; others are paths.
-const BUNDLE: &str = "bundle:";
+/// Begins a model's source that is a bundle of the store; others are paths.
+pub(crate) const BUNDLE: &str = "bundle:";

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::args::Listen;
 use anyhow::{Context, Result, bail};
 use api::ServedModel;
 use engine::{Engine, EngineLimits, ModelRunner};
@@ -16,6 +17,13 @@ use tokenizer::{ChatTemplate, GgufVocab, Tokenizer};
 pub(crate) struct Share {
     pub(crate) n_threads: usize,
     pub(crate) kv_bytes: usize,
+}
+
+impl Share {
+    pub(crate) fn of(listen: &Listen) -> Share {
+        let n_threads = listen.threads.unwrap_or_else(crate::n_threads);
+        Share { n_threads, kv_bytes: listen.kv_mib << 20 }
+    }
 }
 
 /// Loads a .gguf file or a Hugging Face directory and starts its engine.

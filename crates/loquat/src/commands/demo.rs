@@ -29,7 +29,7 @@ pub(crate) fn run(home: &Home, args: &args::Demo) -> Result<ExitCode> {
     println!("{}", tensor::cpu::describe());
     let service = Service::start(home, &args.listen)?;
     let key = up::console_key(home, &service.control)?;
-    println!("console   http://{}/#key={key}", service.address);
+    println!("console   http://{}/#key={key}", service.address());
     if let Some(path) = &args.chat_model {
         keep_chat_model(&service, path)?;
     }
@@ -37,7 +37,7 @@ pub(crate) fn run(home: &Home, args: &args::Demo) -> Result<ExitCode> {
     match outcome {
         Ok(true) => {
             service.refresh_models()?;
-            up::tell(&service.state, &service.address.to_string(), Some(&key));
+            up::tell(&service.state, service.address(), Some(&key));
             stop.wait();
         }
         Ok(false) => {}

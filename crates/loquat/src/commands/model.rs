@@ -9,6 +9,7 @@ use store::Bundle;
 
 use crate::args::ModelCommand;
 use crate::home::Home;
+use crate::service::BUNDLE;
 
 pub(crate) fn run(home: &Home, command: &ModelCommand) -> Result<ExitCode> {
     let control = Control::open(&home.database())?;
@@ -24,13 +25,23 @@ pub(crate) fn run(home: &Home, command: &ModelCommand) -> Result<ExitCode> {
             let kind = if loaded.chat_template.is_some() { ModelKind::Chat } else { ModelKind::Base };
             control.put_model(name, kind, &path.display().to_string())?;
         }
-        ModelCommand::Rm { name } => {
-            if !control.delete_model(name)? {
-                bail!("there is no model {name}");
-            }
-        }
+        ModelCommand::Rm { name } => remove(home, &control, name)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Removes a model. One that was published here goes from the store as well, its manifest first: what is in the store is
+/// served, so that the row alone would come back.
+fn remove(home: &Home, control: &Control, name: &str) -> Result<()> {
+    let Some(model) = control.get_model(name)? else { bail!("there is no model {name}") };
+    if let Some(prefix) = model.source.strip_prefix(BUNDLE) {
+        let store = home.store()?;
+        let mut objects = store.list(prefix)?;
+        objects.sort_by_key(|o| o.name.file_name() != "manifest.json");
+        objects.iter().try_for_each(|o| store.delete(&o.name))?;
+    }
+    control.delete_model(name)?;
+    Ok(())
 }
 
 /// The files of a model named on the command line: a path, or a model published to the store.

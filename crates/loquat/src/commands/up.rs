@@ -1,5 +1,6 @@
 //! `loquat up` and `loquat serve`: serving until told to stop.
 
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -11,6 +12,7 @@ use telemetry::Metrics;
 use crate::adapters::{NoJobs, OneKey};
 use crate::args;
 use crate::home::Home;
+use crate::http::Http;
 use crate::runs::StoredRuns;
 use crate::service::Service;
 use crate::serving::{self, Share};
@@ -21,7 +23,7 @@ pub(crate) fn up(home: &Home, args: &args::Up) -> Result<ExitCode> {
     let service = Service::start(home, &args.listen)?;
     let key = console_key(home, &service.control)?;
     service.refresh_models()?;
-    tell(&service.state, &service.address.to_string(), Some(&key));
+    tell(&service.state, service.address(), Some(&key));
     stop.wait();
     println!("stopping: running answers finish, jobs save and stop");
     service.shut_down()?;
@@ -31,7 +33,6 @@ pub(crate) fn up(home: &Home, args: &args::Up) -> Result<ExitCode> {
 /// One replica without a control plane: what `llama-server` or `vllm serve` would be used for.
 pub(crate) fn serve(home: &Home, args: &args::Serve) -> Result<ExitCode> {
     let stop = Stop::on_signals()?;
-    let listen = &args.listen;
     let state = AppState::new(Parts {
         keys: Arc::new(OneKey(args.api_key.clone())),
         runs: Arc::new(StoredRuns::new(home.store()?)),
@@ -40,36 +41,24 @@ pub(crate) fn serve(home: &Home, args: &args::Serve) -> Result<ExitCode> {
         limits: Limits::default(),
         now_unix_s: crate::now_unix_s,
     });
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let wanted = format!("{}:{}", listen.host, listen.port);
-    let listener = runtime.block_on(tokio::net::TcpListener::bind(&wanted));
-    let listener = listener.with_context(|| format!("cannot listen on {wanted}"))?;
-    let address = listener.local_addr()?;
-    let (ended, mut ends) = tokio::sync::watch::channel(false);
-    let http = runtime.spawn(api::serve(listener, state.clone(), async move {
-        // The sender outlives the server; its end means the same as its word.
-        let _ = ends.wait_for(|ended| *ended).await;
-    }));
-    let share =
-        Share { n_threads: listen.threads.unwrap_or_else(crate::n_threads), kv_bytes: listen.kv_mib << 20 };
+    let http = Http::start(&state, &args.listen)?;
+    let share = Share::of(&args.listen);
     for model in &args.models {
         let path = crate::commands::model::resolve(home, model)?;
         let id = crate::commands::model::name_of(model);
         state.models.insert(serving::load(&id, &path, share, &state.metrics)?);
     }
     state.lifecycle.set_ready();
-    tell(&state, &address.to_string(), args.api_key.as_deref());
+    tell(&state, http.address, args.api_key.as_deref());
     stop.wait();
-    ended.send_replace(true);
-    runtime.block_on(http).context("the HTTP server panicked")??;
+    http.join()?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// Where it is, with which key, and a line to try: what a new user needs, each on a line of its own.
-pub(crate) fn tell(state: &AppState, address: &str, key: Option<&str>) {
+pub(crate) fn tell(state: &AppState, address: SocketAddr, key: Option<&str>) {
     let names: Vec<String> = state.models.list().iter().map(|m| m.id.clone()).collect();
-    let chat =
-        state.models.list().into_iter().find(|m| !m.is_base).or(state.models.list().into_iter().next());
+    let chat = state.models.list().into_iter().min_by_key(|m| m.is_base);
     let fragment = key.map_or(String::new(), |k| format!("#key={k}"));
     println!("\nserving   {}", if names.is_empty() { "no model yet".to_owned() } else { names.join(", ") });
     println!("console   http://{address}/{fragment}");

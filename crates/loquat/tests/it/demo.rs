@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::support::{Client, Running, chat_model, loquat, speeches};
+use crate::support::{Client, Running, chat_model, loquat, speeches, succeed};
 
 /// The demo on the small fixture text, on a free port.
 pub(crate) fn demo(home: &Path, steps: u32) -> Command {
@@ -49,6 +49,10 @@ fn from_text_to_an_answer_and_again() {
     assert_eq!(again.key, client.key, "the key that was printed must go on working");
     the_trained_model_answers(&again);
     assert_eq!(second.stop(), Some(0));
+
+    succeed(home.path(), &["model", "rm", "sotu"]);
+    assert!(!succeed(home.path(), &["model", "list"]).contains("sotu"));
+    assert!(!home.path().join("store/models/sotu/manifest.json").exists(), "it would be served again");
 }
 
 fn the_trained_model_answers(client: &Client) {

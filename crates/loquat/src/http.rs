@@ -1,0 +1,57 @@
+//! The HTTP server of this process: bound, running on threads of its own, closed in order.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result};
+use api::AppState;
+use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::args::Listen;
+
+/// Threads that answer HTTP. They only parse and wait: two are enough to keep probes answered beside inference.
+const HTTP_THREADS: usize = 2;
+
+pub(crate) struct Http {
+    pub(crate) address: SocketAddr,
+    runtime: Runtime,
+    server: JoinHandle<std::io::Result<()>>,
+    close: watch::Sender<bool>,
+}
+
+impl Http {
+    /// Binds the address and serves `state` from now on.
+    pub(crate) fn start(state: &AppState, listen: &Listen) -> Result<Http> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(HTTP_THREADS)
+            .enable_all()
+            .build()
+            .context("cannot start the HTTP threads")?;
+        let wanted = format!("{}:{}", listen.host, listen.port);
+        let listener = runtime.block_on(TcpListener::bind(&wanted)).with_context(|| {
+            format!("cannot listen on {wanted} (is another server there? --port picks another)")
+        })?;
+        let address = listener.local_addr()?;
+        let (close, mut closed) = watch::channel(false);
+        let shutdown = async move {
+            // The sender lives as long as the server; its end means the same as its word.
+            let _ = closed.wait_for(|closed| *closed).await;
+        };
+        let server = runtime.spawn(api::serve(listener, state.clone(), shutdown));
+        Ok(Http { address, runtime, server, close })
+    }
+
+    /// Refuses new requests from now on; running ones go on.
+    pub(crate) fn close(&self) {
+        self.close.send_replace(true);
+    }
+
+    /// Waits until the running answers are sent.
+    pub(crate) fn join(self) -> Result<()> {
+        self.close();
+        self.runtime.block_on(self.server).context("the HTTP server panicked")??;
+        Ok(())
+    }
+}
