@@ -10,7 +10,7 @@ use crate::{Error, LIST_MAX, ObjectMeta, ObjectName, Put, Result, Store};
 /// Where objects are written before they get their name. No object name begins with a dot.
 const TEMP_DIR: &str = ".tmp";
 /// How often a put goes on although a directory or its temporary file vanished under it.
-const PUT_TRIES: usize = 8;
+const PUT_TRIES: usize = 64;
 
 /// Objects as files below a directory; several processes may use it at once.
 ///
@@ -31,7 +31,9 @@ impl Local {
         let fail =
             |source: io::Error| Error::Open { store: root.display().to_string(), source: source.into() };
         let root = std::path::absolute(root).map_err(fail)?;
+        let there = root.ancestors().find(|dir| dir.is_dir()).unwrap_or(&root).to_path_buf();
         create_dirs(&root.join(TEMP_DIR)).map_err(fail)?;
+        sync_dirs(&root, &there).map_err(fail)?;
         sweep(&root.join(TEMP_DIR)).map_err(fail)?;
         Ok(Local { root })
     }
@@ -43,7 +45,8 @@ impl Local {
     /// Writes a temporary file and gives it its name with `publish`, which says false where the name is taken.
     ///
     /// A `delete` may get in between and remove the directory that it emptied. That shows as `NotFound`, and the
-    /// directory is made again.
+    /// directory is made again. Once the file has its name its directories cannot vanish, so they are synced after it:
+    /// all of them, because whoever made one may not have come to its sync yet.
     fn publish(
         &self,
         name: &ObjectName,
@@ -66,7 +69,7 @@ impl Local {
                 Err(error) => return Err(self.fail("put", name, error)),
             }
         }
-        sync_dir(parent).map_err(|error| self.fail("put", name, error))?;
+        sync_dirs(parent, &self.root).map_err(|error| self.fail("put", name, error))?;
         Ok(Put::Created)
     }
 
@@ -282,22 +285,25 @@ fn link(temp: &Path, path: &Path) -> io::Result<bool> {
     }
 }
 
-/// Creates a directory and its parents so that they survive a crash: each new entry is synced in its parent.
+/// Creates a directory and its parents; `NotFound` where one is removed meanwhile.
 fn create_dirs(dir: &Path) -> io::Result<()> {
-    if dir.is_dir() {
-        return Ok(());
-    }
-    if let Some(parent) = dir.parent() {
-        create_dirs(parent)?;
-    }
     match fs::create_dir(dir) {
-        Err(error) if error.kind() == ErrorKind::AlreadyExists && dir.is_dir() => Ok(()),
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-            Err(io::Error::from(ErrorKind::NotADirectory))
-        }
-        Err(error) => Err(error),
-        Ok(()) => dir.parent().map_or(Ok(()), sync_dir),
+        Err(error) if error.kind() == ErrorKind::NotFound => match dir.parent() {
+            Some(parent) => create_dirs(parent).and_then(|()| fs::create_dir(dir)),
+            None => Err(error),
+        },
+        made => made,
     }
+    .or_else(|error| match error.kind() {
+        ErrorKind::AlreadyExists if fs::metadata(dir)?.is_dir() => Ok(()),
+        ErrorKind::AlreadyExists => Err(io::Error::from(ErrorKind::NotADirectory)),
+        _ => Err(error),
+    })
+}
+
+/// Makes the entries durable that lead from `root` to what lies in `dir`.
+fn sync_dirs(dir: &Path, root: &Path) -> io::Result<()> {
+    dir.ancestors().take_while(|dir| dir.starts_with(root)).try_for_each(sync_dir)
 }
 
 fn sync_dir(dir: &Path) -> io::Result<()> {
