@@ -5,7 +5,7 @@
 //! `logits_do_not_depend_on_the_step` holds it for the whole.
 
 use tensor::packed::{Packed, PackedScratch, project};
-use tensor::paged_attention::{AttentionScratch, KvDims, PagedRow, paged_attention};
+use tensor::paged_attention::{AttentionScratch, AttentionSpec, KvDims, PagedRow, paged_attention};
 use tensor::rmsnorm::{Residual, residual_rmsnorm_forward, rmsnorm_forward};
 use tensor::rope::RopeTable;
 use tensor::swiglu::swiglu_forward;
@@ -281,8 +281,9 @@ impl Pass<'_> {
         let heads_nhd = &mut s.heads_nhd[..self.n * config.q_width()];
         let cells = ..self.n * config.width;
         project(pool, qkv_no, &layer.qkv.each_ref(), &s.normed_nc[cells], &mut s.packed);
-        kv.append(pool, l, qkv_no, rows, &self.llama.rope);
-        paged_attention(pool, heads_nhd, qkv_no, (kv, l), rows, &mut s.attention);
+        kv.append(pool, l, qkv_no, rows, Some(&self.llama.rope));
+        let spec = AttentionSpec::plain(config.head_width);
+        paged_attention(pool, heads_nhd, qkv_no, (kv, l, spec), rows, &mut s.attention);
         project(pool, &mut s.delta_nc[cells], &[&layer.output], heads_nhd, &mut s.packed);
     }
 

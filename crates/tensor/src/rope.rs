@@ -26,18 +26,26 @@ impl RopeTable {
     /// ten thousand positions.
     pub fn new(n_positions: usize, head_width: usize, base: f32) -> Self {
         assert!(head_width.is_multiple_of(2), "rope: odd head width {head_width}");
-        let half = head_width / 2;
+        let frequency = |i: usize| f64::from(base).powf(-2.0 * i as f64 / head_width as f64);
+        let frequencies: Vec<f64> = (0..head_width / 2).map(frequency).collect();
+        Self::from_frequencies(n_positions, &frequencies, 1.0)
+    }
+
+    /// As [`RopeTable::new`], with `θ_i = position · frequencies[i]`, and cosines and sines times `attention_factor`: what
+    /// the scaled variants for long contexts (linear, Llama 3, YaRN) come down to. Heads are twice as wide as there are
+    /// frequencies.
+    pub fn from_frequencies(n_positions: usize, frequencies: &[f64], attention_factor: f64) -> Self {
+        let half = frequencies.len();
         let mut table = Self {
             cos_td: Buf::zeroed(n_positions * half),
             sin_td: Buf::zeroed(n_positions * half),
-            head_width,
+            head_width: 2 * half,
         };
-        for i in 0..half {
-            let frequency = f64::from(base).powf(-2.0 * i as f64 / head_width as f64);
+        for (i, frequency) in frequencies.iter().enumerate() {
             for position in 0..n_positions {
                 let (sin, cos) = (position as f64 * frequency).sin_cos();
-                table.cos_td[position * half + i] = cos as f32;
-                table.sin_td[position * half + i] = sin as f32;
+                table.cos_td[position * half + i] = (attention_factor * cos) as f32;
+                table.sin_td[position * half + i] = (attention_factor * sin) as f32;
             }
         }
         table
@@ -143,5 +151,24 @@ mod tests {
                 assert_close(&y, &x, 1e-5); // a rotation's transpose is its inverse
             }
         }
+    }
+
+    /// Linear scaling by two is a position half as far, and the factor scales queries and keys.
+    #[test]
+    fn frequencies_and_factor_are_the_callers() {
+        let (t, d, factor) = (9, 12, 1.25);
+        let halved: Vec<f64> = (0..d / 2).map(|i| 1e4_f64.powf(-2.0 * i as f64 / d as f64) / 2.0).collect();
+        let (full, scaled) = (RopeTable::new(t, d, 1e4), RopeTable::from_frequencies(2 * t, &halved, factor));
+        let x = numbers(1, d);
+        for position in 0..t {
+            let mut expected = x.clone();
+            rope_reference(&mut expected, position, 1e4);
+            expected.iter_mut().for_each(|x| *x *= factor as f32);
+            let mut y = x.clone();
+            let dims = RopeDims { n_positions: 2 * t, n_heads: 1, stride: d };
+            rotate(crate::cpu::Level::Avx512, &mut y, 2 * position, dims, &scaled, Turn::Forward);
+            assert_close(&y, &expected, 1e-5);
+        }
+        assert_eq!((full.n_positions(), scaled.n_positions()), (t, 2 * t));
     }
 }

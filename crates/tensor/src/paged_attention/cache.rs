@@ -106,18 +106,18 @@ impl KvCache {
         self.n_blocks
     }
 
-    /// Rotates the queries and keys of new tokens in place by their positions, and stores keys and values.
-    /// `qkv_no` holds for each token h queries, g keys and g values of d numbers.
+    /// Rotates the queries and keys of new tokens in place by their positions (if the model has rotary positions), and
+    /// stores keys and values. `qkv_no` holds for each token h queries, g keys and g values of d numbers.
     ///
     /// # Panics
-    /// If a row names a block the cache does not have, or needs more positions than its blocks or `table` have.
+    /// If a row names a block the cache does not have, or needs more positions than its blocks or `rope` have.
     pub fn append(
         &mut self,
         pool: &Pool,
         layer: usize,
         qkv_no: &mut [f32],
         rows: &[PagedRow<'_>],
-        table: &RopeTable,
+        rope: Option<&RopeTable>,
     ) {
         rows.iter().for_each(|row| self.check(row));
         let dims = self.dims;
@@ -138,12 +138,14 @@ impl KvCache {
                     // SAFETY: every token is in one task.
                     let qkv = unsafe { qkv.slice((first + i) * width..(first + i + 1) * width) };
                     let position = row.position(i);
-                    let turned = RopeDims {
-                        n_positions: table.n_positions(),
-                        n_heads: dims.n_heads + dims.n_kv_heads,
-                        stride: width,
-                    };
-                    rotate(pool.level(), qkv, position, turned, table, Turn::Forward);
+                    if let Some(table) = rope {
+                        let turned = RopeDims {
+                            n_positions: table.n_positions(),
+                            n_heads: dims.n_heads + dims.n_kv_heads,
+                            stride: width,
+                        };
+                        rotate(pool.level(), qkv, position, turned, table, Turn::Forward);
+                    }
                     let place = (row.blocks[position / BLOCK_TOKENS] as usize, position % BLOCK_TOKENS);
                     // SAFETY: `check` saw that the blocks are distinct, so a place is one token's.
                     unsafe { store.put(dims, place, &qkv[dims.n_heads * dims.head_width..]) };

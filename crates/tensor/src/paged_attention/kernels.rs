@@ -52,8 +52,10 @@ pub(super) struct Attend<'a> {
     pub(super) n: usize,
     /// d numbers each.
     pub(super) queries: [&'a [f32]; QUERIES_MAX],
-    /// Positions each query sees, from 0 on; ascending.
-    pub(super) n_visible: [usize; QUERIES_MAX],
+    /// Factor of the scores.
+    pub(super) scale: f32,
+    /// Positions each query sees; starts and ends ascend.
+    pub(super) visible: [Range<usize>; QUERIES_MAX],
     pub(super) spans: Range<usize>,
     /// Where each query's d sums are, not yet divided; written by this task alone.
     pub(super) out: &'a Disjoint<'a, f32>,
@@ -76,14 +78,14 @@ type Weights = [[f32; SPAN]; QUERIES_MAX];
 #[inline(always)]
 fn attend_spans<S: Simd, E: Elem>(s: S, task: &Attend<'_>, data: &[E], state: &mut State) {
     let mut weights: Weights = [[0.0; SPAN]; QUERIES_MAX];
-    let scale = 1.0 / (task.kv.d as f32).sqrt();
     for span in task.spans.clone() {
-        let visible = |i: usize| task.n_visible[i].saturating_sub(span * SPAN).min(SPAN);
-        let part = SpanOf { data, span, n_positions: visible(task.n - 1) };
+        let in_span = |position: usize| position.saturating_sub(span * SPAN).min(SPAN);
+        let part = SpanOf { data, span, n_positions: in_span(task.visible[task.n - 1].end) };
         scores(s, task, part, &mut weights);
         let mut keep_take = [(0.0, 0.0); QUERIES_MAX];
         for i in 0..task.n {
-            let (max, sum) = softmax(s, &mut weights[i], visible(i), scale);
+            let visible = in_span(task.visible[i].start)..in_span(task.visible[i].end);
+            let (max, sum) = softmax(s, &mut weights[i], visible, task.scale);
             keep_take[i] = state.merge(i, max, sum);
         }
         add_values(s, task, part, &weights, &keep_take);
@@ -152,10 +154,11 @@ fn scores_of<S: Simd, E: Elem, const R: usize, const C: usize>(
     C
 }
 
-/// Turns the first `n` scores into e^(score · scale - max) and the rest into 0. Returns max and the sum.
+/// Turns the scores in `visible` into e^(score · scale - max) and the rest into 0. Returns max and the sum.
 #[inline(always)]
-fn softmax<S: Simd>(s: S, weights: &mut [f32; SPAN], n: usize, scale: f32) -> (f32, f32) {
-    weights[n..].fill(f32::NEG_INFINITY);
+fn softmax<S: Simd>(s: S, weights: &mut [f32; SPAN], visible: Range<usize>, scale: f32) -> (f32, f32) {
+    weights[..visible.start].fill(f32::NEG_INFINITY);
+    weights[visible.end..].fill(f32::NEG_INFINITY);
     let scale = s.splat(scale);
     let mut max = s.splat(f32::NEG_INFINITY);
     for w in weights.chunks_exact_mut(S::LANES) {
@@ -164,12 +167,13 @@ fn softmax<S: Simd>(s: S, weights: &mut [f32; SPAN], n: usize, scale: f32) -> (f
         s.store(w, scaled);
     }
     let max = s.max_lane(max);
-    if n > 0 {
+    if !visible.is_empty() {
         for w in weights.chunks_exact_mut(S::LANES) {
             s.store(w, s.exp(s.sub(s.load(w), s.splat(max))));
         }
     }
-    weights[n..].fill(0.0);
+    weights[..visible.start].fill(0.0);
+    weights[visible.end..].fill(0.0);
     let mut sum = s.zero();
     for w in weights.chunks_exact(S::LANES) {
         sum = s.add(sum, s.load(w));

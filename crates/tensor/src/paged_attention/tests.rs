@@ -1,3 +1,5 @@
+use std::ops::Range;
+
 use super::*;
 use crate::rope::{RopeTable, rope_reference};
 use crate::testing::{every_pool, numbers};
@@ -18,7 +20,7 @@ impl Sequence {
     }
 
     /// Plain attention in f64, `[position][h][d]`.
-    fn reference(&self) -> Vec<f64> {
+    fn reference(&self, spec: AttentionSpec) -> Vec<f64> {
         let KvDims { n_heads, n_kv_heads, head_width: d, .. } = self.dims;
         let mut qkv = self.qkv.clone();
         for (position, token) in qkv.chunks_mut(width(self.dims)).enumerate() {
@@ -33,12 +35,13 @@ impl Sequence {
         for t in 0..self.qkv.len() / width(self.dims) {
             for h in 0..n_heads {
                 let g = h / (n_heads / n_kv_heads);
-                let score = |s: usize| dot(head(t, h), head(s, n_heads + g)) / (d as f64).sqrt();
-                let weights: Vec<f64> = (0..=t).map(|s| score(s).exp()).collect();
+                let score = |s: usize| dot(head(t, h), head(s, n_heads + g)) * f64::from(spec.scale);
+                let seen = spec.window.map_or(0, |window| (t + 1).saturating_sub(window))..=t;
+                let weights: Vec<f64> = seen.clone().map(|s| score(s).exp()).collect();
                 let total: f64 = weights.iter().sum();
                 out.extend((0..d).map(|i| {
                     let value = |s: usize| f64::from(head(s, n_heads + n_kv_heads + g)[i]);
-                    weights.iter().enumerate().map(|(s, w)| w * value(s)).sum::<f64>() / total
+                    weights.iter().zip(seen.clone()).map(|(w, s)| w * value(s)).sum::<f64>() / total
                 }));
             }
         }
@@ -53,7 +56,7 @@ fn width(dims: KvDims) -> usize {
 /// Runs steps; each names sequences and the ranges of their positions. Returns the outputs by sequence.
 fn run(
     pool: &Pool,
-    kv_type: KvType,
+    (kv_type, spec): (KvType, AttentionSpec),
     sequences: &[Sequence],
     steps: &[Vec<(usize, Range<usize>)>],
 ) -> Vec<Vec<f32>> {
@@ -73,8 +76,8 @@ fn run(
         let out_width = dims.n_heads * dims.head_width;
         let mut out = vec![f32::NAN; qkv_no.len() / width(dims) * out_width];
         let layer = dims.n_layers - 1;
-        cache.append(pool, layer, &mut qkv_no, &rows, &table);
-        paged_attention(pool, &mut out, &qkv_no, (&cache, layer), &rows, &mut scratch);
+        cache.append(pool, layer, &mut qkv_no, &rows, Some(&table));
+        paged_attention(pool, &mut out, &qkv_no, (&cache, layer, spec), &rows, &mut scratch);
         let mut rest = &out[..];
         for (i, range) in step {
             let (mine, others) = rest.split_at(range.len() * out_width);
@@ -85,7 +88,11 @@ fn run(
     results
 }
 
-use std::ops::Range;
+/// All positions, and windows shorter and longer than a span.
+fn specs(dims: KvDims) -> [AttentionSpec; 3] {
+    let plain = AttentionSpec::plain(dims.head_width);
+    [plain, AttentionSpec { window: Some(7), ..plain }, AttentionSpec { scale: 0.2, window: Some(90) }]
+}
 
 fn shapes() -> [KvDims; 4] {
     [(1, 1, 8), (4, 2, 20), (9, 3, 64), (14, 1, 34)].map(|(n_heads, n_kv_heads, head_width)| KvDims {
@@ -100,17 +107,19 @@ fn shapes() -> [KvDims; 4] {
 fn agrees_with_plain_attention() {
     for dims in shapes() {
         let sequences = [Sequence::new(1, 150, dims, (0..40).rev())];
-        let reference = sequences[0].reference();
-        for pool in every_pool() {
-            for (kv_type, tolerance) in [(KvType::F32, 1e-5), (KvType::Bf16, 3e-2)] {
-                let out = &run(&pool, kv_type, &sequences, &[vec![(0, 0..150)]])[0];
-                for (i, (out, expected)) in out.iter().zip(&reference).enumerate() {
-                    let error = (f64::from(*out) - expected).abs();
-                    assert!(
-                        error < tolerance,
-                        "{dims:?} {kv_type:?} {:?} [{i}]: {out}, not {expected}",
-                        pool.level()
-                    );
+        for spec in specs(dims) {
+            let reference = sequences[0].reference(spec);
+            for pool in every_pool() {
+                for (kv_type, tolerance) in [(KvType::F32, 1e-5), (KvType::Bf16, 5e-2)] {
+                    let out = &run(&pool, (kv_type, spec), &sequences, &[vec![(0, 0..150)]])[0];
+                    for (i, (out, expected)) in out.iter().zip(&reference).enumerate() {
+                        let error = (f64::from(*out) - expected).abs();
+                        assert!(
+                            error < tolerance,
+                            "{dims:?} {spec:?} {kv_type:?} {:?} [{i}]: {out}, not {expected}",
+                            pool.level()
+                        );
+                    }
                 }
             }
         }
@@ -124,9 +133,12 @@ fn results_do_not_depend_on_the_step() {
             Sequence::new(1, 200, dims, (0..20).map(|b| 2 * b)),
             Sequence::new(2, 70, dims, (0..20).map(|b| 39 - 2 * b)),
         ];
-        for pool in every_pool() {
+        for (spec, pool) in
+            specs(dims).into_iter().flat_map(|spec| every_pool().map(move |pool| (spec, pool)))
+        {
             let single = Pool::with_level(1, pool.level());
-            let alone = run(&single, KvType::Bf16, &sequences, &[vec![(0, 0..200)], vec![(1, 0..70)]]);
+            let how = (KvType::Bf16, spec);
+            let alone = run(&single, how, &sequences, &[vec![(0, 0..200)], vec![(1, 0..70)]]);
             let one_by_one: Vec<_> = (0..200).map(|t| vec![(0, t..t + 1)]).collect();
             let mut mixed =
                 vec![vec![(1, 0..1), (0, 0..65)], vec![(0, 65..67), (1, 1..64)], vec![(0, 67..131)]];
@@ -134,18 +146,29 @@ fn results_do_not_depend_on_the_step() {
                 131..137 => vec![(0, t..t + 1), (1, t - 67..t - 66)],
                 _ => vec![(0, t..t + 1)],
             }));
-            let stepped = run(&pool, KvType::Bf16, &sequences, &one_by_one);
-            assert_eq!(
-                stepped[0],
-                alone[0],
-                "one by one, {dims:?}, {:?}, {}",
-                pool.level(),
-                pool.n_threads()
-            );
-            let mixed = run(&pool, KvType::Bf16, &sequences, &mixed);
-            assert_eq!(mixed, alone, "mixed, {dims:?}, {:?}, {}", pool.level(), pool.n_threads());
+            let case = format!("{dims:?}, {spec:?}, {:?}, {}", pool.level(), pool.n_threads());
+            assert_eq!(run(&pool, how, &sequences, &one_by_one)[0], alone[0], "one by one, {case}");
+            assert_eq!(run(&pool, how, &sequences, &mixed), alone, "mixed, {case}");
         }
     }
+}
+
+/// Models with learned positions: queries and keys are used as they are.
+#[test]
+fn without_rope_nothing_turns() {
+    let dims = shapes()[1];
+    let mut qkv = numbers(3, 5 * width(dims));
+    let before = qkv.clone();
+    let rows = [PagedRow { n_tokens: 5, n_context: 5, blocks: &[0] }];
+    let (pool, mut cache) = (Pool::new(2), KvCache::new(dims, KvType::F32, 1));
+    cache.append(&pool, 0, &mut qkv, &rows, None);
+    assert_eq!(qkv, before);
+    // The first token sees itself alone: its output is its value.
+    let mut out = vec![0.0; 5 * dims.n_heads * dims.head_width];
+    let spec = AttentionSpec::plain(dims.head_width);
+    paged_attention(&pool, &mut out, &qkv, (&cache, 0, spec), &rows, &mut AttentionScratch::default());
+    let value = (dims.n_heads + dims.n_kv_heads) * dims.head_width;
+    assert_eq!(out[..dims.head_width], qkv[value..value + dims.head_width]);
 }
 
 #[test]
@@ -156,7 +179,7 @@ fn rows_that_do_not_fit_are_refused() {
             let mut cache = KvCache::new(dims, KvType::F32, 4);
             let mut qkv = vec![0.0; n_tokens * width(dims)];
             let rows = [PagedRow { n_tokens, n_context, blocks }];
-            cache.append(&Pool::new(1), 0, &mut qkv, &rows, &RopeTable::new(64, 8, BASE));
+            cache.append(&Pool::new(1), 0, &mut qkv, &rows, Some(&RopeTable::new(64, 8, BASE)));
         };
         let panic = std::panic::catch_unwind(step).expect_err(message);
         let text = panic.downcast_ref::<String>().expect("a formatted message");
@@ -173,16 +196,17 @@ fn rows_that_do_not_fit_are_refused() {
 #[test]
 fn left_over_values_are_not_read() {
     let dims = shapes()[2];
+    let how = (KvType::F32, AttentionSpec::plain(dims.head_width));
     let clean = Sequence::new(5, 20, dims, 0..2);
     let mut dirty = Sequence::new(6, 32, dims, 0..2);
     dirty.qkv.fill(f32::NAN);
     for pool in every_pool() {
-        let alone = run(&pool, KvType::F32, std::slice::from_ref(&clean), &[vec![(0, 0..20)]]);
+        let alone = run(&pool, how, std::slice::from_ref(&clean), &[vec![(0, 0..20)]]);
         let sequences = [
             Sequence { qkv: clean.qkv.clone(), blocks: clean.blocks.clone(), dims },
             Sequence { qkv: dirty.qkv.clone(), blocks: dirty.blocks.clone(), dims },
         ];
-        let after = run(&pool, KvType::F32, &sequences, &[vec![(1, 0..32)], vec![(0, 0..20)]]);
+        let after = run(&pool, how, &sequences, &[vec![(1, 0..32)], vec![(0, 0..20)]]);
         assert_eq!(after[0], alone[0]);
     }
 }
