@@ -13,6 +13,9 @@ pub(crate) struct Args {
     /// llama.cpp's llama-bench, to run beside ours.
     #[arg(long, env = "LLAMA_BENCH")]
     llama_bench: Option<PathBuf>,
+    /// llama.cpp's llama-server, to serve beside ours.
+    #[arg(long, env = "LLAMA_SERVER")]
+    llama_server: Option<PathBuf>,
     /// A Python that has PyTorch, to train beside ours.
     #[arg(long, env = "TORCH_PYTHON")]
     torch_python: Option<PathBuf>,
@@ -27,10 +30,19 @@ enum What {
     Tokenizer,
     Train,
     Engine,
+    Serve,
 }
 
-const ALL: [What; 7] =
-    [What::Limits, What::Matmul, What::Store, What::Ingest, What::Tokenizer, What::Train, What::Engine];
+const ALL: [What; 8] = [
+    What::Limits,
+    What::Matmul,
+    What::Store,
+    What::Ingest,
+    What::Tokenizer,
+    What::Train,
+    What::Engine,
+    What::Serve,
+];
 
 const TEXT: &str = "var/cache/sotu";
 const CHAT_MODEL: &str = "var/cache/smollm2-135m-instruct-q4_1.gguf";
@@ -47,6 +59,7 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
             What::Tokenizer => example(root, "tokenizer", "bench_tokenizer", &[TEXT])?,
             What::Train => train(root, args)?,
             What::Engine => engine(root, args)?,
+            What::Serve => crate::bench_serve::run(root, CHAT_MODEL, args.llama_server.as_deref())?,
         }
     }
     Ok(())

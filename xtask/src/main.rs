@@ -2,7 +2,9 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod bench_serve;
 mod ci;
+mod load;
 mod tidy;
 
 use std::path::{Path, PathBuf};
