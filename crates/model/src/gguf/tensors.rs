@@ -87,25 +87,19 @@ fn read_info<R: Read + Seek>(reader: &mut Reader<R>, i: u64) -> Result<TensorInf
 
 /// Kinds by GGML's numbers; the error names what is not read.
 fn kind(id: u32) -> std::result::Result<WeightKind, String> {
-    const OTHERS: [(u32, &str); 11] = [
-        (6, "Q5_0"),
-        (7, "Q5_1"),
-        (9, "Q8_1"),
-        (10, "Q2_K"),
-        (11, "Q3_K"),
-        (12, "Q4_K"),
-        (13, "Q5_K"),
-        (14, "Q6_K"),
-        (15, "Q8_K"),
-        (20, "IQ4_NL"),
-        (39, "MXFP4"),
-    ];
+    const OTHERS: [(u32, &str); 6] =
+        [(9, "Q8_1"), (10, "Q2_K"), (11, "Q3_K"), (15, "Q8_K"), (20, "IQ4_NL"), (39, "MXFP4")];
     Ok(match id {
         0 => WeightKind::F32,
         1 => WeightKind::F16,
         2 => WeightKind::Q4_0,
         3 => WeightKind::Q4_1,
+        6 => WeightKind::Q5_0,
+        7 => WeightKind::Q5_1,
         8 => WeightKind::Q8_0,
+        12 => WeightKind::Q4_K,
+        13 => WeightKind::Q5_K,
+        14 => WeightKind::Q6_K,
         30 => WeightKind::Bf16,
         _ => {
             let name = OTHERS.iter().find(|(other, _)| *other == id).map(|(_, name)| *name);

@@ -37,7 +37,12 @@ fn kind_id(kind: WeightKind) -> u32 {
         WeightKind::F16 => 1,
         WeightKind::Q4_0 => 2,
         WeightKind::Q4_1 => 3,
+        WeightKind::Q5_0 => 6,
+        WeightKind::Q5_1 => 7,
         WeightKind::Q8_0 => 8,
+        WeightKind::Q4_K => 12,
+        WeightKind::Q5_K => 13,
+        WeightKind::Q6_K => 14,
         WeightKind::Bf16 => 30,
     }
 }
@@ -151,7 +156,9 @@ fn parse(bytes: &[u8]) -> Result<Gguf> {
 
 #[test]
 fn a_file_is_read_whole() {
-    for (kind, version) in WeightKind::ALL.into_iter().zip([2, 3].into_iter().cycle()) {
+    // Rows of 32 weights hold no block of 256.
+    let kinds = WeightKind::ALL.into_iter().filter(|kind| kind.block_elems() <= 32);
+    for (kind, version) in kinds.zip([2, 3].into_iter().cycle()) {
         let draft = Draft { version, ..Draft::tiny(kind) };
         let Gguf { weights, vocab, chat_template } = parse(&draft.bytes()).unwrap();
         let config = &weights.config;
@@ -275,7 +282,8 @@ fn lying_tensors_are_refused() {
     refused(UP, |d| d.tensor(UP).offset = Some(u64::MAX - 31));
     refused("not aligned", |d| d.tensor(UP).offset = Some(8));
     refused("overlaps", |d| d.tensor(UP).offset = Some(0));
-    refused("Q6_K", |d| d.tensor(Q).kind = 14);
+    refused("Q2_K", |d| d.tensor(Q).kind = 10);
+    refused("not whole blocks of Q6_K", |d| d.tensor(Q).kind = 14);
     refused("kind 77", |d| d.tensor(Q).kind = 77);
     refused("blk.0.attn_q.bias", |d| d.push("blk.0.attn_q.bias", &[32], WeightKind::F32));
     refused("blk.1.attn_q.weight", |d| d.push("blk.1.attn_q.weight", &[32, 32], WeightKind::F32));

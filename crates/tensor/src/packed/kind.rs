@@ -1,20 +1,31 @@
-//! [`WeightKind`]: how weights are stored in files, and the plain way to read them.
+//! [`WeightKind`]: how weights are stored in files.
 //!
-//! The quantized kinds are GGML's (<https://github.com/ggml-org/ggml>): runs of 32 weights of one row with shared f16
-//! scale d, and for Q4_1 an f16 minimum m.
+//! The quantized kinds are GGML's (<https://github.com/ggml-org/ggml>): every weight is w = a·q + b with a small integer q
+//! and a, b shared by a group of 16 or 32 weights of one row. What a file stores for them ([`blocks`]):
 //!
-//! | kind | block | weight k |
-//! |---|---|---|
-//! | Q8_0 | d, 32 × i8 | d·q |
-//! | Q4_0 | d, 16 × u8 | d·(nibble − 8) |
-//! | Q4_1 | d, m, 16 × u8 | d·nibble + m |
+//! | kind | weights a block | block | q | a | b |
+//! |---|---|---|---|---|---|
+//! | Q8_0 | 32 | d, 32 × i8 | byte + 128 | d | −128·d |
+//! | Q4_0 | 32 | d, 16 × u8 | 4 bits | d | −8·d |
+//! | Q4_1 | 32 | d, m, 16 × u8 | 4 bits | d | m |
+//! | Q5_0 | 32 | d, u32 of fifth bits, 16 × u8 | 5 bits | d | −16·d |
+//! | Q5_1 | 32 | d, m, u32 of fifth bits, 16 × u8 | 5 bits | d | m |
+//! | Q4_K | 256 | d, e, 12 bytes of 6-bit s and t, 128 × u8 | 4 bits | d·s | −e·t |
+//! | Q5_K | 256 | d, e, 12 bytes of 6-bit s and t, 32 × u8 of fifth bits, 128 × u8 | 5 bits | d·s | −e·t |
+//! | Q6_K | 256 | 128 × u8, 64 × u8 of upper bits, 16 × i8 s, d | 6 bits | d·s | −32·d·s |
 //!
-//! Byte i of a 4-bit block holds weight i in its low nibble and weight i + 16 in its high one. All little-endian.
+//! d, e and m are f16, everything is little-endian. Groups are of 32, Q6_K's of 16. a and b are exact in f32 and a·q is
+//! too, so w is rounded once, if at all.
 
+use super::blocks::Group;
+use super::quantize;
 use half::{bf16, f16};
 
-/// Weights that share a scale in the quantized kinds.
+/// Weights of one group as the kernels take them; the smallest block of a quantized kind.
 pub(super) const BLOCK: usize = 32;
+
+/// Weights of a block of the kinds whose name ends in K.
+pub(super) const SUPER: usize = 256;
 
 /// Storage type of a weight matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,15 +43,41 @@ pub enum WeightKind {
     Q4_0,
     /// 4 bits, blocks of 32 with an f16 scale and an f16 minimum.
     Q4_1,
+    /// 5 bits, blocks of 32 with an f16 scale.
+    Q5_0,
+    /// 5 bits, blocks of 32 with an f16 scale and an f16 minimum.
+    Q5_1,
+    /// 4 bits, groups of 32 with 6-bit scales and minima, blocks of 256 with f16 units for those.
+    Q4_K,
+    /// 5 bits, otherwise as Q4_K.
+    Q5_K,
+    /// 6 bits, groups of 16 with 8-bit scales, blocks of 256 with an f16 unit for those.
+    Q6_K,
 }
 
 impl WeightKind {
     /// Every kind.
-    pub const ALL: [WeightKind; 6] = [Self::F32, Self::Bf16, Self::F16, Self::Q8_0, Self::Q4_0, Self::Q4_1];
+    pub const ALL: [WeightKind; 11] = [
+        Self::F32,
+        Self::Bf16,
+        Self::F16,
+        Self::Q8_0,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q4_K,
+        Self::Q5_K,
+        Self::Q6_K,
+    ];
 
     /// Weights in the smallest unit of storage; the length of a row is a multiple of it.
     pub fn block_elems(self) -> usize {
-        if self.is_quantized() { BLOCK } else { 1 }
+        match self {
+            Self::F32 | Self::Bf16 | Self::F16 => 1,
+            Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 => BLOCK,
+            Self::Q4_K | Self::Q5_K | Self::Q6_K => SUPER,
+        }
     }
 
     /// Bytes of that unit.
@@ -51,6 +88,11 @@ impl WeightKind {
             Self::Q8_0 => 2 + BLOCK,
             Self::Q4_0 => 2 + BLOCK / 2,
             Self::Q4_1 => 4 + BLOCK / 2,
+            Self::Q5_0 => 2 + 4 + BLOCK / 2,
+            Self::Q5_1 => 4 + 4 + BLOCK / 2,
+            Self::Q4_K => 4 + 12 + SUPER / 2,
+            Self::Q5_K => 4 + 12 + SUPER / 8 + SUPER / 2,
+            Self::Q6_K => SUPER / 2 + SUPER / 4 + SUPER / 16 + 2,
         }
     }
 
@@ -62,7 +104,7 @@ impl WeightKind {
 
     /// Whether weights share scales in blocks.
     pub fn is_quantized(self) -> bool {
-        matches!(self, Self::Q8_0 | Self::Q4_0 | Self::Q4_1)
+        self.block_elems() > 1
     }
 
     /// The name GGUF tools use.
@@ -74,6 +116,11 @@ impl WeightKind {
             Self::Q8_0 => "Q8_0",
             Self::Q4_0 => "Q4_0",
             Self::Q4_1 => "Q4_1",
+            Self::Q5_0 => "Q5_0",
+            Self::Q5_1 => "Q5_1",
+            Self::Q4_K => "Q4_K",
+            Self::Q5_K => "Q5_K",
+            Self::Q6_K => "Q6_K",
         }
     }
 
@@ -92,23 +139,15 @@ impl WeightKind {
         match self {
             Self::F32 => blocks.for_each(|(b, w)| w[0] = f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
             Self::Bf16 => blocks.for_each(|(b, w)| w[0] = bf16::from_le_bytes([b[0], b[1]]).to_f32()),
-            Self::F16 => blocks.for_each(|(b, w)| w[0] = half_at(b, 0)),
-            Self::Q8_0 => blocks.for_each(|(b, w)| {
-                let d = half_at(b, 0);
-                w.iter_mut().zip(&b[2..]).for_each(|(w, &q)| *w = d * f32::from(q as i8));
-            }),
-            Self::Q4_0 => blocks.for_each(|(b, w)| {
-                let d = half_at(b, 0);
-                w.iter_mut().enumerate().for_each(|(k, w)| *w = d * (f32::from(nibble(&b[2..], k)) - 8.0));
-            }),
-            Self::Q4_1 => blocks.for_each(|(b, w)| {
-                let (d, m) = (half_at(b, 0), half_at(b, 1));
-                w.iter_mut().enumerate().for_each(|(k, w)| *w = d * f32::from(nibble(&b[4..], k)) + m);
+            Self::F16 => blocks.for_each(|(b, w)| w[0] = f16::from_le_bytes([b[0], b[1]]).to_f32()),
+            _ => blocks.for_each(|(b, w)| {
+                w.chunks_exact_mut(BLOCK).enumerate().for_each(|(g, w)| Group::of(self, b, g).widen(w));
             }),
         }
     }
 
-    /// The stored form of `weights` (whole blocks), rounded to nearest: for tests and conversions.
+    /// The stored form of `weights` (whole blocks), each rounded to nearest where that is all there is to choose; the
+    /// kinds with 256-weight blocks search for the scales with the least squared error.
     ///
     /// # Panics
     /// If `weights` is no whole number of blocks.
@@ -120,51 +159,9 @@ impl WeightKind {
                 Self::F32 => bytes.extend(w[0].to_le_bytes()),
                 Self::Bf16 => bytes.extend(bf16::from_f32(w[0]).to_le_bytes()),
                 Self::F16 => bytes.extend(f16::from_f32(w[0]).to_le_bytes()),
-                Self::Q8_0 => push_q8_0(&mut bytes, w),
-                Self::Q4_0 => {
-                    let amax = w.iter().fold(0.0f32, |a, &x| if x.abs() > a.abs() { x } else { a });
-                    push_q4(&mut bytes, w, amax / -8.0, None);
-                }
-                Self::Q4_1 => {
-                    let min = w.iter().copied().fold(f32::INFINITY, f32::min);
-                    let max = w.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                    push_q4(&mut bytes, w, (max - min) / 15.0, Some(min));
-                }
+                _ => quantize::push_block(self, w, &mut bytes),
             }
         }
         bytes
     }
-}
-
-/// Half `i` of a block's header.
-pub(super) fn half_at(block: &[u8], i: usize) -> f32 {
-    f16::from_le_bytes([block[2 * i], block[2 * i + 1]]).to_f32()
-}
-
-/// 4-bit value `k` of a block's 16 bytes.
-pub(super) fn nibble(bytes: &[u8], k: usize) -> u8 {
-    (bytes[k % 16] >> (4 * (k / 16))) & 15
-}
-
-fn push_q8_0(bytes: &mut Vec<u8>, w: &[f32]) {
-    let d = w.iter().fold(0.0f32, |a, x| a.max(x.abs())) / 127.0;
-    bytes.extend(f16::from_f32(d).to_le_bytes());
-    bytes.extend(w.iter().map(|x| (x * inverse(d)).round() as i8 as u8));
-}
-
-/// A 4-bit block with scale `d`, and minimum if the kind has one; without it the zero point is 8.
-fn push_q4(bytes: &mut Vec<u8>, w: &[f32], d: f32, min: Option<f32>) {
-    bytes.extend(f16::from_f32(d).to_le_bytes());
-    if let Some(min) = min {
-        bytes.extend(f16::from_f32(min).to_le_bytes());
-    }
-    let q = |x: f32| match min {
-        Some(min) => ((x - min) * inverse(d)).round().clamp(0.0, 15.0) as u8,
-        None => (x * inverse(d) + 8.0).round().clamp(0.0, 15.0) as u8,
-    };
-    bytes.extend((0..BLOCK / 2).map(|i| q(w[i]) | q(w[i + BLOCK / 2]) << 4));
-}
-
-fn inverse(d: f32) -> f32 {
-    if d == 0.0 { 0.0 } else { 1.0 / d }
 }

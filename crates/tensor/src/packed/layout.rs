@@ -13,7 +13,7 @@
 //! Word w of a row holds weights 8w .. 8w + 8: nibble j of its low half is weight 8w + 2j, of its high half the next one.
 //! Masking out nibble j therefore leaves the pair (8w + 2j, 8w + 2j + 1) as two int16, what `vpmaddwd` eats.
 
-use super::kind::{BLOCK, WeightKind, half_at, nibble};
+use super::kind::{BLOCK, WeightKind};
 use half::f16;
 
 /// Rows of a tile.
@@ -23,6 +23,11 @@ pub(super) const TILE: usize = 16;
 pub(super) const Q4_BYTES: usize = TILE * BLOCK / 2;
 /// As [`Q4_BYTES`].
 pub(super) const Q8_BYTES: usize = TILE * BLOCK;
+
+/// Whether the kind has tiles of its own.
+pub(super) fn has_tiles(kind: WeightKind) -> bool {
+    !kind.is_quantized() || matches!(kind, WeightKind::Q8_0 | WeightKind::Q4_0 | WeightKind::Q4_1)
+}
 
 /// Bytes of one tile of `n_in` inputs.
 pub(super) fn tile_bytes(kind: WeightKind, n_in: usize) -> usize {
@@ -126,4 +131,14 @@ pub(super) fn unpack(kind: WeightKind, block: &[u8], pairs: &mut [i16; TILE * BL
 #[inline(always)]
 pub(super) fn halves(bytes: &[u8]) -> [f16; TILE] {
     std::array::from_fn(|r| f16::from_le_bytes([bytes[2 * r], bytes[2 * r + 1]]))
+}
+
+/// Half `i` of a block's header.
+fn half_at(block: &[u8], i: usize) -> f32 {
+    f16::from_le_bytes([block[2 * i], block[2 * i + 1]]).to_f32()
+}
+
+/// 4-bit value `k` of a block's 16 bytes.
+fn nibble(bytes: &[u8], k: usize) -> u8 {
+    (bytes[k % 16] >> (4 * (k / 16))) & 15
 }

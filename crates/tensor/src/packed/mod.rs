@@ -8,10 +8,12 @@
 //! The plain reference is [`WeightKind::dequantize`] and a sum in f64 (see the tests).
 
 mod activations;
+mod blocks;
 mod float_kernels;
 mod kernels;
 mod kind;
 mod layout;
+mod quantize;
 #[cfg(test)]
 mod tests;
 
@@ -29,6 +31,9 @@ use std::ops::Range;
 
 /// A weight matrix of `n_out` rows and `n_in` columns, packed for [`project`].
 pub struct Packed {
+    /// As they came.
+    stored: WeightKind,
+    /// As they are in memory: some kinds are widened for now.
     kind: WeightKind,
     n_out: usize,
     n_in: usize,
@@ -50,13 +55,18 @@ impl Packed {
     pub fn from_bytes(pool: &Pool, kind: WeightKind, bytes: &[u8], [n_out, n_in]: [usize; 2]) -> Self {
         let row_bytes = kind.bytes(n_in).filter(|&bytes| bytes > 0).expect("rows are whole blocks");
         assert_eq!(bytes.len(), n_out * row_bytes, "{n_out}x{n_in} weights of kind {}", kind.name());
+        if !layout::has_tiles(kind) {
+            let mut w_oi = vec![0.0; n_out * n_in];
+            kind.dequantize(bytes, &mut w_oi);
+            return Self { stored: kind, ..Self::from_f32(pool, &w_oi, [n_out, n_in]) };
+        }
         let tile_bytes = layout::tile_bytes(kind, n_in);
         let mut tiles = Buf::<u8>::zeroed(n_out.div_ceil(TILE) * tile_bytes);
         pool.run_chunks(&mut tiles, tile_bytes, |t, tile| {
             let rows = piece(t, TILE * row_bytes, bytes.len());
             layout::interleave(kind, &bytes[rows], n_in, tile);
         });
-        Self { kind, n_out, n_in, tiles }
+        Self { stored: kind, kind, n_out, n_in, tiles }
     }
 
     /// Packs f32 rows `w_oi` without loss.
@@ -70,7 +80,7 @@ impl Packed {
 
     /// How the weights are stored.
     pub fn kind(&self) -> WeightKind {
-        self.kind
+        self.stored
     }
 
     /// Rows and columns: outputs and inputs.
@@ -104,7 +114,7 @@ impl Packed {
 
 impl std::fmt::Debug for Packed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Packed({} {}x{})", self.kind.name(), self.n_out, self.n_in)
+        write!(f, "Packed({} {}x{})", self.stored.name(), self.n_out, self.n_in)
     }
 }
 

@@ -32,7 +32,8 @@ fn products_match_the_reference() {
     for pool in every_pool() {
         let mut scratch = PackedScratch::default();
         for kind in WeightKind::ALL {
-            for (seed, (dims @ [n_out, n_in], n)) in shapes.into_iter().enumerate() {
+            for (seed, ([n_out, n_in], n)) in shapes.into_iter().enumerate() {
+                let dims @ [_, n_in] = [n_out, usize::next_multiple_of(n_in, kind.block_elems())];
                 let bytes = stored(kind, seed as u64, n_out * n_in);
                 let x_ni = numbers(100 + seed as u64, n * n_in);
                 let packed = Packed::from_bytes(&pool, kind, &bytes, dims);
@@ -53,9 +54,9 @@ fn products_match_the_reference() {
 
 #[test]
 fn rows_do_not_depend_on_the_batch() {
-    let dims @ [n_out, n_in] = [50, 192];
-    let x_ni = numbers(7, 101 * n_in);
     for kind in WeightKind::ALL {
+        let dims @ [n_out, n_in] = [50, 192_usize.next_multiple_of(kind.block_elems())];
+        let x_ni = numbers(7, 101 * n_in);
         let bytes = stored(kind, 3, n_out * n_in);
         for pool in every_pool() {
             let single = Pool::with_level(1, pool.level());
@@ -107,12 +108,14 @@ fn a_stack_is_its_matrices_side_by_side() {
 
 #[test]
 fn rows_come_back_as_they_were_stored() {
-    let dims @ [n_out, n_in] = [21, 96];
     let pool = Pool::new(2);
     for kind in WeightKind::ALL {
+        let dims @ [n_out, n_in] = [21, 96_usize.next_multiple_of(kind.block_elems())];
         let bytes = stored(kind, 5, n_out * n_in);
         let packed = Packed::from_bytes(&pool, kind, &bytes, dims);
-        assert_eq!(packed.bytes(), bytes.len() / n_out * 32);
+        if layout::has_tiles(kind) {
+            assert_eq!(packed.bytes(), bytes.len() / n_out * 32);
+        }
         let mut w_oi = vec![0.0; n_out * n_in];
         kind.dequantize(&bytes, &mut w_oi);
         let mut row = vec![0.0; n_in];
@@ -179,4 +182,56 @@ fn known_blocks_dequantize_as_ggml_documents() {
     );
     let bytes: Vec<u8> = (0..32u8).map(|i| 240u8.wrapping_add(i)).collect();
     check(WeightKind::Q8_0, &[&[0x00, 0x38], &bytes[..]].concat(), &[(0, -8.0), (15, -0.5)]);
+}
+
+/// `fixtures/ggml_blocks.py`: random blocks, and what the `gguf` package makes of them, to the bit.
+#[test]
+fn blocks_widen_as_ggml_widens_them() {
+    let golden = include_str!("../../../../fixtures/golden/ggml_blocks.json");
+    let golden: serde_json::Value = serde_json::from_str(golden).unwrap();
+    let hex = |value: &serde_json::Value| -> Vec<u8> {
+        let text = value.as_str().unwrap();
+        (0..text.len()).step_by(2).map(|i| u8::from_str_radix(&text[i..i + 2], 16).unwrap()).collect()
+    };
+    for kind in WeightKind::ALL.into_iter().filter(|kind| kind.is_quantized()) {
+        let (blocks, expected) = (hex(&golden[kind.name()]["blocks"]), hex(&golden[kind.name()]["weights"]));
+        let mut w = vec![0.0; 2 * kind.block_elems()];
+        kind.dequantize(&blocks, &mut w);
+        for (i, (w, bytes)) in w.iter().zip(expected.chunks_exact(4)).enumerate() {
+            let expected = f32::from_le_bytes(bytes.try_into().unwrap());
+            assert_eq!(*w, expected, "{kind:?} weight {i}");
+        }
+    }
+}
+
+/// A stored weight is at most half a step away, give or take the rounding of the scales; what is representable comes
+/// back as it was.
+#[test]
+fn quantizing_rounds_to_the_grid() {
+    for (kind, worst, rms) in [
+        (WeightKind::Q8_0, 0.005, 0.0025),
+        (WeightKind::Q4_0, 0.13, 0.04),
+        (WeightKind::Q4_1, 0.07, 0.04),
+        (WeightKind::Q5_0, 0.07, 0.02),
+        (WeightKind::Q5_1, 0.035, 0.02),
+        (WeightKind::Q4_K, 0.13, 0.04),
+        (WeightKind::Q5_K, 0.07, 0.02),
+        (WeightKind::Q6_K, 0.04, 0.01),
+    ] {
+        let n = 8 * kind.block_elems();
+        let w = numbers(11, n);
+        let mut again = vec![0.0; n];
+        kind.dequantize(&kind.quantize(&w), &mut again);
+        let errors = || w.iter().zip(&again).map(|(w, again)| (w - again).abs());
+        let found_rms = (errors().map(|e| e * e).sum::<f32>() / n as f32).sqrt();
+        let found_worst = errors().fold(0.0, f32::max);
+        assert!(found_worst < worst && found_rms < rms, "{kind:?}: worst {found_worst}, rms {found_rms}");
+        for edge in [0.0, 0.25, -3.0] {
+            kind.dequantize(&kind.quantize(&vec![edge; n]), &mut again);
+            assert!(
+                again.iter().all(|w| (w - edge).abs() <= 2e-3 * edge.abs()),
+                "{kind:?} {edge}: {again:?}"
+            );
+        }
+    }
 }
