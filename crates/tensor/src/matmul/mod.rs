@@ -6,8 +6,8 @@
 //! not the number of threads, not the number of rows, not the position in a tile, and on AVX2 and AVX-512 not the
 //! instruction set (the portable levels round products and sums separately).
 //!
-//! [`Precision::Bf16`] rounds the operands to bf16 (to nearest even) while packing. With AVX512-BF16 the products are
-//! formed by `vdpbf16ps`, elsewhere by f32 FMA. Products of bf16 are exact in f32 and the order of the sum is the same, so
+//! [`Precision::Bf16`] rounds the operands to bf16 (to nearest even) while packing. Where `vdpbf16ps` is the faster way
+//! ([`crate::cpu::Features::bf16_pays`]) it forms the products, elsewhere f32 FMA does. Products of bf16 are exact in f32 and the order of the sum is the same, so
 //! both give the same bits as long as nothing is denormal (`vdpbf16ps` takes denormals as zero).
 //!
 //! # How it is fast
@@ -123,7 +123,8 @@ impl<'a> Mat<'a> {
 pub enum Precision {
     /// f32 throughout.
     F32,
-    /// Operands rounded to bf16, products summed in f32. As fast as F32 without AVX512-BF16, up to twice as fast with it.
+    /// Operands rounded to bf16, products summed in f32. Up to twice as fast as F32 where `vdpbf16ps` pays, as fast
+    /// elsewhere.
     Bf16,
 }
 
@@ -196,7 +197,12 @@ pub fn matmul(pool: &Pool, c_mn: &mut [f32], a: Mat, b: Mat, precision: Precisio
         }
         return;
     }
-    let format = format(pool.level(), precision);
+    multiply(pool, c_mn, [a, b], format(pool.level(), precision), accumulate);
+}
+
+/// [`matmul()`] of operands that are not empty, packed as told.
+fn multiply(pool: &Pool, c_mn: &mut [f32], [a, b]: [Mat; 2], format: Format, accumulate: Accumulate) {
+    let [m, k] = a.dims();
     let (a, b) = (Source::rows_of(a), Source::cols_of(b));
     let c = Disjoint::new(c_mn);
     let job = Job { level: pool.level(), a, b, c, k, format, accumulate };
@@ -209,8 +215,8 @@ pub fn matmul(pool: &Pool, c_mn: &mut [f32], a: Mat, b: Mat, precision: Precisio
 fn format(level: Level, precision: Precision) -> Format {
     match (precision, level) {
         (Precision::F32, _) => Format::F32,
-        (Precision::Bf16, Level::Avx512) if features().bf16 => Format::Pairs,
-        // Slow, but it runs the code that AVX512-BF16 will run.
+        (Precision::Bf16, Level::Avx512) if features().bf16_pays => Format::Pairs,
+        // Slow, but it runs the code that `vdpbf16ps` will run.
         (Precision::Bf16, Level::Scalar16) => Format::Pairs,
         (Precision::Bf16, _) => Format::Rounded,
     }

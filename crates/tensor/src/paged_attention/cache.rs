@@ -1,9 +1,12 @@
 //! [`KvCache`]: keys and values of all layers, in blocks of 16 positions that belong to any sequence.
 
+use super::element::Cached;
 use crate::pool::Disjoint;
 use crate::rope::{RopeDims, RopeTable, Turn, rotate};
-use crate::{Buf, Elems, Pool};
+use crate::split::piece;
+use crate::{Buf, Pool};
 use half::bf16;
+use std::ops::Range;
 
 /// Positions of one block.
 pub const BLOCK_TOKENS: usize = 16;
@@ -11,6 +14,8 @@ pub const BLOCK_TOKENS: usize = 16;
 /// Type of the cached numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KvType {
+    /// A quarter of the memory and a factor (4 B) for every vector; about 2 decimal digits.
+    Int8,
     /// Half the memory; about 3 decimal digits.
     Bf16,
     /// Exact.
@@ -50,31 +55,92 @@ impl PagedRow<'_> {
 
 /// Keys and values in blocks of [`BLOCK_TOKENS`] positions.
 ///
-/// One buffer a layer, `[block][g]`, and there the keys of 16 positions as `[d][16]`, so that a SIMD lane is a position,
-/// and their values as `[16][d]`, so that a lane is a dimension: no kernel sums across lanes. d is rounded up to 16.
+/// One buffer a layer, `[block][g]`, and there the keys of 16 positions as a matrix `[d][16]`, so that a SIMD lane is a
+/// position, and their values as `[16][d]`, so that a lane is a dimension: no kernel sums across lanes. d is rounded up
+/// to 16; how a matrix lies in memory is its element type's affair ([`Cached`]).
 pub struct KvCache {
     dims: KvDims,
     n_blocks: usize,
     layers: Layers,
+    /// Of the append going on; kept for its memory.
+    pieces: Vec<Piece>,
 }
 
 enum Layers {
-    Bf16(Vec<Buf<bf16>>),
-    F32(Vec<Buf<f32>>),
+    Int8(Vec<Layer<i8>>),
+    Bf16(Vec<Layer<bf16>>),
+    F32(Vec<Layer<f32>>),
 }
+
+/// Runs `$body` with `$layers` the layers of whatever type.
+macro_rules! with_layers {
+    ($cache:expr, $layers:ident => $body:expr) => {
+        match $cache {
+            Layers::Int8($layers) => $body,
+            Layers::Bf16($layers) => $body,
+            Layers::F32($layers) => $body,
+        }
+    };
+}
+
+/// Keys and values of one layer.
+struct Layer<E: Cached> {
+    /// `[block][g][keys, values]`
+    data: Buf<E>,
+    /// `[block][g][keys, values][16]`, where the type has factors.
+    scales: Buf<f32>,
+}
+
+/// Factors of one block and head: a key's and a value's for each position.
+const HEAD_SCALES: usize = 2 * BLOCK_TOKENS;
 
 /// Keys and values of one layer and key/value head.
 #[derive(Clone, Copy)]
-pub(super) struct HeadKv<'a> {
-    pub(super) data: Elems<'a>,
-    /// Of the head's keys in block 0.
-    pub(super) first: usize,
-    /// From one block to the next.
-    pub(super) stride: usize,
-    /// Elements from a block's keys to its values.
-    pub(super) values: usize,
-    pub(super) d: usize,
+pub(super) struct HeadKv<'a, E> {
+    data: &'a [E],
+    scales: &'a [f32],
+    kv_head: usize,
+    dims: KvDims,
 }
+
+/// A [`HeadKv`] of any type.
+#[derive(Clone, Copy)]
+pub(super) enum AnyHeadKv<'a> {
+    Int8(HeadKv<'a, i8>),
+    Bf16(HeadKv<'a, bf16>),
+    F32(HeadKv<'a, f32>),
+}
+
+impl<'a, E: Cached> HeadKv<'a, E> {
+    /// Keys `[d][16]` and values `[16][d]` of `block`.
+    #[inline(always)]
+    pub(super) fn block(&self, block: u32) -> (&'a [E], &'a [E]) {
+        let half = half_elems(self.dims);
+        let at = (block as usize * self.dims.n_kv_heads + self.kv_head) * 2 * half;
+        self.data[at..at + 2 * half].split_at(half)
+    }
+
+    /// Factors of the keys and of the values of `block`.
+    #[inline(always)]
+    pub(super) fn block_scales(&self, block: u32) -> (&'a [f32], &'a [f32]) {
+        let at = (block as usize * self.dims.n_kv_heads + self.kv_head) * HEAD_SCALES;
+        self.scales[at..at + HEAD_SCALES].split_at(BLOCK_TOKENS)
+    }
+}
+
+/// New tokens of a step that go into one block.
+#[derive(Clone)]
+struct Piece {
+    block: u32,
+    /// Slot of the first in the block, which is position `position`.
+    slot: usize,
+    position: usize,
+    /// Tokens of the step.
+    tokens: Range<usize>,
+}
+
+/// Pieces one task stores: up to 64 tokens of a prompt, or of 4 sequences.
+const TASK_PIECES: usize = 4;
 
 impl KvCache {
     /// A cache of `n_blocks` blocks.
@@ -83,17 +149,22 @@ impl KvCache {
     /// If the heads are no multiple of the key/value heads.
     pub fn new(dims: KvDims, kv_type: KvType, n_blocks: usize) -> Self {
         assert!(dims.n_kv_heads > 0 && dims.n_heads.is_multiple_of(dims.n_kv_heads), "{dims:?}");
-        let len = n_blocks * block_elems(dims);
         let layers = match kv_type {
-            KvType::Bf16 => Layers::Bf16((0..dims.n_layers).map(|_| Buf::zeroed(len)).collect()),
-            KvType::F32 => Layers::F32((0..dims.n_layers).map(|_| Buf::zeroed(len)).collect()),
+            KvType::Int8 => Layers::Int8(new_layers(dims, n_blocks)),
+            KvType::Bf16 => Layers::Bf16(new_layers(dims, n_blocks)),
+            KvType::F32 => Layers::F32(new_layers(dims, n_blocks)),
         };
-        Self { dims, n_blocks, layers }
+        Self { dims, n_blocks, layers, pieces: Vec::new() }
     }
 
     /// Bytes of one block in all layers.
     pub fn block_bytes(dims: KvDims, kv_type: KvType) -> usize {
-        dims.n_layers * block_elems(dims) * if kv_type == KvType::Bf16 { 2 } else { 4 }
+        let (elems, heads) = (dims.n_layers * block_elems(dims), dims.n_layers * dims.n_kv_heads);
+        match kv_type {
+            KvType::Int8 => elems + heads * HEAD_SCALES * size_of::<f32>(),
+            KvType::Bf16 => 2 * elems,
+            KvType::F32 => 4 * elems,
+        }
     }
 
     /// Shape.
@@ -110,7 +181,8 @@ impl KvCache {
     /// stores keys and values. `qkv_no` holds for each token h queries, g keys and g values of d numbers.
     ///
     /// # Panics
-    /// If a row names a block the cache does not have, or needs more positions than its blocks or `rope` have.
+    /// If a row names a block the cache does not have, or needs more positions than its blocks or `rope` have, or two
+    /// rows write one block.
     pub fn append(
         &mut self,
         pool: &Pool,
@@ -120,39 +192,48 @@ impl KvCache {
         rope: Option<&RopeTable>,
     ) {
         rows.iter().for_each(|row| self.check(row));
+        lay_out_pieces(&mut self.pieces, rows);
         let dims = self.dims;
         let width = (dims.n_heads + 2 * dims.n_kv_heads) * dims.head_width;
         let n: usize = rows.iter().map(|row| row.n_tokens).sum();
         assert_eq!(qkv_no.len(), n * width, "queries, keys and values of {n} tokens");
+        let pieces = &self.pieces;
         let qkv = Disjoint::new(qkv_no);
-        let store = match &mut self.layers {
-            Layers::Bf16(layers) => Store::Bf16(Disjoint::new(&mut layers[layer])),
-            Layers::F32(layers) => Store::F32(Disjoint::new(&mut layers[layer])),
-        };
-        // A task is a run of 16 new tokens of one row. Two tasks may write other positions of one block, never the same.
-        let mut first_token = 0;
-        for row in rows {
-            let first = first_token;
-            pool.run(row.n_tokens.div_ceil(BLOCK_TOKENS), &|task| {
-                for i in crate::split::piece(task, BLOCK_TOKENS, row.n_tokens) {
-                    // SAFETY: every token is in one task.
-                    let qkv = unsafe { qkv.slice((first + i) * width..(first + i + 1) * width) };
-                    let position = row.position(i);
+        with_layers!(&mut self.layers, layers => {
+            let store = layers[layer].store(dims);
+            pool.run(pieces.len().div_ceil(TASK_PIECES), &|task| {
+                for piece in &pieces[piece(task, TASK_PIECES, pieces.len())] {
+                    let cells = piece.tokens.start * width..piece.tokens.end * width;
+                    // SAFETY: every token is in one piece.
+                    let qkv_no = unsafe { qkv.slice(cells) };
                     if let Some(table) = rope {
                         let turned = RopeDims {
                             n_positions: table.n_positions(),
                             n_heads: dims.n_heads + dims.n_kv_heads,
                             stride: width,
                         };
-                        rotate(pool.level(), qkv, position, turned, table, Turn::Forward);
+                        rotate(pool.level(), qkv_no, piece.position, turned, table, Turn::Forward);
                     }
-                    let place = (row.blocks[position / BLOCK_TOKENS] as usize, position % BLOCK_TOKENS);
-                    // SAFETY: `check` saw that the blocks are distinct, so a place is one token's.
-                    unsafe { store.put(dims, place, &qkv[dims.n_heads * dims.head_width..]) };
+                    // SAFETY: `lay_out_pieces` saw that no two pieces write one block.
+                    unsafe { store.put(piece, qkv_no) };
                 }
             });
-            first_token += row.n_tokens;
-        }
+        });
+    }
+
+    /// Makes the first `n_positions` of block `to` a copy of those of block `from`, in all layers: what a sequence does
+    /// before it writes into a block that others read, too.
+    ///
+    /// # Panics
+    /// If the cache does not have a block, or a block so many positions.
+    pub fn copy_block(&mut self, from: u32, to: u32, n_positions: usize) {
+        let known = (from.max(to) as usize) < self.n_blocks;
+        assert!(known, "copying block {from} to {to} of {}", self.n_blocks);
+        assert!(n_positions <= BLOCK_TOKENS, "copying {n_positions} positions of a block");
+        let dims = self.dims;
+        with_layers!(&mut self.layers, layers => {
+            layers.iter_mut().for_each(|layer| layer.copy_block(dims, [from, to], n_positions));
+        });
     }
 
     /// # Panics
@@ -168,23 +249,13 @@ impl KvCache {
         assert!(row.blocks.len() >= n_needed, "{} blocks for {} positions", row.blocks.len(), row.n_context);
         let known = row.blocks[..n_needed].iter().all(|&block| (block as usize) < self.n_blocks);
         assert!(known, "a row names a block past the cache's {}", self.n_blocks);
-        // Tasks write these blocks at the same time.
-        let written = &row.blocks[(row.n_context - row.n_tokens) / BLOCK_TOKENS..n_needed];
-        let distinct = (1..written.len()).all(|i| !written[..i].contains(&written[i]));
-        assert!(distinct, "a row names a block twice: {written:?}");
     }
 
-    pub(super) fn head(&self, layer: usize, kv_head: usize) -> HeadKv<'_> {
-        let half = half_elems(self.dims);
-        HeadKv {
-            data: match &self.layers {
-                Layers::Bf16(layers) => Elems::Bf16(&layers[layer]),
-                Layers::F32(layers) => Elems::F32(&layers[layer]),
-            },
-            first: kv_head * 2 * half,
-            stride: block_elems(self.dims),
-            values: half,
-            d: self.dims.head_width,
+    pub(super) fn head(&self, layer: usize, kv_head: usize) -> AnyHeadKv<'_> {
+        match &self.layers {
+            Layers::Int8(layers) => AnyHeadKv::Int8(layers[layer].head(self.dims, kv_head)),
+            Layers::Bf16(layers) => AnyHeadKv::Bf16(layers[layer].head(self.dims, kv_head)),
+            Layers::F32(layers) => AnyHeadKv::F32(layers[layer].head(self.dims, kv_head)),
         }
     }
 }
@@ -204,49 +275,109 @@ fn block_elems(dims: KvDims) -> usize {
     dims.n_kv_heads * 2 * half_elems(dims)
 }
 
-/// A layer being written.
-enum Store<'a> {
-    Bf16(Disjoint<'a, bf16>),
-    F32(Disjoint<'a, f32>),
+/// Cuts the new tokens of `rows` where blocks begin.
+///
+/// # Panics
+/// If a block would be written twice.
+fn lay_out_pieces(pieces: &mut Vec<Piece>, rows: &[PagedRow<'_>]) {
+    pieces.clear();
+    let mut first_token = 0;
+    for row in rows {
+        let mut i = 0;
+        while i < row.n_tokens {
+            let position = row.position(i);
+            let slot = position % BLOCK_TOKENS;
+            let n = (BLOCK_TOKENS - slot).min(row.n_tokens - i);
+            let tokens = first_token + i..first_token + i + n;
+            pieces.push(Piece { block: row.blocks[position / BLOCK_TOKENS], slot, position, tokens });
+            i += n;
+        }
+        first_token += row.n_tokens;
+    }
+    // Tasks write these blocks at the same time. What is next to each other in order is next to each other in work.
+    pieces.sort_unstable_by_key(|piece| piece.block);
+    if let Some(pair) = pieces.windows(2).find(|pair| pair[0].block == pair[1].block) {
+        panic!("block {} is written twice", pair[0].block);
+    }
 }
 
-impl Store<'_> {
-    /// Stores the g keys and g values in `kv` at `place` (block, position in it).
+fn new_layers<E: Cached>(dims: KvDims, n_blocks: usize) -> Vec<Layer<E>> {
+    let n_scales = if E::SCALED { n_blocks * dims.n_kv_heads * HEAD_SCALES } else { 0 };
+    let layer = || Layer { data: Buf::zeroed(n_blocks * block_elems(dims)), scales: Buf::zeroed(n_scales) };
+    (0..dims.n_layers).map(|_| layer()).collect()
+}
+
+impl<E: Cached> Layer<E> {
+    fn head(&self, dims: KvDims, kv_head: usize) -> HeadKv<'_, E> {
+        HeadKv { data: &self.data, scales: &self.scales, kv_head, dims }
+    }
+
+    fn store(&mut self, dims: KvDims) -> Store<'_, E> {
+        Store { data: Disjoint::new(&mut self.data), scales: Disjoint::new(&mut self.scales), dims }
+    }
+
+    fn copy_block(&mut self, dims: KvDims, [from, to]: [u32; 2], n_positions: usize) {
+        let (half, width) = (half_elems(dims), padded(dims.head_width));
+        for g in 0..dims.n_kv_heads {
+            let [from, to] = [from, to].map(|block| block as usize * dims.n_kv_heads + g);
+            for slot in 0..n_positions {
+                for i in 0..dims.head_width {
+                    let (k, v) = (E::at(i, slot, BLOCK_TOKENS), half + E::at(slot, i, width));
+                    self.data[to * 2 * half + k] = self.data[from * 2 * half + k];
+                    self.data[to * 2 * half + v] = self.data[from * 2 * half + v];
+                }
+                if E::SCALED {
+                    for i in [slot, BLOCK_TOKENS + slot] {
+                        self.scales[to * HEAD_SCALES + i] = self.scales[from * HEAD_SCALES + i];
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A layer being written.
+struct Store<'a, E: Cached> {
+    data: Disjoint<'a, E>,
+    scales: Disjoint<'a, f32>,
+    dims: KvDims,
+}
+
+impl<E: Cached> Store<'_, E> {
+    /// Stores the keys and values of `piece`, whose tokens are `qkv_no`.
     ///
     /// # Safety
-    /// No other call for the same place is going on.
-    unsafe fn put(&self, dims: KvDims, place: (usize, usize), kv: &[f32]) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self {
-                Store::Bf16(out) => put(out, dims, place, kv, bf16::from_f32),
-                Store::F32(out) => put(out, dims, place, kv, |x| x),
+    /// Nobody else reads or writes the piece's block now.
+    unsafe fn put(&self, piece: &Piece, qkv_no: &[f32]) {
+        let KvDims { n_heads, n_kv_heads, head_width: d, .. } = self.dims;
+        let (half, width) = (half_elems(self.dims), padded(d));
+        for g in 0..n_kv_heads {
+            let head = piece.block as usize * n_kv_heads + g;
+            // SAFETY: the caller's promise; other heads are other parts.
+            let (keys, values) =
+                unsafe { self.data.slice(head * 2 * half..(head + 1) * 2 * half) }.split_at_mut(half);
+            for (i, token) in qkv_no.chunks_exact((n_heads + 2 * n_kv_heads) * d).enumerate() {
+                let slot = piece.slot + i;
+                let (k_d, v_d) = (&token[(n_heads + g) * d..], &token[(n_heads + n_kv_heads + g) * d..]);
+                let k_scale = put(keys, &k_d[..d], |i| E::at(i, slot, BLOCK_TOKENS));
+                let v_scale = put(values, &v_d[..d], |i| E::at(slot, i, width));
+                if E::SCALED {
+                    // SAFETY: as above.
+                    let scales = unsafe { self.scales.slice(head * HEAD_SCALES..(head + 1) * HEAD_SCALES) };
+                    (scales[slot], scales[BLOCK_TOKENS + slot]) = (k_scale, v_scale);
+                }
             }
         }
     }
 }
 
-/// # Safety
-/// As [`Store::put`].
-unsafe fn put<E: Copy>(
-    out: &Disjoint<'_, E>,
-    dims: KvDims,
-    (block, slot): (usize, usize),
-    kv: &[f32],
-    round: impl Fn(f32) -> E,
-) {
-    let (d, half) = (dims.head_width, half_elems(dims));
-    let (k_gd, v_gd) = kv.split_at(dims.n_kv_heads * d);
-    for (g, (k_d, v_d)) in k_gd.chunks_exact(d).zip(v_gd.chunks_exact(d)).enumerate() {
-        let at = block * block_elems(dims) + g * 2 * half;
-        // SAFETY: single elements of this place (bounds are checked), and no reference to a neighbour's is made.
-        unsafe {
-            for (i, &k) in k_d.iter().enumerate() {
-                let i = at + i * BLOCK_TOKENS + slot;
-                out.slice(i..i + 1)[0] = round(k);
-            }
-            let values = out.slice(at + half + slot * padded(d)..at + half + slot * padded(d) + d);
-            values.iter_mut().zip(v_d).for_each(|(out, &v)| *out = round(v));
-        }
+/// Stores element i of `x_d` at `place(i)`. Returns the vector's factor.
+#[inline(always)]
+fn put<E: Cached>(out: &mut [E], x_d: &[f32], place: impl Fn(usize) -> usize) -> f32 {
+    let scale = E::scale(x_d);
+    let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+    for (i, &x) in x_d.iter().enumerate() {
+        out[place(i)] = E::store(x, inverse);
     }
+    scale
 }

@@ -1,74 +1,66 @@
 //! Scores, softmax and weighted values of a few queries over some spans of positions.
 
-use super::cache::{BLOCK_TOKENS, HeadKv, padded};
-use crate::Elems;
-use crate::elem::Elem;
-use crate::pool::Disjoint;
+use super::cache::{AnyHeadKv, BLOCK_TOKENS, HeadKv, padded};
+use super::element::Cached;
 use crate::simd::{Simd, dispatch};
 use std::ops::Range;
 
 /// Positions whose softmax is taken at once.
 pub(super) const SPAN: usize = 4 * BLOCK_TOKENS;
+const SPAN_BLOCKS: usize = SPAN / BLOCK_TOKENS;
 
-/// Queries that read keys and values together: two groups of six.
-pub(super) const QUERIES_MAX: usize = 12;
-
-/// Softmax so far, of each query.
-#[derive(Clone, Copy)]
-pub(super) struct State {
-    /// Largest score.
-    pub(super) max: [f32; QUERIES_MAX],
-    /// Sum of e^(score - max).
-    pub(super) sum: [f32; QUERIES_MAX],
-}
-
-impl Default for State {
-    fn default() -> Self {
-        Self { max: [f32::NEG_INFINITY; QUERIES_MAX], sum: [0.0; QUERIES_MAX] }
-    }
-}
-
-impl State {
-    /// Takes in a span of query `i`. Returns the factors of what was there and of what the span adds.
-    pub(super) fn merge(&mut self, i: usize, max: f32, sum: f32) -> (f32, f32) {
-        let old = self.max[i];
-        if max == f32::NEG_INFINITY {
-            return (if old == f32::NEG_INFINITY { 0.0 } else { 1.0 }, 0.0);
-        }
-        let new = old.max(max);
-        let (keep, take) = ((old - new).exp(), (max - new).exp());
-        self.max[i] = new;
-        self.sum[i] = self.sum[i] * keep + sum * take;
-        (keep, take)
-    }
-}
+/// Queries that read keys and values together: two sweeps of 12 over a span that is in L1 or L2 by then.
+pub(super) const QUERIES_MAX: usize = 24;
 
 /// Some queries over some spans.
 pub(super) struct Attend<'a> {
-    pub(super) kv: HeadKv<'a>,
+    pub(super) kv: AnyHeadKv<'a>,
+    /// Head width.
+    pub(super) d: usize,
+    /// Factor of the scores.
+    pub(super) scale: f32,
     /// Blocks of the sequence.
     pub(super) blocks: &'a [u32],
     /// Queries; the rest of the arrays is unused.
     pub(super) n: usize,
-    /// d numbers each.
-    pub(super) queries: [&'a [f32]; QUERIES_MAX],
-    /// Factor of the scores.
-    pub(super) scale: f32,
     /// Positions each query sees; starts and ends ascend.
     pub(super) visible: [Range<usize>; QUERIES_MAX],
     pub(super) spans: Range<usize>,
-    /// Where each query's d sums are, not yet divided; written by this task alone.
-    pub(super) out: &'a Disjoint<'a, f32>,
-    pub(super) out_at: [usize; QUERIES_MAX],
+    /// The queries, `[d][QUERIES_MAX]`; the unused ones are numbers as well.
+    pub(super) q_dq: &'a [f32],
 }
 
-dispatch!(pub(super) fn attend(task: &Attend<'_>, state: &mut State) = attend_simd);
+/// Softmax so far of each query, and its weighted values, not yet divided by the sum of the weights.
+#[derive(Clone, Default)]
+pub(super) struct Part {
+    /// Largest score.
+    pub(super) max: [f32; QUERIES_MAX],
+    /// Sum of e^(score - max).
+    pub(super) sum: [f32; QUERIES_MAX],
+    /// `[QUERIES_MAX][d]`, d rounded up to registers.
+    pub(super) out_qd: Vec<f32>,
+}
+
+impl Part {
+    /// Nothing seen yet, for heads `d` wide.
+    pub(super) fn clear(&mut self, d: usize) {
+        (self.max, self.sum) = ([f32::NEG_INFINITY; QUERIES_MAX], [0.0; QUERIES_MAX]);
+        self.out_qd.clear();
+        self.out_qd.resize(QUERIES_MAX * padded(d), 0.0);
+    }
+}
+
+dispatch!(
+    /// Adds what `task` says to `part`.
+    pub(super) fn attend(task: &Attend<'_>, part: &mut Part) = attend_simd
+);
 
 #[inline(always)]
-fn attend_simd<S: Simd>(s: S, task: &Attend<'_>, state: &mut State) {
-    match task.kv.data {
-        Elems::Bf16(data) => attend_spans(s, task, data, state),
-        Elems::F32(data) => attend_spans(s, task, data, state),
+fn attend_simd<S: Simd>(s: S, task: &Attend<'_>, part: &mut Part) {
+    match task.kv {
+        AnyHeadKv::Int8(kv) => attend_spans(s, task, kv, part),
+        AnyHeadKv::Bf16(kv) => attend_spans(s, task, kv, part),
+        AnyHeadKv::F32(kv) => attend_spans(s, task, kv, part),
     }
 }
 
@@ -76,199 +68,286 @@ fn attend_simd<S: Simd>(s: S, task: &Attend<'_>, state: &mut State) {
 type Weights = [[f32; SPAN]; QUERIES_MAX];
 
 #[inline(always)]
-fn attend_spans<S: Simd, E: Elem>(s: S, task: &Attend<'_>, data: &[E], state: &mut State) {
+fn attend_spans<S: Simd, E: Cached>(s: S, task: &Attend<'_>, kv: HeadKv<'_, E>, part: &mut Part) {
     let mut weights: Weights = [[0.0; SPAN]; QUERIES_MAX];
+    let mut keep = [1.0; QUERIES_MAX];
     for span in task.spans.clone() {
         let in_span = |position: usize| position.saturating_sub(span * SPAN).min(SPAN);
-        let part = SpanOf { data, span, n_positions: in_span(task.visible[task.n - 1].end) };
-        scores(s, task, part, &mut weights);
-        let mut keep_take = [(0.0, 0.0); QUERIES_MAX];
+        let n_positions = in_span(task.visible[task.n - 1].end);
+        let n_blocks = n_positions.div_ceil(BLOCK_TOKENS);
+        let span = Span { kv, blocks: &task.blocks[span * SPAN_BLOCKS..][..n_blocks], n_positions };
+        scores(s, task, &span, &mut weights);
         for i in 0..task.n {
             let visible = in_span(task.visible[i].start)..in_span(task.visible[i].end);
-            let (max, sum) = softmax(s, &mut weights[i], visible, task.scale);
-            keep_take[i] = state.merge(i, max, sum);
+            let state = (&mut part.max[i], &mut part.sum[i]);
+            keep[i] = softmax(s, &mut weights[i], visible, task.scale, state);
+            span.scale_values(s, &mut weights[i]);
         }
-        add_values(s, task, part, &weights, &keep_take);
+        add_values(s, task, &span, (&weights, &keep), &mut part.out_qd);
     }
 }
 
 /// One span of a sequence.
-#[derive(Clone, Copy)]
-struct SpanOf<'a, E> {
-    data: &'a [E],
-    span: usize,
+struct Span<'a, E> {
+    kv: HeadKv<'a, E>,
+    blocks: &'a [u32],
     /// Positions that any query sees.
     n_positions: usize,
 }
 
-impl<'a, E> SpanOf<'a, E> {
-    /// Keys `[d][16]` and values `[16][d padded]` of block `b` of the span.
+impl<E: Cached> Span<'_, E> {
+    /// Scores are of the stored numbers; the keys' own factors make them those of the keys.
     #[inline(always)]
-    fn block(&self, task: &Attend<'_>, b: usize) -> (&'a [E], &'a [E]) {
-        let HeadKv { first, stride, values, .. } = task.kv;
-        let at = task.blocks[self.span * (SPAN / BLOCK_TOKENS) + b] as usize * stride + first;
-        self.data[at..at + 2 * values].split_at(values)
+    fn scale_keys<S: Simd>(&self, s: S, scores: &mut [f32; SPAN]) {
+        if E::SCALED {
+            for (scores, &block) in scores.chunks_exact_mut(BLOCK_TOKENS).zip(self.blocks) {
+                scale_each(s, scores, self.kv.block_scales(block).0);
+            }
+        }
     }
 
-    fn n_blocks(&self) -> usize {
-        self.n_positions.div_ceil(BLOCK_TOKENS)
+    /// The values' own factors become part of their weights.
+    #[inline(always)]
+    fn scale_values<S: Simd>(&self, s: S, weights: &mut [f32; SPAN]) {
+        if E::SCALED {
+            for (weights, &block) in weights.chunks_exact_mut(BLOCK_TOKENS).zip(self.blocks) {
+                scale_each(s, weights, self.kv.block_scales(block).1);
+            }
+        }
     }
 }
 
 #[inline(always)]
-fn scores<S: Simd, E: Elem>(s: S, task: &Attend<'_>, part: SpanOf<'_, E>, weights: &mut Weights) {
-    for b in 0..part.n_blocks() {
-        let (k, _) = part.block(task, b);
-        let mut i = 0;
-        while i < task.n {
-            i += match (task.n - i, S::LANES) {
-                (6.., 8) => scores_of::<S, E, 2, 6>(s, task, k, (i, b), weights),
-                (3.., 8) => scores_of::<S, E, 2, 3>(s, task, k, (i, b), weights),
-                (_, 8) => scores_of::<S, E, 2, 1>(s, task, k, (i, b), weights),
-                (12.., _) => scores_of::<S, E, 1, 12>(s, task, k, (i, b), weights),
-                (6.., _) => scores_of::<S, E, 1, 6>(s, task, k, (i, b), weights),
-                (3.., _) => scores_of::<S, E, 1, 3>(s, task, k, (i, b), weights),
-                (_, _) => scores_of::<S, E, 1, 1>(s, task, k, (i, b), weights),
+fn scale_each<S: Simd>(s: S, x: &mut [f32], factors: &[f32]) {
+    for (x, factor) in x.chunks_exact_mut(S::LANES).zip(factors.chunks_exact(S::LANES)) {
+        s.store(x, s.mul(s.load(x), s.load(factor)));
+    }
+}
+
+/// Runs `$f::<S, E, R, C>` for groups of C queries with R registers each until all are done, C as large as fits: more
+/// queries share a load, and `R · C` sums hide the latency of a multiply-add. Groups may reach past the last query, but
+/// not past QUERIES_MAX. A query's sum is the same in all of them.
+macro_rules! in_groups {
+    ($n:expr, $lanes:expr, |$i:ident| $f:ident::<S, E, _, _>($($arg:expr),*)) => {{
+        let mut $i = 0;
+        while $i < $n {
+            $i += match ($n - $i, $lanes) {
+                (4.., 8) => { $f::<S, E, 2, 6>($($arg),*); 6 }
+                (3, 8) => { $f::<S, E, 4, 3>($($arg),*); 3 }
+                (_, 8) => { $f::<S, E, 4, 2>($($arg),*); 2 }
+                (9.., _) => { $f::<S, E, 2, 12>($($arg),*); 12 }
+                (7.., _) => { $f::<S, E, 2, 8>($($arg),*); 8 }
+                (5.., _) => { $f::<S, E, 4, 6>($($arg),*); 6 }
+                (4, _) => { $f::<S, E, 4, 4>($($arg),*); 4 }
+                (3, _) => { $f::<S, E, 4, 3>($($arg),*); 3 }
+                (_, _) => { $f::<S, E, 4, 2>($($arg),*); 2 }
             };
         }
-    }
+    }};
 }
 
-/// q · k of `C` queries from `i` on with the 16 positions of block `b`; returns `C`.
 #[inline(always)]
-fn scores_of<S: Simd, E: Elem, const R: usize, const C: usize>(
+fn scores<S: Simd, E: Cached>(s: S, task: &Attend<'_>, span: &Span<'_, E>, weights: &mut Weights) {
+    in_groups!(task.n, S::LANES, |i| scores_of::<S, E, _, _>(s, task, span, i, weights));
+}
+
+/// q · k of `C` queries from `i` on.
+#[inline(always)]
+fn scores_of<S: Simd, E: Cached, const R: usize, const C: usize>(
     s: S,
     task: &Attend<'_>,
-    k: &[E],
-    (i, b): (usize, usize),
+    span: &Span<'_, E>,
+    i: usize,
     weights: &mut Weights,
-) -> usize {
-    let q: [&[f32]; C] = std::array::from_fn(|j| task.queries[i + j]);
-    let mut acc = [[s.zero(); C]; R];
-    chains(s, &mut acc, k, BLOCK_TOKENS, q);
-    for j in 0..C {
-        for r in 0..R {
-            s.store(&mut weights[i + j][b * BLOCK_TOKENS + r * S::LANES..], acc[r][j]);
+) {
+    assert!(i + C <= QUERIES_MAX && task.q_dq.len() >= task.d * QUERIES_MAX && S::LANES <= BLOCK_TOKENS);
+    let registers = BLOCK_TOKENS / S::LANES;
+    let last = span.blocks.len() - 1;
+    for first in (0..span.blocks.len() * registers).step_by(R) {
+        // Registers past the last block read it again; their scores are nobody's.
+        let rows: [*const E; R] = std::array::from_fn(|r| {
+            let (block, part) = ((first + r) / registers, (first + r) % registers);
+            let (keys, _) = span.kv.block(span.blocks[block.min(last)]);
+            keys[E::at(0, part * S::LANES, BLOCK_TOKENS)..].as_ptr()
+        });
+        let mut acc = [[s.zero(); R]; C];
+        // SAFETY: keys have at least d rows of BLOCK_TOKENS, of which this register is LANES columns; C queries from i
+        // on are inside q_dq by the assertion.
+        unsafe {
+            let q = task.q_dq.as_ptr().add(i);
+            chains::<S, E, R, C, QUERIES_MAX, 1>(s, &mut acc, rows, (task.d, BLOCK_TOKENS), q);
+        }
+        for j in 0..C {
+            for r in 0..R {
+                s.store(&mut weights[i + j][(first + r) * S::LANES..][..S::LANES], acc[j][r]);
+            }
         }
     }
-    C
+    for weights in &mut weights[i..i + C] {
+        span.scale_keys(s, weights);
+    }
 }
 
-/// Turns the scores in `visible` into e^(score · scale - max) and the rest into 0. Returns max and the sum.
+/// Turns the scores in `visible` into e^(score · scale - max), max being the largest so far, and the rest into 0. Adds
+/// them to the sum; returns the factor of what was summed before.
 #[inline(always)]
-fn softmax<S: Simd>(s: S, weights: &mut [f32; SPAN], visible: Range<usize>, scale: f32) -> (f32, f32) {
-    weights[..visible.start].fill(f32::NEG_INFINITY);
-    weights[visible.end..].fill(f32::NEG_INFINITY);
-    let scale = s.splat(scale);
-    let mut max = s.splat(f32::NEG_INFINITY);
+fn softmax<S: Simd>(
+    s: S,
+    weights: &mut [f32; SPAN],
+    visible: Range<usize>,
+    scale: f32,
+    (max, sum): (&mut f32, &mut f32),
+) -> f32 {
+    if visible.is_empty() {
+        weights.fill(0.0);
+        return 1.0;
+    }
+    let hidden = [0..visible.start, visible.end..SPAN];
+    hidden.iter().for_each(|hidden| weights[hidden.clone()].fill(f32::NEG_INFINITY));
+    let scale_s = s.splat(scale);
+    let mut largest = s.splat(f32::NEG_INFINITY);
     for w in weights.chunks_exact_mut(S::LANES) {
-        let scaled = s.mul(s.load(w), scale);
-        max = s.max(max, scaled);
+        let scaled = s.mul(s.load(w), scale_s);
+        largest = s.max(largest, scaled);
         s.store(w, scaled);
     }
-    let max = s.max_lane(max);
-    if !visible.is_empty() {
-        for w in weights.chunks_exact_mut(S::LANES) {
-            s.store(w, s.exp(s.sub(s.load(w), s.splat(max))));
-        }
+    let new = max.max(s.max_lane(largest));
+    let new_s = s.splat(new);
+    for w in weights.chunks_exact_mut(S::LANES) {
+        s.store(w, s.exp(s.sub(s.load(w), new_s)));
     }
-    weights[..visible.start].fill(0.0);
-    weights[visible.end..].fill(0.0);
-    let mut sum = s.zero();
+    hidden.iter().for_each(|hidden| weights[hidden.clone()].fill(0.0));
+    let mut total = s.zero();
     for w in weights.chunks_exact(S::LANES) {
-        sum = s.add(sum, s.load(w));
+        total = s.add(total, s.load(w));
     }
-    (max, s.sum(sum))
+    let keep = if new == *max { 1.0 } else { (*max - new).exp() };
+    (*max, *sum) = (new, *sum * keep + s.sum(total));
+    keep
 }
 
 #[inline(always)]
-fn add_values<S: Simd, E: Elem>(
+fn add_values<S: Simd, E: Cached>(
     s: S,
     task: &Attend<'_>,
-    part: SpanOf<'_, E>,
-    weights: &Weights,
-    keep_take: &[(f32, f32); QUERIES_MAX],
+    span: &Span<'_, E>,
+    (weights, keep): (&Weights, &[f32; QUERIES_MAX]),
+    out_qd: &mut [f32],
 ) {
-    let mut i = 0;
-    while i < task.n {
-        i += match (task.n - i, S::LANES) {
-            (6.., 8) => values_of::<S, E, 2, 6>(s, task, part, i, (weights, keep_take)),
-            (3.., 8) => values_of::<S, E, 2, 3>(s, task, part, i, (weights, keep_take)),
-            (_, 8) => values_of::<S, E, 2, 1>(s, task, part, i, (weights, keep_take)),
-            (12.., _) => values_of::<S, E, 1, 12>(s, task, part, i, (weights, keep_take)),
-            (6.., _) => values_of::<S, E, 1, 6>(s, task, part, i, (weights, keep_take)),
-            (3.., _) => values_of::<S, E, 1, 3>(s, task, part, i, (weights, keep_take)),
-            (_, _) => values_of::<S, E, 1, 1>(s, task, part, i, (weights, keep_take)),
-        };
+    in_groups!(task.n, S::LANES, |i| values_of::<S, E, _, _>(s, task.d, span, (i, weights, keep), out_qd));
+}
+
+/// out = out · keep + Σ weight · v for `C` queries from `i` on.
+#[inline(always)]
+fn values_of<S: Simd, E: Cached, const R: usize, const C: usize>(
+    s: S,
+    d: usize,
+    span: &Span<'_, E>,
+    args: (usize, &Weights, &[f32; QUERIES_MAX]),
+    out_qd: &mut [f32],
+) {
+    let mut col = 0;
+    while col < d {
+        if col + R * S::LANES <= padded(d) {
+            columns_of::<S, E, R, C>(s, (d, col), span, args, out_qd);
+            col += R * S::LANES;
+        } else {
+            columns_of::<S, E, 1, C>(s, (d, col), span, args, out_qd);
+            col += S::LANES;
+        }
     }
 }
 
-/// out = out · keep + take · Σ weight · v for `C` queries from `i` on, 16 dimensions at a time; returns `C`.
+/// [`values_of`] for `R` registers of dimensions from `col` on.
 #[inline(always)]
-fn values_of<S: Simd, E: Elem, const R: usize, const C: usize>(
+fn columns_of<S: Simd, E: Cached, const R: usize, const C: usize>(
     s: S,
-    task: &Attend<'_>,
-    part: SpanOf<'_, E>,
-    i: usize,
-    (weights, keep_take): (&Weights, &[(f32, f32); QUERIES_MAX]),
-) -> usize {
-    let width = padded(task.kv.d);
-    for first in (0..task.kv.d).step_by(BLOCK_TOKENS) {
-        let mut acc = [[s.zero(); C]; R];
-        for b in 0..part.n_blocks() {
-            let (_, v) = part.block(task, b);
-            let n = BLOCK_TOKENS.min(part.n_positions - b * BLOCK_TOKENS);
-            let w: [&[f32]; C] = std::array::from_fn(|j| &weights[i + j][b * BLOCK_TOKENS..][..n]);
-            chains(s, &mut acc, &v[first..], width, w);
-        }
-        for j in 0..C {
-            let at = task.out_at[i + j];
-            // SAFETY: each query's output is this task's alone.
-            let out = unsafe { task.out.slice(at + first..at + task.kv.d.min(first + BLOCK_TOKENS)) };
-            let (keep, take) = keep_take[i + j];
-            for (r, out) in out.chunks_mut(S::LANES).enumerate() {
-                s.store(out, merged(s, s.load(out), acc[r][j], keep, take));
-            }
-        }
-    }
-    C
-}
-
-/// acc[r][j] += Σ_k m[k][r] · x[j][k]: `R` registers of rows of `m`, rows `stride` apart, times `C` vectors.
-#[inline(always)]
-fn chains<S: Simd, E: Elem, const R: usize, const C: usize>(
-    s: S,
-    acc: &mut [[S::F; C]; R],
-    m: &[E],
-    stride: usize,
-    x: [&[f32]; C],
+    (d, col): (usize, usize),
+    span: &Span<'_, E>,
+    (i, weights, keep): (usize, &Weights, &[f32; QUERIES_MAX]),
+    out_qd: &mut [f32],
 ) {
-    let n = x[0].len();
-    assert!(n > 0 && m.len() >= (n - 1) * stride + R * S::LANES && x.iter().all(|x| x.len() == n));
-    for k in 0..n {
-        let mut row = [s.zero(); R];
+    let width = padded(d);
+    let out_qd = &mut out_qd[i * width + col..(i + C) * width];
+    let mut acc = [[s.zero(); R]; C];
+    for j in 0..C {
         for r in 0..R {
-            // SAFETY: inside `m` by the assertion above.
-            row[r] = unsafe { E::load(s, m.as_ptr().add(k * stride + r * S::LANES)) };
+            acc[j][r] = s.mul(s.load(&out_qd[j * width + r * S::LANES..]), s.splat(keep[i + j]));
+        }
+    }
+    for (b, &block) in span.blocks.iter().enumerate() {
+        let (_, values) = span.kv.block(block);
+        let rows: [*const E; R] =
+            std::array::from_fn(|r| values[E::at(0, col + r * S::LANES, width)..].as_ptr());
+        let n = BLOCK_TOKENS.min(span.n_positions - b * BLOCK_TOKENS);
+        let weights = &weights[i..i + C];
+        // SAFETY: values have BLOCK_TOKENS rows `width` wide, and R registers from col on are inside; there are weights
+        // of C queries, SPAN apart.
+        unsafe {
+            let w = weights.as_ptr().cast::<f32>().add(b * BLOCK_TOKENS);
+            chains::<S, E, R, C, 1, SPAN>(s, &mut acc, rows, (n, width), w);
+        }
+    }
+    for j in 0..C {
+        for r in 0..R {
+            s.store(&mut out_qd[j * width + r * S::LANES..][..S::LANES], acc[j][r]);
+        }
+    }
+}
+
+/// acc[j][r] += Σ_k m_r[k] · x[k · XK + j · XJ] for k in 0..n, in this order: `R` registers of columns of a matrix `width`
+/// wide, times `C` vectors.
+///
+/// # Safety
+/// `rows` point at registers of row 0 of matrices with n rows, rounded up to two, and all the x are readable.
+#[inline(always)]
+unsafe fn chains<S: Simd, E: Cached, const R: usize, const C: usize, const XK: usize, const XJ: usize>(
+    s: S,
+    acc: &mut [[S::F; R]; C],
+    rows: [*const E; R],
+    (n, width): (usize, usize),
+    x: *const f32,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        for k in (0..n & !1).step_by(2) {
+            row::<S, E, R, C, XJ, false>(s, acc, rows, (k, width), x.add(k * XK));
+            row::<S, E, R, C, XJ, true>(s, acc, rows, (k, width), x.add((k + 1) * XK));
+        }
+        if n % 2 == 1 {
+            row::<S, E, R, C, XJ, false>(s, acc, rows, (n - 1, width), x.add((n - 1) * XK));
+        }
+    }
+}
+
+/// One row of [`chains`]: `k`, which is even, or (`ODD`) the one after it.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+unsafe fn row<S: Simd, E: Cached, const R: usize, const C: usize, const XJ: usize, const ODD: bool>(
+    s: S,
+    acc: &mut [[S::F; R]; C],
+    rows: [*const E; R],
+    (k, width): (usize, usize),
+    x: *const f32,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut m = [s.zero(); R];
+        for r in 0..R {
+            m[r] = E::load::<S, ODD>(s, rows[r].add(k * width), width);
         }
         for j in 0..C {
-            // SAFETY: every x has n elements.
-            let x = s.splat(unsafe { *x[j].get_unchecked(k) });
+            let x = s.splat(*x.add(j * XJ));
             for r in 0..R {
-                acc[r][j] = s.fma(row[r], x, acc[r][j]);
+                acc[j][r] = s.fma(m[r], x, acc[j][r]);
             }
         }
     }
 }
 
-/// `keep · old + take · new`; what was there before the first span is not looked at.
-#[inline(always)]
-fn merged<S: Simd>(s: S, old: S::F, new: S::F, keep: f32, take: f32) -> S::F {
-    let new_only = s.mul(new, s.splat(take));
-    if keep == 0.0 { new_only } else { s.fma(new, s.splat(take), s.mul(old, s.splat(keep))) }
-}
-
-/// One query's merging of a span computed elsewhere.
+/// One query's merging of what was computed elsewhere: `out = keep · out + take · part`.
 pub(super) struct Merge<'a> {
     pub(super) out_d: &'a mut [f32],
     pub(super) part_d: &'a [f32],
@@ -280,7 +359,8 @@ dispatch!(pub(super) fn merge(task: &mut Merge<'_>) = merge_simd);
 
 #[inline(always)]
 fn merge_simd<S: Simd>(s: S, task: &mut Merge<'_>) {
+    let (keep, take) = (s.splat(task.keep), s.splat(task.take));
     for (out, part) in task.out_d.chunks_mut(S::LANES).zip(task.part_d.chunks(S::LANES)) {
-        s.store(out, merged(s, s.load(out), s.load(part), task.keep, task.take));
+        s.store(out, s.fma(s.load(part), take, s.mul(s.load(out), keep)));
     }
 }

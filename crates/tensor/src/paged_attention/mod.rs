@@ -3,23 +3,30 @@
 //! `out_hd = Σ_s softmax_s(scale · q_hd · k_sd) · v_sd` over the positions s up to the token's own, all of them or the
 //! last few ([`AttentionSpec::window`]); the h/g query heads of one key/value head read it together.
 //!
-//! Order of the sums: positions are cut into spans of 64, counted from position 0 of the sequence. Within a span the
-//! softmax is plain, spans are merged one after another (as in FlashAttention, Dao et al. 2022). So a token's result
-//! depends on its sequence alone: not on the step it was computed in, what else was in it, or the threads. Test:
-//! `results_do_not_depend_on_the_step`.
+//! Order of the sums: positions are cut into groups of 256, counted from position 0 of the sequence, and these into spans
+//! of 64. In a group the softmax goes from span to span with a running maximum (as in FlashAttention, Dao et al. 2022);
+//! the groups are merged one after another. So a token's result depends on its sequence alone: not on the step it was
+//! computed in, what else was in it, or the threads. Test: `results_do_not_depend_on_the_step`.
 
 mod cache;
+mod element;
 mod kernels;
 #[cfg(test)]
 mod tests;
 
 pub use cache::{BLOCK_TOKENS, KvCache, KvDims, KvType, PagedRow};
 
+use crate::cpu::Level;
 use crate::pool::Disjoint;
 use crate::{Buf, Pool};
+use cache::padded;
+use std::cell::RefCell;
 use std::ops::Range;
 
-use kernels::{Attend, Merge, QUERIES_MAX, SPAN, State, attend, merge};
+use kernels::{Attend, Merge, Part, QUERIES_MAX, SPAN, attend, merge};
+
+/// Spans of a group: 256 positions, 64 KiB of bf16 keys and values 64 wide, some 5 us to read.
+const GROUP_SPANS: usize = 4;
 
 /// What a layer's attention is, beside its numbers.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -47,14 +54,12 @@ impl AttentionSpec {
 #[derive(Default)]
 pub struct AttentionScratch {
     tiles: Vec<Tile>,
-    /// Results of single spans, when the spans of a tile are tasks of their own: `[task][QUERIES_MAX][d]`.
+    /// Results of single groups, when the groups of a tile are tasks of their own, see [`Tile::part`].
     parts: Buf<f32>,
-    /// Their softmax states.
-    states: Vec<State>,
 }
 
 /// Up to [`QUERIES_MAX`] consecutive queries of one row and key/value head. A query is a token and a head.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 struct Tile {
     row_idx: usize,
     /// Index of the row's first token in the step.
@@ -62,13 +67,20 @@ struct Tile {
     kv_head: usize,
     first_query: usize,
     n_queries: usize,
-    /// First span its first query sees.
-    first_span: usize,
-    /// Spans from there to the last query's position.
-    n_spans: usize,
-    /// Index of its first part in the scratch.
+    /// Groups from that of the first position its first query sees to that of its last query.
+    groups: Range<usize>,
+    /// Number of its first group among the groups of all tiles.
     first_part: usize,
+    /// Where its first group's result is in the scratch.
+    parts_at: usize,
 }
+
+/// Memory for the results of groups, up to which they are tasks of their own: every step of decoding, so that a long
+/// context is shared out and waits for nobody. Prompts have enough tiles.
+const PARTS_BYTES_MAX: usize = 8 << 20;
+
+/// Up to so many multiply-adds (about 4 us) the work is done before another thread has woken.
+const INLINE_MAX: usize = 100_000;
 
 /// Attention of the new tokens of `rows`, whose keys and values must be in `layer` of the cache ([`KvCache::append`]).
 /// `qkv_no` holds for each token h + 2·g heads: rotated queries, keys, values; only the queries are read.
@@ -89,77 +101,101 @@ pub fn paged_attention(
     assert_eq!(qkv_no.len(), n * (n_heads + 2 * n_kv_heads) * d, "queries, keys and values of {n} tokens");
     assert!(spec.window != Some(0), "a window without the token itself");
     rows.iter().for_each(|row| cache.check(row));
-    let n_parts = lay_out_tiles(&mut scratch.tiles, rows, cache.dims(), spec);
+    let AttentionScratch { tiles, parts } = scratch;
+    let size = lay_out_tiles(tiles, rows, cache.dims(), spec);
     let out = Disjoint::new(out_nhd);
-    let job = |tile: &Tile| Job {
-        cache,
-        layer,
-        spec,
-        qkv_no,
-        row: rows[tile.row_idx],
-        tile: *tile,
-        level: pool.level(),
-    };
-    let tiles = &scratch.tiles;
-    // Many tiles keep all threads busy; with few (one stream decoding a long context) their spans are shared out too.
-    if tiles.len() >= TILES_PER_THREAD * pool.n_threads() || n_parts == tiles.len() {
-        let whole = |i: usize| job(&tiles[i]).all_spans(&out);
-        if n_parts <= PARTS_INLINE {
-            (0..tiles.len()).for_each(whole)
-        } else {
-            pool.run(tiles.len(), &whole)
-        }
-        return;
+    let job = |tile| Job { cache, layer, spec, qkv_no, rows, tile, level: pool.level() };
+    if size.multiply_adds <= INLINE_MAX {
+        return tiles.iter().for_each(|tile| job(tile).all_groups(&out));
     }
-    scratch.parts.reserve_scratch(n_parts * QUERIES_MAX * d);
-    scratch.states.resize(scratch.states.len().max(n_parts), State::default());
-    let (parts, states) = (Disjoint::new(&mut scratch.parts), Disjoint::new(&mut scratch.states));
-    pool.run(n_parts, &|part| {
-        let tile = &tiles[tiles.partition_point(|tile| tile.first_part <= part) - 1];
+    if size.n_parts == tiles.len() || size.part_elems * size_of::<f32>() > PARTS_BYTES_MAX {
+        return pool.run(tiles.len(), &|i| job(&tiles[i]).all_groups(&out));
+    }
+    parts.reserve_scratch(size.part_elems);
+    let parts_out = Disjoint::new(parts);
+    pool.run(size.n_parts, &|part_idx| {
+        let tile = &tiles[tiles.partition_point(|tile| tile.first_part <= part_idx) - 1];
         // SAFETY: each part is one task's.
-        let state = unsafe { &mut states.slice(part..part + 1)[0] };
-        job(tile).one_span(part, &parts, state);
+        let part = unsafe { parts_out.slice(tile.part(part_idx - tile.first_part, d)) };
+        job(tile).one_group(part_idx - tile.first_part, part);
     });
-    for tile in tiles {
-        job(tile).merge_parts(&scratch.parts, &scratch.states, &out);
-    }
+    // A few thousand multiply-adds a tile.
+    pool.run(tiles.len().div_ceil(MERGE_TILES), &|task| {
+        for tile in &tiles[crate::split::piece(task, MERGE_TILES, tiles.len())] {
+            job(tile).merge_parts(parts, &out);
+        }
+    });
 }
 
-/// Tiles a thread should have before spans are worth handing out one by one.
-const TILES_PER_THREAD: usize = 4;
+/// Tiles whose groups one task merges: so many that a few streams are merged by the caller alone.
+const MERGE_TILES: usize = 32;
 
-/// Up to this many spans (of 64 positions and a few queries, about 1 us each) are done before another thread has woken.
-const PARTS_INLINE: usize = 4;
+/// What there is to do in all tiles.
+#[derive(Default)]
+struct Size {
+    n_parts: usize,
+    part_elems: usize,
+    multiply_adds: usize,
+}
 
-/// Fills `tiles`; returns the number of spans of all of them.
-fn lay_out_tiles(tiles: &mut Vec<Tile>, rows: &[PagedRow<'_>], dims: KvDims, spec: AttentionSpec) -> usize {
+fn lay_out_tiles(tiles: &mut Vec<Tile>, rows: &[PagedRow<'_>], dims: KvDims, spec: AttentionSpec) -> Size {
     let heads_per_kv = dims.n_heads / dims.n_kv_heads;
     tiles.clear();
-    let (mut first_token, mut first_part) = (0, 0);
+    let (mut first_token, mut size) = (0, Size::default());
     for (row_idx, row) in rows.iter().enumerate() {
         let n_queries = row.n_tokens * heads_per_kv;
         for first_query in (0..n_queries).step_by(QUERIES_MAX) {
             let n_queries = QUERIES_MAX.min(n_queries - first_query);
-            let position = |query: usize| row.position(query / heads_per_kv);
-            let first_span = spec.visible(position(first_query)).start / SPAN;
-            let n_spans = position(first_query + n_queries - 1) / SPAN + 1 - first_span;
+            let visible = |query: usize| spec.visible(row.position(query / heads_per_kv));
+            let seen = visible(first_query).start..visible(first_query + n_queries - 1).end;
+            let groups = seen.start / (GROUP_SPANS * SPAN)..seen.end.div_ceil(GROUP_SPANS * SPAN);
             for kv_head in 0..dims.n_kv_heads {
+                let (first_part, parts_at) = (size.n_parts, size.part_elems);
+                size.n_parts += groups.len();
+                size.part_elems += groups.len() * part_elems(n_queries, dims.head_width);
+                size.multiply_adds += 2 * n_queries * seen.len() * dims.head_width;
+                let groups = groups.clone();
                 tiles.push(Tile {
                     row_idx,
                     first_token,
                     kv_head,
                     first_query,
                     n_queries,
-                    first_span,
-                    n_spans,
+                    groups,
                     first_part,
+                    parts_at,
                 });
-                first_part += n_spans;
             }
         }
         first_token += row.n_tokens;
     }
-    first_part
+    size
+}
+
+/// Of a group's result: d weighted values, maximum and sum of each query.
+fn part_elems(n_queries: usize, d: usize) -> usize {
+    n_queries * (d + 2)
+}
+
+impl Tile {
+    /// Where the result of group `i` of this tile is in the scratch.
+    fn part(&self, i: usize, d: usize) -> Range<usize> {
+        let len = part_elems(self.n_queries, d);
+        self.parts_at + i * len..self.parts_at + (i + 1) * len
+    }
+}
+
+/// What a task computes in, kept by its thread.
+#[derive(Default)]
+struct Work {
+    /// See [`Attend::q_dq`].
+    q_dq: Vec<f32>,
+    group: Part,
+    total: Part,
+}
+
+thread_local! {
+    static WORK: RefCell<Work> = RefCell::default();
 }
 
 /// A tile with what its work needs.
@@ -168,97 +204,126 @@ struct Job<'a> {
     layer: usize,
     spec: AttentionSpec,
     qkv_no: &'a [f32],
-    row: PagedRow<'a>,
-    tile: Tile,
-    level: crate::cpu::Level,
+    rows: &'a [PagedRow<'a>],
+    tile: &'a Tile,
+    level: Level,
 }
 
 impl Job<'_> {
+    /// Every group, one after another.
+    fn all_groups(&self, out: &Disjoint<'_, f32>) {
+        let d = self.cache.dims().head_width;
+        WORK.with_borrow_mut(|Work { q_dq, group, total }| {
+            self.gather_queries(q_dq);
+            total.clear(d);
+            for group_idx in self.tile.groups.clone() {
+                self.attend(group_idx, q_dq, group);
+                for i in 0..self.tile.n_queries {
+                    let part_d = &group.out_qd[i * padded(d)..][..d];
+                    self.merge(total, i, (group.max[i], group.sum[i]), part_d);
+                }
+            }
+            self.finish(total, out);
+        });
+    }
+
+    /// Group `i` of the tile.
+    fn one_group(&self, i: usize, part: &mut [f32]) {
+        let d = self.cache.dims().head_width;
+        WORK.with_borrow_mut(|Work { q_dq, group, .. }| {
+            self.gather_queries(q_dq);
+            self.attend(self.tile.groups.start + i, q_dq, group);
+            let rows = group.out_qd.chunks_exact(padded(d)).zip(group.max.iter().zip(&group.sum));
+            for (part, (out_d, (max, sum))) in part.chunks_exact_mut(d + 2).zip(rows) {
+                part[..d].copy_from_slice(&out_d[..d]);
+                (part[d], part[d + 1]) = (*max, *sum);
+            }
+        });
+    }
+
+    /// Merges what [`Job::one_group`] left, as [`Job::all_groups`] does.
+    fn merge_parts(&self, parts: &[f32], out: &Disjoint<'_, f32>) {
+        let d = self.cache.dims().head_width;
+        WORK.with_borrow_mut(|Work { total, .. }| {
+            total.clear(d);
+            for group in 0..self.tile.groups.len() {
+                for (i, part) in parts[self.tile.part(group, d)].chunks_exact(d + 2).enumerate() {
+                    self.merge(total, i, (part[d], part[d + 1]), &part[..d]);
+                }
+            }
+            self.finish(total, out);
+        });
+    }
+
+    fn attend(&self, group_idx: usize, q_dq: &[f32], part: &mut Part) {
+        let d = self.cache.dims().head_width;
+        let n = self.tile.n_queries;
+        let visible: [Range<usize>; QUERIES_MAX] = std::array::from_fn(|i| self.query(i.min(n - 1)).2);
+        let spans = visible[0].start / SPAN..visible[n - 1].end.div_ceil(SPAN);
+        let group = group_idx * GROUP_SPANS..(group_idx + 1) * GROUP_SPANS;
+        let task = Attend {
+            kv: self.cache.head(self.layer, self.tile.kv_head),
+            d,
+            scale: self.spec.scale,
+            blocks: self.rows[self.tile.row_idx].blocks,
+            n,
+            visible,
+            spans: spans.start.max(group.start)..spans.end.min(group.end),
+            q_dq,
+        };
+        part.clear(d);
+        attend(self.level, &task, part);
+    }
+
     /// Token (in the step) and head of query `i` of the tile, and the positions it sees.
     fn query(&self, i: usize) -> (usize, usize, Range<usize>) {
         let dims = self.cache.dims();
         let heads_per_kv = dims.n_heads / dims.n_kv_heads;
-        let (token, head) =
-            ((self.tile.first_query + i) / heads_per_kv, (self.tile.first_query + i) % heads_per_kv);
-        (
-            self.tile.first_token + token,
-            self.tile.kv_head * heads_per_kv + head,
-            self.spec.visible(self.row.position(token)),
-        )
+        let query = self.tile.first_query + i;
+        let position = self.rows[self.tile.row_idx].position(query / heads_per_kv);
+        let head = self.tile.kv_head * heads_per_kv + query % heads_per_kv;
+        (self.tile.first_token + query / heads_per_kv, head, self.spec.visible(position))
     }
 
-    /// Where query `i` of the tile puts its result in `out_nhd`.
-    fn out_at(&self, i: usize) -> usize {
-        let (token, head, _) = self.query(i);
-        (token * self.cache.dims().n_heads + head) * self.cache.dims().head_width
-    }
-
-    fn attend(
-        &self,
-        spans: Range<usize>,
-        state: &mut State,
-        out: &Disjoint<'_, f32>,
-        out_at: [usize; QUERIES_MAX],
-    ) {
+    /// The queries as [`Attend::q_dq`]; the unused ones become 0.
+    fn gather_queries(&self, q_dq: &mut Vec<f32>) {
         let dims = self.cache.dims();
         let d = dims.head_width;
-        let mut task = Attend {
-            kv: self.cache.head(self.layer, self.tile.kv_head),
-            scale: self.spec.scale,
-            blocks: self.row.blocks,
-            n: self.tile.n_queries,
-            queries: [&[]; QUERIES_MAX],
-            visible: [const { 0..0 }; QUERIES_MAX],
-            spans,
-            out,
-            out_at,
-        };
-        for i in 0..task.n {
-            let (token, head, visible) = self.query(i);
-            let at = token * (dims.n_heads + 2 * dims.n_kv_heads) * d + head * d;
-            (task.queries[i], task.visible[i]) = (&self.qkv_no[at..at + d], visible);
-        }
-        attend(self.level, &task, state);
-    }
-
-    fn all_spans(&self, out: &Disjoint<'_, f32>) {
-        let mut state = State::default();
-        let out_at = std::array::from_fn(|i| self.out_at(i.min(self.tile.n_queries - 1)));
-        self.attend(self.tile.first_span..self.tile.first_span + self.tile.n_spans, &mut state, out, out_at);
-        self.normalize(&state, out);
-    }
-
-    fn one_span(&self, part: usize, parts: &Disjoint<'_, f32>, state: &mut State) {
-        *state = State::default();
-        let span = self.tile.first_span + part - self.tile.first_part;
-        let d = self.cache.dims().head_width;
-        self.attend(span..span + 1, state, parts, std::array::from_fn(|i| (part * QUERIES_MAX + i) * d));
-    }
-
-    fn merge_parts(&self, parts: &[f32], states: &[State], out: &Disjoint<'_, f32>) {
-        let d = self.cache.dims().head_width;
-        let mut total = State::default();
-        for part in self.tile.first_part..self.tile.first_part + self.tile.n_spans {
-            for i in 0..self.tile.n_queries {
-                let (keep, take) = total.merge(i, states[part].max[i], states[part].sum[i]);
-                let at = self.out_at(i);
-                // SAFETY: the tile's own outputs; no task runs now.
-                let out_d = unsafe { out.slice(at..at + d) };
-                let part_d = &parts[(part * QUERIES_MAX + i) * d..][..d];
-                merge(self.level, &mut Merge { out_d, part_d, keep, take });
+        q_dq.clear();
+        q_dq.resize(d * QUERIES_MAX, 0.0);
+        for i in 0..self.tile.n_queries {
+            let (token, head, _) = self.query(i);
+            let at = (token * (dims.n_heads + 2 * dims.n_kv_heads) + head) * d;
+            for (q_q, q) in q_dq.chunks_exact_mut(QUERIES_MAX).zip(&self.qkv_no[at..at + d]) {
+                q_q[i] = *q;
             }
         }
-        self.normalize(&total, out);
     }
 
-    /// Divides by the sum of the weights.
-    fn normalize(&self, state: &State, out: &Disjoint<'_, f32>) {
+    /// Takes a group's result for query `i` into `total`.
+    fn merge(&self, total: &mut Part, i: usize, (max, sum): (f32, f32), part_d: &[f32]) {
+        if max == f32::NEG_INFINITY {
+            return; // the query sees nothing of the group
+        }
+        let (old, new) = (total.max[i], total.max[i].max(max));
+        let factor = |max: f32| if max == new { 1.0 } else { (max - new).exp() };
+        let (keep, take) = (factor(old), factor(max));
+        (total.max[i], total.sum[i]) = (new, total.sum[i] * keep + sum * take);
+        let width = padded(part_d.len());
+        let out_d = &mut total.out_qd[i * width..][..part_d.len()];
+        merge(self.level, &mut Merge { out_d, part_d, keep, take });
+    }
+
+    /// Divides by the sums of the weights.
+    fn finish(&self, total: &Part, out: &Disjoint<'_, f32>) {
+        let KvDims { n_heads, head_width: d, .. } = self.cache.dims();
         for i in 0..self.tile.n_queries {
-            let at = self.out_at(i);
+            let (token, head, _) = self.query(i);
+            let at = (token * n_heads + head) * d;
             // SAFETY: a query's output belongs to its tile.
-            let out_d = unsafe { out.slice(at..at + self.cache.dims().head_width) };
-            let inverse = 1.0 / state.sum[i];
-            out_d.iter_mut().for_each(|x| *x *= inverse);
+            let out_d = unsafe { out.slice(at..at + d) };
+            let inverse = 1.0 / total.sum[i];
+            out_d.iter_mut().zip(&total.out_qd[i * padded(d)..]).for_each(|(out, x)| *out = x * inverse);
         }
     }
 }

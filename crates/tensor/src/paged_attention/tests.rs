@@ -110,7 +110,7 @@ fn agrees_with_plain_attention() {
         for spec in specs(dims) {
             let reference = sequences[0].reference(spec);
             for pool in every_pool() {
-                for (kv_type, tolerance) in [(KvType::F32, 1e-5), (KvType::Bf16, 5e-2)] {
+                for (kv_type, tolerance) in [(KvType::F32, 1e-5), (KvType::Bf16, 5e-2), (KvType::Int8, 0.2)] {
                     let out = &run(&pool, (kv_type, spec), &sequences, &[vec![(0, 0..150)]])[0];
                     for (i, (out, expected)) in out.iter().zip(&reference).enumerate() {
                         let error = (f64::from(*out) - expected).abs();
@@ -189,7 +189,7 @@ fn rows_that_do_not_fit_are_refused() {
     refused(1, 1, &[4], "past the cache's 4");
     refused(2, 1, &[0], "2 new of 1");
     refused(0, 1, &[0], "0 new of 1");
-    refused(32, 32, &[1, 1], "twice");
+    refused(32, 32, &[1, 1], "block 1 is written twice");
 }
 
 /// Values left over by another sequence in blocks that are given out again are never read, not even times zero.

@@ -140,6 +140,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// LANES elements are readable at `p`.
     unsafe fn load_f16_ptr(self, p: *const f16) -> Self::F;
+    /// LANES i8 from `p`, as f32.
+    /// # Safety
+    /// LANES elements are readable at `p`.
+    unsafe fn load_i8_ptr(self, p: *const i8) -> Self::F;
 
     /// Asks for the cache line at `p`; never faults.
     fn prefetch(self, p: *const f32);

@@ -52,6 +52,11 @@ impl<const N: usize> Simd for Portable<N> {
         unsafe { p.cast::<[f16; N]>().read_unaligned() }.map(f16::to_f32)
     }
     #[inline(always)]
+    unsafe fn load_i8_ptr(self, p: *const i8) -> Self::F {
+        // SAFETY: the caller's promise.
+        unsafe { p.cast::<[i8; N]>().read_unaligned() }.map(f32::from)
+    }
+    #[inline(always)]
     fn prefetch(self, _p: *const f32) {}
     #[inline(always)]
     unsafe fn transpose8_ptr(

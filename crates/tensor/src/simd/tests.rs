@@ -39,6 +39,8 @@ fn all_simd<S: Simd>(s: S, x: &[f32], out: &mut Vec<f64>) {
             s.load_h_ptr(words.as_ptr()),
         )
     };
+    // SAFETY: as above.
+    push(unsafe { s.load_i8_ptr(bytes.as_ptr()) });
     push(s.round_bf16(a));
     push(s.to_f(s.or_i(s.and_i(s.to_i(a), s.splat_i(6)), s.splat_i(1))));
     push(s.to_f(s.shr_i::<28>(s.bits_to_i(a))));

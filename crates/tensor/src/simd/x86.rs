@@ -116,6 +116,7 @@ impl Simd for Avx2 {
         fn load_bf16_ptr(p: *const bf16) -> Self::F =
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()))));
         fn load_f16_ptr(p: *const f16) -> Self::F = _mm256_cvtph_ps(_mm_loadu_si128(p.cast()));
+        fn load_i8_ptr(p: *const i8) -> Self::F = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast())));
         fn load_i_ptr(p: *const i32) -> Self::I = _mm256_loadu_si256(p.cast());
         fn store_i_ptr(p: *mut i32, v: Self::I) = _mm256_storeu_si256(p.cast(), v);
         fn load_h_ptr(p: *const i16) -> Self::H = _mm256_loadu_si256(p.cast());
@@ -248,6 +249,7 @@ impl Simd for Avx512 {
         fn load_bf16_ptr(p: *const bf16) -> Self::F =
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()))));
         fn load_f16_ptr(p: *const f16) -> Self::F = _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()));
+        fn load_i8_ptr(p: *const i8) -> Self::F = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())));
         fn load_i_ptr(p: *const i32) -> Self::I = _mm512_loadu_si512(p.cast());
         fn store_i_ptr(p: *mut i32, v: Self::I) = _mm512_storeu_si512(p.cast(), v);
         fn load_h_ptr(p: *const i16) -> Self::H = _mm512_loadu_si512(p.cast());
