@@ -106,6 +106,23 @@ impl KvCache {
         self.n_blocks
     }
 
+    /// Makes the first `n_positions` of block `to` those of block `from`, in every layer.
+    ///
+    /// # Panics
+    /// If there is no such block, or a block has fewer positions.
+    pub fn copy_block(&mut self, from: u32, to: u32, n_positions: usize) {
+        let (from, to) = (from as usize, to as usize);
+        assert!(from < self.n_blocks && to < self.n_blocks, "block {from} to {to} of {}", self.n_blocks);
+        assert!(n_positions <= BLOCK_TOKENS, "{n_positions} positions of a block");
+        // All of it: what lies behind those positions is written before it is read.
+        let len = block_elems(self.dims);
+        let source = from * len..(from + 1) * len;
+        match &mut self.layers {
+            Layers::Bf16(layers) => layers.iter_mut().for_each(|l| l.copy_within(source.clone(), to * len)),
+            Layers::F32(layers) => layers.iter_mut().for_each(|l| l.copy_within(source.clone(), to * len)),
+        }
+    }
+
     /// Rotates the queries and keys of new tokens in place by their positions, and stores keys and values.
     /// `qkv_no` holds for each token h queries, g keys and g values of d numbers.
     ///
