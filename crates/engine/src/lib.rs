@@ -22,12 +22,16 @@ mod fake;
 mod live;
 mod model_runner;
 mod pacer;
+#[cfg(test)]
+mod pacing_tests;
 mod prefix;
 mod random;
 mod request;
 mod runner;
 mod sampler;
 mod scheduler;
+#[cfg(test)]
+mod scheduler_tests;
 mod sequence;
 #[cfg(test)]
 mod simulation;

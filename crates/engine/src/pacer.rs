@@ -14,8 +14,8 @@ use crate::scheduler::Crowd;
 /// Time for prompts beside decoding, in units of the decoding. Twice would be the limit of three
 /// times the usual gap; the rest is for what the estimates miss.
 const STRETCH: f64 = 1.25;
-/// Fewer tokens than this would read all weights for next to nothing.
-const PREFILL_TOKENS_MIN: usize = 16;
+/// However slow the machine, a prompt gets on.
+const PREFILL_TOKENS_MIN: usize = 4;
 /// The first guess, before anything was measured.
 const PREFILL_TOKENS_GUESS: usize = 64;
 /// Share of a new measurement in the estimate.
@@ -163,7 +163,7 @@ mod tests {
         pacer.observe(0, 100, 100 * MS);
         let n_tokens = [1, 8, 32, 64].map(|n| pacer.max_prefill(crowd(n, 1)));
         // Eight were never measured: the time of one is the careful guess.
-        assert_eq!(n_tokens, [PREFILL_TOKENS_MIN, PREFILL_TOKENS_MIN, 125, 125]);
+        assert_eq!(n_tokens, [12, 12, 125, 125]);
     }
 
     #[test]
