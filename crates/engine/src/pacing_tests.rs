@@ -86,9 +86,8 @@ impl Machine {
     /// A tenth more or less than it should take.
     fn cost(&mut self, plan: &Plan) -> f64 {
         self.n_steps += 1;
-        let token = |start: usize| {
-            TOKEN_SECONDS + (FAR_TOKEN_SECONDS - TOKEN_SECONDS) * start as f64 / 8192.0
-        };
+        let token =
+            |start: usize| TOKEN_SECONDS + (FAR_TOKEN_SECONDS - TOKEN_SECONDS) * start as f64 / 8192.0;
         let rows = plan.rows.iter().map(|row| row.n_tokens as f64 * token(row.start));
         (STEP_SECONDS + rows.sum::<f64>()) * (0.9 + 0.2 * random::uniform(1, self.n_steps))
     }
