@@ -1,35 +1,14 @@
 //! The pool of KV blocks and the prefix cache that lives inside it.
 //!
 //! A block is held by any number of sequences or by nobody. A block that nobody holds may still
-//! carry the keys and values of a known prefix: it stays findable by its hash until the pool needs
-//! the room, least recently used first. Only whole blocks are shared, and a whole block is never
-//! written again, so sharing needs no copies.
+//! carry the keys and values of a known prefix: it stays findable until the pool needs the room,
+//! least recently used first, and the end of a prefix before its beginning. Only whole blocks are
+//! shared, and a whole block is never written again; of a block filled in part a copy is made.
 
-use std::collections::HashMap;
-
-use sha2::{Digest, Sha256};
-
+use crate::prefix::{BlockHash, Content, PrefixIndex};
 use crate::request::TokenId;
 
 pub(crate) type BlockId = u32;
-
-/// Names the content of a block: tenant and all tokens from the start to the block's end.
-/// SHA-256, because a collision would show one user another's conversation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct BlockHash([u8; 32]);
-
-impl BlockHash {
-    /// The parent of a sequence's first block: keeps tenants apart.
-    pub(crate) fn root(tenant: &str) -> BlockHash {
-        BlockHash(Sha256::digest(tenant.as_bytes()).into())
-    }
-
-    pub(crate) fn child(&self, tokens: &[TokenId]) -> BlockHash {
-        let mut hasher = Sha256::new_with_prefix(self.0);
-        tokens.iter().for_each(|id| hasher.update(id.to_le_bytes()));
-        BlockHash(hasher.finalize().into())
-    }
-}
 
 /// Invariant: `n_free` + `n_used()` == number of blocks, and a block is in the free list exactly
 /// when its `n_holders` is 0 (held by the scheduler's simulation).
@@ -40,14 +19,12 @@ pub(crate) struct BlockPool {
     head: BlockId,
     tail: BlockId,
     n_free: usize,
-    by_hash: HashMap<BlockHash, BlockId>,
+    prefixes: PrefixIndex,
 }
 
 #[derive(Clone, Debug)]
 struct Block {
     n_holders: usize,
-    /// Set when `by_hash` leads here.
-    hash: Option<BlockHash>,
     /// Neighbours in the free list; meaningless while held.
     previous: BlockId,
     next: BlockId,
@@ -59,13 +36,13 @@ const NONE: BlockId = BlockId::MAX;
 impl BlockPool {
     pub(crate) fn new(n_blocks: usize) -> BlockPool {
         assert!(n_blocks < NONE as usize, "block ids are 32 bits");
-        let block = Block { n_holders: 0, hash: None, previous: NONE, next: NONE };
+        let block = Block { n_holders: 0, previous: NONE, next: NONE };
         let mut pool = BlockPool {
             blocks: vec![block; n_blocks],
             head: NONE,
             tail: NONE,
             n_free: 0,
-            by_hash: HashMap::new(),
+            prefixes: PrefixIndex::new(n_blocks),
         };
         (0..n_blocks as BlockId).for_each(|id| pool.push_tail(id));
         pool
@@ -86,17 +63,31 @@ impl BlockPool {
             return None;
         }
         self.unlink(id);
-        let block = &mut self.blocks[id as usize];
-        block.n_holders = 1;
-        if let Some(hash) = block.hash.take() {
-            self.by_hash.remove(&hash);
-        }
+        self.blocks[id as usize].n_holders = 1;
+        self.prefixes.remove(id);
         Some(id)
     }
 
-    /// The block with this content, if it is cached. Follow with [`BlockPool::hold`] to keep it.
+    /// The whole block with this content, if it is cached. Follow with [`BlockPool::hold`] to keep it.
     pub(crate) fn find(&self, hash: &BlockHash) -> Option<BlockId> {
-        self.by_hash.get(hash).copied()
+        self.prefixes.whole(hash)
+    }
+
+    /// The cached block that begins most like `wanted`, and how many of its positions can be copied.
+    pub(crate) fn find_part(&self, parent: &BlockHash, wanted: &[TokenId]) -> Option<(BlockId, usize)> {
+        self.prefixes.longest(parent, wanted)
+    }
+
+    /// A cached block was of use: it is evicted later.
+    pub(crate) fn touch(&mut self, id: BlockId) {
+        if self.is_free(id) {
+            self.unlink(id);
+            self.push_tail(id);
+        }
+    }
+
+    pub(crate) fn n_holders(&self, id: BlockId) -> usize {
+        self.blocks[id as usize].n_holders
     }
 
     pub(crate) fn is_free(&self, id: BlockId) -> bool {
@@ -122,26 +113,24 @@ impl BlockPool {
         if block.n_holders > 0 {
             return;
         }
-        // A block without a hash is worth nothing to anybody, so it goes first.
-        if block.hash.is_some() { self.push_tail(id) } else { self.push_head(id) }
+        // A block of unknown content is worth nothing to anybody, so it goes first.
+        if self.prefixes.knows(id) { self.push_tail(id) } else { self.push_head(id) }
     }
 
-    /// Makes a whole, computed block findable. When two sequences computed the same content side by
-    /// side the first one stays.
-    pub(crate) fn publish(&mut self, id: BlockId, hash: BlockHash) {
+    /// Makes a held block's computed content findable. Returns the block to use from now on: when
+    /// two sequences computed the same whole block side by side, they share the first one.
+    #[must_use]
+    pub(crate) fn publish(&mut self, id: BlockId, content: Content) -> BlockId {
         assert!(!self.is_free(id), "block {id} is published by nobody");
-        if self.by_hash.contains_key(&hash) || self.blocks[id as usize].hash.is_some() {
-            return;
-        }
-        self.by_hash.insert(hash, id);
-        self.blocks[id as usize].hash = Some(hash);
+        let Some(first) = self.prefixes.insert(id, content) else { return id };
+        self.hold(first);
+        self.release(id);
+        first
     }
 
     /// Forgets every cached prefix: after a failed step nobody knows what the blocks hold.
     pub(crate) fn forget_prefixes(&mut self) {
-        for (_, id) in self.by_hash.drain() {
-            self.blocks[id as usize].hash = None;
-        }
+        self.prefixes.clear();
     }
 
     fn push_tail(&mut self, id: BlockId) {
@@ -194,9 +183,7 @@ impl BlockPool {
         assert_eq!((self.tail, self.n_free), (previous, n_free));
         let n_unheld = self.blocks.iter().filter(|b| b.n_holders == 0).count();
         assert_eq!(n_unheld, n_free, "a block is neither held nor free");
-        let n_hashed = self.blocks.iter().filter(|b| b.hash.is_some()).count();
-        assert_eq!(n_hashed, self.by_hash.len());
-        self.by_hash.iter().for_each(|(hash, &id)| assert_eq!(self.blocks[id as usize].hash, Some(*hash)));
+        self.prefixes.check();
     }
 }
 
@@ -230,12 +217,13 @@ mod tests {
     #[test]
     fn cached_blocks_are_shared_and_evicted_least_recently_used_first() {
         let mut pool = BlockPool::new(3);
-        let hashes: Vec<_> = (0..3).map(|i| BlockHash::root("t").child(&[i])).collect();
-        let ids: Vec<_> = hashes
-            .iter()
-            .map(|&hash| {
+        let root = BlockHash::root("t");
+        let hashes: Vec<_> = (0..3).map(|i| root.child(&[i])).collect();
+        let content = |i: u32| Content { parent: root, hash: Some(hashes[i as usize]), tokens: vec![i] };
+        let ids: Vec<_> = (0..3)
+            .map(|i| {
                 let id = pool.take().unwrap();
-                pool.publish(id, hash);
+                assert_eq!(pool.publish(id, content(i)), id);
                 id
             })
             .collect();
@@ -263,11 +251,34 @@ mod tests {
     }
 
     #[test]
-    fn hashes_tell_tenants_parents_and_tokens_apart() {
-        let a = BlockHash::root("a").child(&[1, 2]);
-        assert_eq!(a, BlockHash::root("a").child(&[1, 2]));
-        assert_ne!(a, BlockHash::root("b").child(&[1, 2]));
-        assert_ne!(a, BlockHash::root("a").child(&[2, 1]));
-        assert_ne!(a.child(&[1, 2]), a);
+    fn what_is_computed_twice_is_kept_once() {
+        let mut pool = BlockPool::new(2);
+        let root = BlockHash::root("t");
+        let content = || Content { parent: root, hash: Some(root.child(&[1, 2])), tokens: vec![1, 2] };
+        let (first, second) = (pool.take().unwrap(), pool.take().unwrap());
+        assert_eq!(pool.publish(first, content()), first);
+        assert_eq!(pool.publish(second, content()), first);
+        assert_eq!((pool.n_holders(first), pool.n_free()), (2, 1));
+        pool.check();
+    }
+
+    #[test]
+    fn a_copied_block_is_evicted_later() {
+        let mut pool = BlockPool::new(2);
+        let root = BlockHash::root("t");
+        let ids: Vec<_> = (0..2)
+            .map(|i| {
+                let id = pool.take().unwrap();
+                let content = Content { parent: root, hash: None, tokens: vec![i, 5] };
+                assert_eq!(pool.publish(id, content), id);
+                id
+            })
+            .collect();
+        ids.iter().for_each(|&id| pool.release(id));
+        assert_eq!(pool.find_part(&root, &[0, 6, 7]), Some((ids[0], 1)));
+        pool.touch(ids[0]);
+        assert_eq!(pool.take(), Some(ids[1]));
+        assert_eq!(pool.find_part(&root, &[1, 5]), None);
+        pool.check();
     }
 }

@@ -12,7 +12,8 @@ use telemetry::EngineMetrics;
 
 use crate::clock;
 use crate::request::{self, Request, SubmitError};
-use crate::runner::Runner;
+use crate::runner::{Models, Runner};
+use crate::speculation::Speculation;
 use crate::stream::{self, Sender, Stream};
 use crate::worker::Worker;
 
@@ -23,10 +24,7 @@ pub struct EngineLimits {
     pub max_running: usize,
     /// Tokens of one step, decoding and prefill together. At least `max_running`.
     pub max_batch_tokens: usize,
-    /// How long prompts may lengthen a step that also decodes, when that is more than the decoding
-    /// itself takes: the gap a long prompt adds between two tokens of the running streams.
-    pub prefill_time_beside_decode: Duration,
-    /// Prompt tokens of such a step, however cheap they are.
+    /// Prompt tokens of a step that also decodes, however cheap they are.
     pub max_prefill_beside_decode: usize,
     /// Requests waiting for their first step; one more is refused.
     pub queue_max_requests: usize,
@@ -34,6 +32,10 @@ pub struct EngineLimits {
     pub queue_max_tokens: usize,
     /// Keep the blocks of finished sequences for requests that begin alike.
     pub prefix_cache: bool,
+    /// How tokens are guessed ahead. Changes when tokens come, never which.
+    pub speculation: Speculation,
+    /// Guesses of all sequences together that one step verifies.
+    pub max_draft_tokens: usize,
     /// Steps that may fail in a row before the engine reports itself unhealthy and stops.
     pub max_failed_steps: usize,
     /// A step longer than this makes [`Engine::health`] report a stall.
@@ -45,11 +47,12 @@ impl Default for EngineLimits {
         EngineLimits {
             max_running: 32,
             max_batch_tokens: 512,
-            prefill_time_beside_decode: Duration::from_millis(20),
-            max_prefill_beside_decode: 256,
+            max_prefill_beside_decode: 512,
             queue_max_requests: 256,
             queue_max_tokens: 1 << 20,
             prefix_cache: true,
+            speculation: Speculation::Off,
+            max_draft_tokens: 64,
             max_failed_steps: 3,
             step_time_max: Duration::from_secs(120),
         }
@@ -74,6 +77,8 @@ pub struct Stats {
     pub n_running: usize,
     /// Requests not yet in their first step, plus preempted ones.
     pub n_waiting: usize,
+    /// Of those, how many wait for another request to compute the prompt they share.
+    pub n_deferred: usize,
     pub n_blocks: usize,
     /// Blocks held by running sequences; cached blocks that nobody holds count as free.
     pub n_blocks_used: usize,
@@ -82,6 +87,9 @@ pub struct Stats {
     pub cached_tokens: u64,
     pub generation_tokens: u64,
     pub n_preemptions: u64,
+    /// Tokens guessed ahead and verified, and those of them that were right.
+    pub draft_tokens: u64,
+    pub accepted_tokens: u64,
     pub n_steps: u64,
     pub n_failed_steps: u64,
     /// Wall time of whole steps, and of their parts.
@@ -89,6 +97,8 @@ pub struct Stats {
     pub schedule_time: Duration,
     pub model_time: Duration,
     pub sample_time: Duration,
+    /// Making drafts; a part of `schedule_time`.
+    pub draft_time: Duration,
     /// Tokens (prompt and generated) a second, smoothed over recent steps.
     pub tokens_per_second: f64,
 }
@@ -149,13 +159,33 @@ impl Engine {
     /// # Panics
     /// If the limits contradict each other or the operating system refuses a thread.
     pub fn start(runner: Box<dyn Runner>, limits: EngineLimits, metrics: EngineMetrics) -> Engine {
+        Engine::start_with(Models { target: runner, draft: None }, limits, metrics)
+    }
+
+    /// The same, with a smaller `draft` model that guesses ahead of `runner`'s; the limits say
+    /// [`Speculation::Draft`].
+    ///
+    /// # Panics
+    /// If the two have different vocabularies.
+    pub fn start_with_draft(
+        runner: Box<dyn Runner>,
+        draft: Box<dyn Runner>,
+        limits: EngineLimits,
+        metrics: EngineMetrics,
+    ) -> Engine {
+        assert_eq!(draft.vocab(), runner.vocab(), "a draft model needs the same vocabulary");
+        Engine::start_with(Models { target: runner, draft: Some(draft) }, limits, metrics)
+    }
+
+    fn start_with(models: Models, limits: EngineLimits, metrics: EngineMetrics) -> Engine {
+        let runner = &models.target;
         assert!(limits.max_running > 0, "max_running is 0");
         assert!(limits.max_batch_tokens >= limits.max_running, "every running sequence must fit into a step");
         let kv_tokens = runner.n_blocks() * runner.block_tokens();
         let vocab = runner.vocab();
         let context_max = runner.context_max().min(kv_tokens);
         let shared = Arc::new(Shared::new(runner.n_blocks()));
-        let worker = Worker::new(runner, limits.clone(), shared.clone(), metrics);
+        let worker = Worker::new(models, limits.clone(), shared.clone(), metrics);
         let thread = std::thread::Builder::new()
             .name("engine".into())
             .spawn(move || worker.run())

@@ -4,7 +4,7 @@
 //! tokens *read back through the block table*. A wrong table, a block given to two sequences, or a
 //! block that was evicted while in use therefore shows as a wrong token, or as an error.
 
-use model::{StepInput, StepRow};
+use model::{BlockCopy, StepInput, StepRow};
 
 use crate::request::TokenId;
 use crate::runner::{Runner, RunnerError};
@@ -62,6 +62,19 @@ impl FakeRunner {
         }
     }
 
+    /// Carries out a copy, and forgets what lay behind the copied positions.
+    fn copy(&mut self, copy: &BlockCopy) -> Result<(), RunnerError> {
+        let (from, to) = (copy.from as usize * self.block_tokens, copy.to as usize * self.block_tokens);
+        let is_inside =
+            from.max(to) < self.cells.len() && (1..=self.block_tokens).contains(&copy.n_positions);
+        if !is_inside {
+            return Err(RunnerError(format!("no model can do {copy:?}")));
+        }
+        self.cells.copy_within(from..from + copy.n_positions, to);
+        self.cells[to + copy.n_positions..to + self.block_tokens].fill(None);
+        Ok(())
+    }
+
     /// Where the row keeps `position`.
     fn cell_idx(&self, row: &StepRow, position: usize) -> Result<usize, RunnerError> {
         let block = row.blocks.get(position / self.block_tokens);
@@ -103,6 +116,7 @@ impl Runner for FakeRunner {
     }
 
     fn step(&mut self, input: &StepInput) -> Result<&[f32], RunnerError> {
+        input.copies.iter().try_for_each(|copy| self.copy(copy))?;
         let mut packed_idx = 0;
         for row in &input.rows {
             if row.n_tokens == 0 || row.n_tokens > row.n_context || row.n_logits > row.n_tokens {

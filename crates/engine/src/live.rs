@@ -1,6 +1,6 @@
 //! A request under way: what the scheduler need not know about a sequence.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use telemetry::{EngineMetrics, RequestEnd};
 
@@ -29,8 +29,8 @@ pub(crate) struct Live {
 /// What a step brought a sequence.
 #[derive(Debug, Default)]
 pub(crate) struct Progress {
-    /// The token drawn.
-    pub(crate) token: Option<TokenId>,
+    /// The tokens drawn: the row's draft as far as it was right, and one more.
+    pub(crate) tokens: Vec<TokenId>,
     /// Why the sequence ends, if it does.
     pub(crate) end: Option<FinishReason>,
 }
@@ -57,6 +57,11 @@ impl Live {
         self.usage.prompt
     }
 
+    /// Tokens that may still come.
+    pub(crate) fn n_left(&self) -> usize {
+        self.request.max_tokens - self.usage.completion
+    }
+
     pub(crate) fn was_admitted(&self) -> bool {
         self.admitted.is_some()
     }
@@ -76,13 +81,14 @@ impl Live {
         is_late.then_some(FinishReason::Deadline)
     }
 
-    /// Takes a computed row: reports the prompt's log-probabilities, draws the next token when the
-    /// sequence has caught up, and sends both.
+    /// Takes a computed row: reports the prompt's log-probabilities, and when the sequence has caught up
+    /// draws what its logits give and sends both.
     pub(crate) fn advance(&mut self, sampler: &mut Sampler, row: &PlanRow, logits_rv: &[f32]) -> Progress {
-        self.try_advance(sampler, row, logits_rv).unwrap_or_else(|error| Progress {
-            token: None,
-            end: Some(FinishReason::Error(error.to_string())),
-        })
+        let mut progress = Progress::default();
+        if let Err(error) = self.try_advance(sampler, row, logits_rv, &mut progress) {
+            progress.end = Some(FinishReason::Error(error.to_string()));
+        }
+        progress
     }
 
     fn try_advance(
@@ -90,17 +96,43 @@ impl Live {
         sampler: &mut Sampler,
         row: &PlanRow,
         logits_rv: &[f32],
-    ) -> Result<Progress, SampleError> {
+        progress: &mut Progress,
+    ) -> Result<(), SampleError> {
         self.score_prompt(sampler, row, logits_rv)?;
         if !row.catches_up {
-            return Ok(Progress::default());
+            return Ok(());
         }
         if self.request.max_tokens == 0 {
-            return Ok(Progress { token: None, end: Some(FinishReason::Length) });
+            progress.end = Some(FinishReason::Length);
+            return Ok(());
         }
+        // After a wrong guess the logits of the later ones answer a question that does not arise.
         let vocab = logits_rv.len() / row.n_logits;
-        let id = self.draw(sampler, &logits_rv[(row.n_logits - 1) * vocab..])?;
-        Ok(Progress { token: Some(id), end: self.end_after(id) })
+        let first = row.n_logits - 1 - row.draft.len();
+        for (i, logits_v) in logits_rv.chunks_exact(vocab).skip(first).enumerate() {
+            let id = self.draw(sampler, logits_v)?;
+            progress.tokens.push(id);
+            progress.end = self.end_after(id);
+            if progress.end.is_some() || row.draft.get(i) != Some(&id) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// What the sequence would draw from a draft model's logits, `n_ahead` tokens from now: with the
+    /// random number of that position, so that models which agree guess right at any temperature.
+    pub(crate) fn guess(&self, sampler: &mut Sampler, logits_v: &[f32], n_ahead: usize) -> Option<TokenId> {
+        let drawn = sampler.draw(&Draw {
+            logits_v,
+            sampling: &self.request.sampling,
+            counts: &self.counts,
+            banned: &[],
+            position: (self.usage.completion + n_ahead) as u64,
+            logprobs: None,
+        });
+        // A draft model that gives nonsense has nothing to propose.
+        drawn.ok().map(|drawn| drawn.id)
     }
 
     /// Draws the next token and sends it, unless it is a stop id.
@@ -176,18 +208,22 @@ impl Live {
             metrics.prompt_done(self.usage.prompt, self.usage.cached);
             stats.prompt_tokens += self.usage.prompt as u64;
         }
-        if self.n_noted == self.usage.completion {
+        let n_new = self.usage.completion - self.n_noted;
+        if n_new == 0 {
             return;
         }
-        self.n_noted += 1;
-        stats.generation_tokens += 1;
-        match self.last_token.replace(computed) {
-            Some(last_token) => metrics.token_gap(computed - last_token),
+        self.n_noted += n_new;
+        stats.generation_tokens += n_new as u64;
+        // The tokens of one step came together; each is said to have taken its share of the time.
+        let gaps = match self.last_token.replace(computed) {
+            Some(last_token) => vec![(computed - last_token) / n_new as u32; n_new],
             None => {
                 metrics.first_token(computed - self.submitted);
                 self.first_token = Some(computed);
+                vec![Duration::ZERO; n_new - 1]
             }
-        }
+        };
+        gaps.into_iter().for_each(|gap| metrics.token_gap(gap));
     }
 
     /// Sends the last event and tells the metrics.

@@ -60,6 +60,9 @@ impl Runner for ModelRunner {
 
     fn step(&mut self, input: &StepInput) -> Result<&[f32], RunnerError> {
         let ModelRunner { llama, kv, pool, scratch, logits_rv } = self;
+        for copy in input.copies.iter().filter(|copy| copy.from != copy.to) {
+            kv.copy_block(copy.from, copy.to, copy.n_positions);
+        }
         llama.forward(pool, input, kv, scratch, logits_rv).map_err(|error| RunnerError(error.to_string()))?;
         Ok(logits_rv)
     }

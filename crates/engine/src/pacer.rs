@@ -1,59 +1,113 @@
-//! How many prompt tokens may join a step that also decodes. Pure: measured times come in as arguments.
+//! How much may join a step beside decoding. Pure: measured times come in as arguments.
 //!
-//! Prompt tokens lengthen the step, and every running stream waits for it. The pacer learns what a
-//! prompt token costs beside decoding and lets in as many as double the step at most, or fill
-//! `prefill_time_min`, whichever is more: streams so quick that nobody sees the difference need not
-//! hold prompts up. Which tokens come out never depends on it.
+//! Every token beside the decoding ones lengthens the step, and every running stream waits for it. The
+//! pacer learns what a step of only decoding takes and what each further token adds. Prompt tokens may
+//! lengthen a step by [`STRETCH`] of its own length: a long prompt then leaves running streams at less
+//! than three times their usual gap and itself gets more than half of the machine. Where more prompts
+//! wait than streams run, more wait for a first token than for the next one, and they get more.
+//! Which tokens come out never depends on it.
 
 use std::time::Duration;
 
-/// Fewer tokens than this would read all weights for next to nothing.
-const PREFILL_TOKENS_MIN: usize = 16;
+use crate::scheduler::Crowd;
+
+/// Time for prompts beside decoding, in units of the decoding. Twice would be the limit of three
+/// times the usual gap; the rest is for what the estimates miss.
+const STRETCH: f64 = 1.25;
+/// However slow the machine, a prompt gets on.
+const PREFILL_TOKENS_MIN: usize = 4;
 /// The first guess, before anything was measured.
 const PREFILL_TOKENS_GUESS: usize = 64;
 /// Share of a new measurement in the estimate.
 const SMOOTHING: f64 = 0.2;
+/// Decoding times are kept for 1, 2, 3-4, 5-8, … sequences.
+const N_SIZES: usize = 16;
 
 #[derive(Debug)]
 pub(crate) struct Pacer {
     prefill_tokens_max: usize,
-    prefill_time_min: Duration,
-    /// Of a step that only decodes.
-    decode_seconds: Option<f64>,
-    /// Added to a step by each prompt token.
-    seconds_per_prefill_token: Option<f64>,
+    /// Of a step that only decodes, by the number of sequences.
+    decode_seconds: [Option<f64>; N_SIZES],
+    /// Added by each further token to a step that decodes, and of each token where nothing decodes.
+    seconds_beside: Option<f64>,
+    seconds_alone: Option<f64>,
+    /// Of guessing one token.
+    seconds_per_guess: f64,
 }
 
 impl Pacer {
-    pub(crate) fn new(prefill_tokens_max: usize, prefill_time_min: Duration) -> Pacer {
+    pub(crate) fn new(prefill_tokens_max: usize) -> Pacer {
         assert!(prefill_tokens_max > 0, "prompts would wait for ever beside decodes");
-        Pacer { prefill_tokens_max, prefill_time_min, decode_seconds: None, seconds_per_prefill_token: None }
+        Pacer {
+            prefill_tokens_max,
+            decode_seconds: [None; N_SIZES],
+            seconds_beside: None,
+            seconds_alone: None,
+            seconds_per_guess: 0.0,
+        }
     }
 
     /// Prompt tokens the next step may hold if it decodes as well. At least 1.
-    pub(crate) fn max_prefill_beside_decode(&self) -> usize {
-        let n_tokens = match self.seconds_per_prefill_token {
-            Some(seconds_per_token) => {
-                let decode_seconds = self.decode_seconds.unwrap_or(0.0);
-                let seconds = decode_seconds.max(self.prefill_time_min.as_secs_f64());
+    pub(crate) fn max_prefill(&self, crowd: Crowd) -> usize {
+        let known = (self.decode_time(crowd.n_decodes), self.seconds_per_token());
+        let n_tokens = match known {
+            (Some(decode), Some(seconds_per_token)) => {
+                let crowding = crowd.n_prompts as f64 / crowd.n_decodes.max(1) as f64;
                 // A cast of a float saturates, so a cost of nearly 0 is harmless.
-                (seconds / seconds_per_token.max(1e-9)) as usize
+                (decode * STRETCH * crowding.max(1.0) / seconds_per_token.max(1e-9)) as usize
             }
-            None => PREFILL_TOKENS_GUESS,
+            _ => PREFILL_TOKENS_GUESS,
         };
         n_tokens.max(PREFILL_TOKENS_MIN).min(self.prefill_tokens_max)
     }
 
-    /// A step of `n_decodes` sequences with one token each and `n_prefill` prompt tokens took `time`.
-    pub(crate) fn observe(&mut self, n_decodes: usize, n_prefill: usize, time: Duration) {
-        let seconds = time.as_secs_f64();
-        if n_prefill == 0 {
-            smooth(&mut self.decode_seconds, seconds);
-            return;
-        }
-        let shared = if n_decodes > 0 { self.decode_seconds.unwrap_or(0.0) } else { 0.0 };
-        smooth(&mut self.seconds_per_prefill_token, (seconds - shared).max(0.0) / n_prefill as f64);
+    /// How likely a guess must be right so that verifying it gains time: its share of the step's time
+    /// against its share of the step's tokens.
+    pub(crate) fn acceptance_min(&self, n_decodes: usize) -> f64 {
+        let (Some(decode), Some(seconds_per_token)) = (self.decode_time(n_decodes), self.seconds_per_token())
+        else {
+            return 0.0;
+        };
+        n_decodes as f64 * (seconds_per_token + self.seconds_per_guess) / decode.max(1e-9)
     }
+
+    /// A step of `n_decodes` sequences with one token each and `n_more` other tokens took `time`.
+    pub(crate) fn observe(&mut self, n_decodes: usize, n_more: usize, time: Duration) {
+        let seconds = time.as_secs_f64();
+        if n_more == 0 {
+            return smooth(&mut self.decode_seconds[size(n_decodes)], seconds);
+        }
+        if n_decodes == 0 {
+            return smooth(&mut self.seconds_alone, seconds / n_more as f64);
+        }
+        if let Some(decode) = self.decode_time(n_decodes) {
+            smooth(&mut self.seconds_beside, (seconds - decode).max(0.0) / n_more as f64);
+        }
+    }
+
+    /// Guessing `n_tokens` took `time`.
+    pub(crate) fn observe_guesses(&mut self, n_tokens: usize, time: Duration) {
+        if n_tokens > 0 {
+            let seconds = time.as_secs_f64() / n_tokens as f64;
+            self.seconds_per_guess += (seconds - self.seconds_per_guess) * SMOOTHING;
+        }
+    }
+
+    fn seconds_per_token(&self) -> Option<f64> {
+        self.seconds_beside.or(self.seconds_alone)
+    }
+
+    /// Of a step that only decodes, from the nearest number of sequences that was measured; of two
+    /// the smaller, which is the careful guess.
+    fn decode_time(&self, n_decodes: usize) -> Option<f64> {
+        let size = size(n_decodes);
+        let smaller = self.decode_seconds[..=size].iter().rev().find_map(|seconds| *seconds);
+        smaller.or_else(|| self.decode_seconds[size..].iter().find_map(|seconds| *seconds))
+    }
+}
+
+fn size(n_decodes: usize) -> usize {
+    (n_decodes.max(1).next_power_of_two().ilog2() as usize).min(N_SIZES - 1)
 }
 
 fn smooth(estimate: &mut Option<f64>, measured: f64) {
@@ -67,32 +121,62 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
+    fn crowd(n_decodes: usize, n_prompts: usize) -> Crowd {
+        Crowd { n_decodes, n_prompts }
+    }
+
     /// The pacer after many steps on a machine with these costs.
     fn settled(decode_ms: f64, prefill_token_ms: f64) -> Pacer {
-        let mut pacer = Pacer::new(256, 20 * MS);
+        let mut pacer = Pacer::new(256);
         for _ in 0..100 {
             pacer.observe(8, 0, MS.mul_f64(decode_ms));
-            let n_prefill = pacer.max_prefill_beside_decode();
+            let n_prefill = pacer.max_prefill(crowd(8, 1));
             pacer.observe(8, n_prefill, MS.mul_f64(decode_ms + prefill_token_ms * n_prefill as f64));
         }
         pacer
     }
 
     #[test]
-    fn prompts_double_a_step_or_fill_the_time_nobody_sees() {
+    fn prompts_stretch_a_step_by_a_fixed_share() {
         let check = |decode_ms, prefill_token_ms, expected: usize| {
-            let n_tokens = settled(decode_ms, prefill_token_ms).max_prefill_beside_decode();
+            let n_tokens = settled(decode_ms, prefill_token_ms).max_prefill(crowd(8, 1));
             assert!(n_tokens.abs_diff(expected) <= 1, "{n_tokens} instead of {expected}");
         };
-        check(50.0, 0.5, 100);
-        check(2.0, 0.5, 40);
+        check(50.0, 0.5, 125);
+        check(20.0, 0.5, 50);
         check(2.0, 10.0, PREFILL_TOKENS_MIN);
         check(2.0, 0.001, 256);
     }
 
     #[test]
+    fn many_prompts_beside_few_streams_get_more() {
+        let pacer = settled(20.0, 0.5);
+        assert!(pacer.max_prefill(crowd(8, 8)).abs_diff(50) <= 1);
+        assert!(pacer.max_prefill(crowd(8, 24)).abs_diff(150) <= 1);
+    }
+
+    #[test]
+    fn each_number_of_streams_has_its_own_time() {
+        let mut pacer = Pacer::new(1000);
+        pacer.observe(1, 0, 10 * MS);
+        pacer.observe(32, 0, 100 * MS);
+        pacer.observe(0, 100, 100 * MS);
+        let n_tokens = [1, 8, 32, 64].map(|n| pacer.max_prefill(crowd(n, 1)));
+        // Eight were never measured: the time of one is the careful guess.
+        assert_eq!(n_tokens, [12, 12, 125, 125]);
+    }
+
+    #[test]
     fn the_first_steps_get_a_guess_within_the_limit() {
-        assert_eq!(Pacer::new(256, MS).max_prefill_beside_decode(), PREFILL_TOKENS_GUESS);
-        assert_eq!(Pacer::new(5, MS).max_prefill_beside_decode(), 5);
+        assert_eq!(Pacer::new(256).max_prefill(crowd(1, 1)), PREFILL_TOKENS_GUESS);
+        assert_eq!(Pacer::new(5).max_prefill(crowd(1, 1)), 5);
+    }
+
+    #[test]
+    fn guesses_pay_where_tokens_are_cheap_beside_decoding() {
+        let pacer = settled(20.0, 0.5);
+        assert!((pacer.acceptance_min(8) - 0.2).abs() < 0.01);
+        assert!((pacer.acceptance_min(32) - 0.8).abs() < 0.04);
+        assert_eq!(Pacer::new(5).acceptance_min(8), 0.0);
     }
 }

@@ -30,6 +30,8 @@ pub struct Request {
     pub prompt_logprobs: Option<usize>,
     /// Cached prompt blocks are shared only between requests of one tenant; "" is a tenant, too.
     pub tenant: String,
+    /// Higher goes first, in the queue and when memory is short. Changes when tokens come, never which.
+    pub priority: i8,
     /// Time from submission to the last token; past it the request ends with [`FinishReason::Deadline`].
     pub deadline: Option<Duration>,
 }
@@ -47,6 +49,7 @@ impl Request {
             logprobs: None,
             prompt_logprobs: None,
             tenant: String::new(),
+            priority: 0,
             deadline: None,
         }
     }

@@ -10,6 +10,13 @@ use tensor::Pool;
 #[error("the model failed: {0}")]
 pub struct RunnerError(pub String);
 
+/// What an engine's thread owns.
+pub(crate) struct Models {
+    pub(crate) target: Box<dyn Runner>,
+    /// Guesses ahead of it.
+    pub(crate) draft: Option<Box<dyn Runner>>,
+}
+
 /// A model with its KV blocks, as the engine sees it. The engine's thread owns it and is its only caller.
 pub trait Runner: Send {
     /// Size of the vocabulary: the width of a row of logits.
@@ -20,7 +27,7 @@ pub trait Runner: Send {
     fn block_tokens(&self) -> usize;
     /// Positions the model was made for.
     fn context_max(&self) -> usize;
-    /// Writes keys and values of the new tokens into their blocks and returns `logits_rv`:
+    /// Copies blocks as the input says, writes keys and values of the new tokens into their blocks and returns `logits_rv`:
     /// a row of `vocab` numbers for each wanted position, rows in the order of the input.
     fn step(&mut self, input: &StepInput) -> Result<&[f32], RunnerError>;
 

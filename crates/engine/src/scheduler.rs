@@ -1,23 +1,34 @@
 //! Decides what each step computes. Pure: no clock, no randomness, no model; the plan is plain data.
 //!
 //! The rules, in order:
-//! 1. Every sequence with one pending token (decoding) gets it, oldest first. When blocks run out the
-//!    youngest running sequence gives its blocks back and returns to the head of the queue; later it
-//!    is computed again from its known tokens.
-//! 2. Running prompts get the rest of the token budget, oldest first; beside decoding sequences
-//!    no more than `max_prefill_beside_decode` (the pacer's), so that a long prompt does not stall streams.
-//! 3. The queue is served first in, first out, when a sequence's known tokens fit into free blocks.
+//! 1. A waiting request of higher priority that finds no room takes it from running ones of lower
+//!    priority. They return to the queue and are computed again from their known tokens.
+//! 2. Every sequence with one pending token (decoding) gets it. When blocks run out the running
+//!    sequence of the lowest priority, the youngest of those, is preempted.
+//! 3. The queue is served (`waiting.rs` says in what order) while a slot is free and a sequence's
+//!    known tokens fit into free blocks. Nobody overtakes the next one because it does not fit.
+//! 4. Drafts of decoding sequences are verified, as far as blocks are free.
+//! 5. Prompts share what the pace allows, the shortest rest first, so that a long prompt does not
+//!    hold up short ones; the oldest gets a quarter in any case.
 //!
-//! Nobody starves: the oldest running sequence is never preempted for another, it alone always fits
-//! (checked at submission), and nothing overtakes in the queue.
+//! Nobody starves: the first of the running by priority and age is never preempted for another, it
+//! alone always fits (checked at submission), and the queue gives the oldest request its turn.
 
-use std::collections::{HashMap, VecDeque};
+mod admission;
 
-use model::StepInput;
+use std::cmp::Reverse;
+use std::collections::HashMap;
+
+use model::{BlockCopy, StepInput};
 
 use crate::blocks::{BlockId, BlockPool};
 use crate::request::TokenId;
 use crate::sequence::{Sequence, SequenceId};
+use crate::tenants::Tenants;
+use crate::waiting::{Entry, Waiting};
+
+/// The oldest prompt gets at least one of so many parts of what is left for prompts.
+const OLDEST_PROMPT_PARTS: usize = 4;
 
 #[derive(Clone, Debug)]
 pub(crate) struct Limits {
@@ -27,6 +38,8 @@ pub(crate) struct Limits {
     pub(crate) max_batch_tokens: usize,
     /// Rows of logits that prompts may ask for in one step.
     pub(crate) max_prompt_logits: usize,
+    /// Guesses of all sequences together that one step verifies.
+    pub(crate) max_draft_tokens: usize,
     pub(crate) prefix_cache: bool,
 }
 
@@ -35,10 +48,11 @@ pub(crate) struct Scheduler {
     limits: Limits,
     pool: BlockPool,
     sequences: HashMap<SequenceId, Sequence>,
-    /// Without blocks, oldest first.
-    waiting: VecDeque<SequenceId>,
-    /// With blocks, oldest first; everyone here is older than everyone waiting.
+    /// Without blocks.
+    waiting: Waiting,
+    /// With blocks: the highest priority first, then the oldest.
     running: Vec<SequenceId>,
+    tenants: Tenants,
 }
 
 /// One step. Each sequence has at most one row.
@@ -47,19 +61,25 @@ pub(crate) struct Plan {
     pub(crate) rows: Vec<PlanRow>,
     /// The first rows: sequences that had one token to go.
     pub(crate) n_decodes: usize,
+    /// To be done before anything is computed, in this order.
+    pub(crate) copies: Vec<BlockCopy>,
     pub(crate) admitted: Vec<Admission>,
     pub(crate) preempted: Vec<SequenceId>,
+    /// Waiting sequences that another one's prompt will soon spare most of their work.
+    pub(crate) n_deferred: usize,
 }
 
 /// Tokens `start..start + n_tokens` of a sequence. Logits come from the last `n_logits` of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct PlanRow {
     pub(crate) id: SequenceId,
     pub(crate) start: usize,
     pub(crate) n_tokens: usize,
     pub(crate) n_logits: usize,
-    /// Every known token is computed after this row: the last logits give the next token.
+    /// Every known token is computed after this row: its logits give the next token.
     pub(crate) catches_up: bool,
+    /// The last of the row's tokens are these guesses: the logits before each say whether it is right.
+    pub(crate) draft: Vec<TokenId>,
 }
 
 /// A sequence's first admission, for the accounts.
@@ -69,6 +89,14 @@ pub(crate) struct Admission {
     /// Tokens that were looked for in the prefix cache, and found.
     pub(crate) n_looked_up: usize,
     pub(crate) n_cached: usize,
+}
+
+/// Who shares a step; the pace of prompts depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Crowd {
+    pub(crate) n_decodes: usize,
+    /// Sequences that have more than their next token to compute.
+    pub(crate) n_prompts: usize,
 }
 
 /// What is left to give away while a plan is made.
@@ -81,8 +109,14 @@ impl Scheduler {
     pub(crate) fn new(limits: Limits) -> Scheduler {
         assert!(limits.max_batch_tokens >= limits.max_running, "a step cannot hold every decode");
         assert!(limits.max_prompt_logits > 0, "prompts would wait for ever for their logits");
-        let pool = BlockPool::new(limits.n_blocks);
-        Scheduler { limits, pool, sequences: HashMap::new(), waiting: VecDeque::new(), running: Vec::new() }
+        Scheduler {
+            pool: BlockPool::new(limits.n_blocks),
+            limits,
+            sequences: HashMap::new(),
+            waiting: Waiting::default(),
+            running: Vec::new(),
+            tenants: Tenants::default(),
+        }
     }
 
     pub(crate) fn n_running(&self) -> usize {
@@ -101,28 +135,54 @@ impl Scheduler {
         &self.running
     }
 
+    /// Running sequences with one token to go, and all their known tokens: who can use a draft.
+    pub(crate) fn decoding(&self) -> impl Iterator<Item = (SequenceId, &[TokenId])> {
+        let sequences = self.running.iter().map(|&id| (id, &self.sequences[&id]));
+        let decoding = sequences.filter(|(_, sequence)| sequence.n_pending() == 1 && !sequence.prompt_logits);
+        decoding.map(|(id, sequence)| (id, &sequence.tokens[..]))
+    }
+
     /// Queues a sequence that fits into the pool alone, all its tokens to come included.
     pub(crate) fn add(&mut self, id: SequenceId, sequence: Sequence) {
+        let entry = Entry { tenant: sequence.tenant(), priority: sequence.priority };
+        self.tenants.join(entry.tenant);
         self.sequences.insert(id, sequence);
-        self.waiting.push_back(id);
+        self.waiting.insert(id, entry);
     }
 
     /// Takes a sequence out, whatever state it is in, and frees what it holds.
     pub(crate) fn remove(&mut self, id: SequenceId) {
-        let Some(sequence) = self.sequences.remove(&id) else { return };
-        self.release(sequence.blocks);
-        self.waiting.retain(|&other| other != id);
+        if !self.sequences.contains_key(&id) {
+            return;
+        }
+        self.give_back(id);
+        self.tenants.leave(&self.sequences[&id].tenant());
+        self.sequences.remove(&id);
+        self.waiting.remove(id);
         self.running.retain(|&other| other != id);
     }
 
-    /// Appends a generated token: one more for the computed ones to catch up with.
-    pub(crate) fn push_token(&mut self, id: SequenceId, token: TokenId) {
-        self.sequence_mut(id).tokens.push(token);
+    /// Guesses at what follows a decoding sequence; the next step verifies them. There must be fewer
+    /// of them than the sequence has tokens to come.
+    pub(crate) fn set_draft(&mut self, id: SequenceId, draft: Vec<TokenId>) {
+        self.sequence_mut(id).draft = draft;
+    }
+
+    /// Appends what a row's logits gave: the draft as far as it was right, and one more token for the
+    /// computed ones to catch up with.
+    pub(crate) fn accept(&mut self, id: SequenceId, tokens: &[TokenId]) {
+        let sequence = self.sequence_mut(id);
+        let start = sequence.n_computed;
+        sequence.tokens.extend_from_slice(tokens);
+        sequence.n_computed += tokens.len() - 1;
+        let tenant = sequence.tenant();
+        self.tenants.charge(&tenant, tokens.len());
+        self.publish(id, start, false);
     }
 
     #[cfg(test)]
-    pub(crate) fn tokens(&self, id: SequenceId) -> &[TokenId] {
-        &self.sequences[&id].tokens
+    pub(crate) fn sequence(&self, id: SequenceId) -> &Sequence {
+        &self.sequences[&id]
     }
 
     /// After a failed step no cached prefix can be trusted.
@@ -131,49 +191,52 @@ impl Scheduler {
     }
 
     /// Decides the next step and gives every row the blocks it writes to. Empty only when there are
-    /// no sequences. Follow with [`Scheduler::commit`] once the step was computed.
-    pub(crate) fn plan(&mut self, max_prefill_beside_decode: usize) -> Plan {
-        let mut plan = Plan::default();
+    /// no sequences. `pace` says how many prompt tokens may join a step that also decodes.
+    /// Follow with [`Scheduler::commit`] once the step was computed.
+    pub(crate) fn plan(&mut self, pace: &dyn Fn(Crowd) -> usize) -> Plan {
+        let ready = self.ready();
+        let mut plan = Plan { n_deferred: self.waiting.len() - ready.len(), ..Plan::default() };
+        self.make_way(&ready, &mut plan);
+        let n_gone = plan.preempted.len();
         self.plan_decodes(&mut plan);
-        let left = self.limits.max_batch_tokens - plan.n_decodes;
-        let n_tokens = if plan.n_decodes == 0 { left } else { left.min(max_prefill_beside_decode) };
-        let mut budget = Budget { n_tokens, n_prompt_logits: self.limits.max_prompt_logits };
-        self.plan_prefills(&mut plan, &mut budget);
-        // Whoever was preempted just now must not come straight back.
-        if plan.preempted.is_empty() {
-            self.admit(&mut plan, &mut budget);
+        let mut prompts: Vec<_> =
+            self.running.iter().copied().filter(|id| self.sequences[id].n_pending() > 1).collect();
+        // Whoever was preempted for want of blocks must not come straight back.
+        if plan.preempted.len() == n_gone {
+            prompts.extend(self.admit(ready, &mut plan));
         }
+        let crowd = Crowd { n_decodes: plan.n_decodes, n_prompts: prompts.len() };
+        let n_draft = self.plan_drafts(&mut plan);
+        let mut n_tokens = self.limits.max_batch_tokens - plan.n_decodes - n_draft;
+        if plan.n_decodes > 0 && !prompts.is_empty() {
+            n_tokens = n_tokens.min(pace(crowd).saturating_sub(n_draft).max(1));
+        }
+        let budget = Budget { n_tokens, n_prompt_logits: self.limits.max_prompt_logits };
+        self.plan_prefills(prompts, budget, &mut plan);
         assert!(!plan.rows.is_empty() || self.sequences.is_empty(), "sequences and no step to run");
         plan
     }
 
     /// Writes the plan in the runner's words.
     pub(crate) fn input(&self, plan: &Plan) -> StepInput {
-        let mut input = StepInput::default();
+        let mut input = StepInput { copies: plan.copies.clone(), ..StepInput::default() };
         for row in &plan.rows {
             let sequence = &self.sequences[&row.id];
             let end = row.start + row.n_tokens;
-            let tokens = &sequence.tokens[row.start..end];
+            let tokens = [&sequence.tokens[row.start..end - row.draft.len()], &row.draft].concat();
             let blocks = &sequence.blocks[..end.div_ceil(self.limits.block_tokens)];
-            input.push_row(tokens, row.start, blocks, row.n_logits);
+            input.push_row(&tokens, row.start, blocks, row.n_logits);
         }
         input
     }
 
-    /// The step was computed: its tokens count, and blocks that became whole can be shared.
+    /// The step was computed: its known tokens count, and what their blocks hold can be found.
+    /// What became of its drafts is for [`Scheduler::accept`] to say.
     pub(crate) fn commit(&mut self, plan: &Plan) {
-        let block_tokens = self.limits.block_tokens;
-        for row in &plan.rows {
-            let sequence = self.sequences.get_mut(&row.id).expect("a planned sequence is known");
-            let end = row.start + row.n_tokens;
-            sequence.n_computed = end;
-            if !self.limits.prefix_cache {
-                continue;
-            }
-            for block_idx in row.start / block_tokens..end / block_tokens {
-                let hash = sequence.hash(block_idx, block_tokens);
-                self.pool.publish(sequence.blocks[block_idx], hash);
-            }
+        for (i, row) in plan.rows.iter().enumerate() {
+            let sequence = self.sequence_mut(row.id);
+            sequence.n_computed = row.start + row.n_tokens - row.draft.len();
+            self.publish(row.id, row.start, i >= plan.n_decodes);
         }
     }
 
@@ -182,7 +245,7 @@ impl Scheduler {
         while let Some(&id) = self.running.get(index) {
             if self.sequences[&id].n_pending() == 1 {
                 if !self.ensure_blocks(id, plan) {
-                    break; // It was the youngest and had to go itself.
+                    break; // It was the last and had to go itself.
                 }
                 plan.rows.push(self.row(id, 1));
             }
@@ -191,72 +254,52 @@ impl Scheduler {
         plan.n_decodes = plan.rows.len();
     }
 
-    fn plan_prefills(&mut self, plan: &mut Plan, budget: &mut Budget) {
-        for &id in &self.running {
-            let is_planned = self.sequences[&id].n_pending() == 1;
-            let n_tokens = self.share(id, budget);
-            if !is_planned && n_tokens > 0 {
-                plan.rows.push(self.prefill_row(id, n_tokens, budget));
-            }
+    /// Lengthens decoding rows by their drafts and returns by how much in all. Half of the step is
+    /// kept for prompts, and a block for each running sequence.
+    fn plan_drafts(&mut self, plan: &mut Plan) -> usize {
+        let n_max = self.limits.max_draft_tokens.min((self.limits.max_batch_tokens - plan.n_decodes) / 2);
+        let mut n_draft = 0;
+        for row in &mut plan.rows {
+            let mut draft = std::mem::take(&mut self.sequence_mut(row.id).draft);
+            draft.truncate(n_max - n_draft);
+            draft.truncate(self.room_for_draft(row.id, draft.len()));
+            n_draft += draft.len();
+            row.n_tokens += draft.len();
+            row.n_logits += draft.len();
+            row.draft = draft;
         }
+        n_draft
     }
 
-    fn admit(&mut self, plan: &mut Plan, budget: &mut Budget) {
-        while let Some(&id) = self.waiting.front() {
-            if self.running.len() == self.limits.max_running || self.share(id, budget) == 0 {
-                break;
-            }
-            let cached = self.cached_prefix(id);
-            if !self.has_room(id, &cached) {
-                break;
-            }
-            self.waiting.pop_front();
-            self.running.push(id);
-            self.start(id, cached, plan);
-            let n_tokens = self.share(id, budget);
-            plan.rows.push(self.prefill_row(id, n_tokens, budget));
-        }
-    }
-
-    /// The cached blocks a waiting sequence can begin with. The last known token is always computed.
-    fn cached_prefix(&mut self, id: SequenceId) -> Vec<BlockId> {
+    /// How many of `n_draft` tokens fit into a sequence's blocks and the free ones.
+    fn room_for_draft(&mut self, id: SequenceId, n_draft: usize) -> usize {
         let block_tokens = self.limits.block_tokens;
-        let sequence = self.sequences.get_mut(&id).expect("a waiting sequence is known");
-        if !self.limits.prefix_cache || sequence.prompt_logits {
-            return Vec::new();
+        let n_kept = self.running.len();
+        let sequence = self.sequences.get_mut(&id).expect("a planned sequence is known");
+        let n_positions = sequence.tokens.len() + n_draft;
+        while sequence.blocks.len() * block_tokens < n_positions && self.pool.n_free() > n_kept {
+            sequence.blocks.push(self.pool.take().expect("one is free"));
         }
-        let n_whole = (sequence.tokens.len() - 1) / block_tokens;
-        (0..n_whole).map_while(|block_idx| self.pool.find(&sequence.hash(block_idx, block_tokens))).collect()
+        n_draft.min(sequence.blocks.len() * block_tokens - sequence.tokens.len())
     }
 
-    /// Whether all known tokens fit now, leaving one block to each running sequence so that a
-    /// newcomer is not preempted in the next step.
-    fn has_room(&self, id: SequenceId, cached: &[BlockId]) -> bool {
-        let n_blocks = self.sequences[&id].tokens.len().div_ceil(self.limits.block_tokens);
-        let n_revived = cached.iter().filter(|&&block| self.pool.is_free(block)).count();
-        let n_needed = n_blocks - cached.len() + n_revived;
-        n_needed + self.running.len() <= self.pool.n_free()
-    }
-
-    /// Gives a sequence the blocks of all its known tokens.
-    fn start(&mut self, id: SequenceId, cached: Vec<BlockId>, plan: &mut Plan) {
-        let block_tokens = self.limits.block_tokens;
-        let sequence = self.sequences.get_mut(&id).expect("a waiting sequence is known");
-        let n_cached = cached.len() * block_tokens;
-        if !sequence.was_admitted {
-            sequence.was_admitted = true;
-            let n_looked_up = if self.limits.prefix_cache { sequence.n_prompt } else { 0 };
-            plan.admitted.push(Admission { id, n_looked_up, n_cached });
+    fn plan_prefills(&self, mut prompts: Vec<SequenceId>, mut budget: Budget, plan: &mut Plan) {
+        let Some(oldest) = prompts.iter().copied().min() else { return };
+        let n_kept = budget.n_tokens.div_ceil(OLDEST_PROMPT_PARTS).min(self.share(oldest, 0, &budget));
+        self.spend(oldest, n_kept, &mut budget);
+        prompts.sort_by_key(|id| (Reverse(self.sequences[id].priority), self.sequences[id].n_pending(), *id));
+        for id in prompts {
+            let n_given = if id == oldest { n_kept } else { 0 };
+            let n_more = self.share(id, n_given, &budget);
+            self.spend(id, n_more, &mut budget);
+            if n_given + n_more > 0 {
+                plan.rows.push(self.row(id, n_given + n_more));
+            }
         }
-        let n_new = sequence.tokens.len().div_ceil(block_tokens) - cached.len();
-        cached.iter().for_each(|&block| self.pool.hold(block));
-        sequence.n_computed = n_cached;
-        sequence.blocks = cached;
-        sequence.blocks.extend((0..n_new).map(|_| self.pool.take().expect("room was checked")));
     }
 
-    /// Blocks for all known tokens of a running sequence, at the cost of younger ones.
-    /// False if it was the youngest itself and lost its own.
+    /// Blocks for all known tokens of a running sequence, at the cost of those that rank lower.
+    /// False if it was the last itself and lost its own.
     fn ensure_blocks(&mut self, id: SequenceId, plan: &mut Plan) -> bool {
         let sequence = &self.sequences[&id];
         let n_blocks = sequence.tokens.len().div_ceil(self.limits.block_tokens);
@@ -265,49 +308,75 @@ impl Scheduler {
                 self.sequence_mut(id).blocks.push(block);
                 continue;
             }
-            let youngest = self.running.pop().expect("who asks is running");
-            self.preempt(youngest);
-            plan.preempted.push(youngest);
-            if youngest == id {
+            if self.preempt_last(plan) == id {
                 return false;
             }
         }
         true
     }
 
-    fn preempt(&mut self, id: SequenceId) {
+    /// The running sequence that ranks last returns to the queue.
+    fn preempt_last(&mut self, plan: &mut Plan) -> SequenceId {
+        let id = self.running.pop().expect("somebody is running");
+        self.give_back(id);
         let sequence = self.sequence_mut(id);
         sequence.n_computed = 0;
-        let blocks = std::mem::take(&mut sequence.blocks);
-        self.release(blocks);
-        self.waiting.push_front(id);
+        sequence.draft.clear();
+        let entry = Entry { tenant: sequence.tenant(), priority: sequence.priority };
+        self.waiting.insert(id, entry);
+        plan.preempted.push(id);
+        id
     }
 
-    /// Last block first: a prefix is worth nothing without its beginning, so its end is evicted first.
-    fn release(&mut self, blocks: Vec<BlockId>) {
+    /// Releases a sequence's blocks, findable as far as they are computed. Last block first: a prefix
+    /// is worth nothing without its beginning, so its end is evicted first.
+    fn give_back(&mut self, id: SequenceId) {
+        let n_computed = self.sequences[&id].n_computed;
+        self.publish(id, n_computed, true);
+        let blocks = std::mem::take(&mut self.sequence_mut(id).blocks);
         blocks.into_iter().rev().for_each(|block| self.pool.release(block));
     }
 
-    /// Pending tokens of a sequence that the budget has room for.
-    fn share(&self, id: SequenceId, budget: &Budget) -> usize {
+    /// Makes the blocks of a sequence's computed tokens findable, from position `start` on: those
+    /// that are whole, and the last one `with_part`.
+    fn publish(&mut self, id: SequenceId, start: usize, with_part: bool) {
+        let block_tokens = self.limits.block_tokens;
+        let sequence = self.sequences.get_mut(&id).expect("the sequence is known");
+        if !self.limits.prefix_cache || sequence.blocks.is_empty() {
+            return;
+        }
+        let n_computed = sequence.n_computed;
+        let end = if with_part { n_computed.div_ceil(block_tokens) } else { n_computed / block_tokens };
+        for block_idx in start / block_tokens..end {
+            let content = sequence.content(block_idx, block_tokens);
+            let block: &mut BlockId = &mut sequence.blocks[block_idx];
+            *block = self.pool.publish(*block, content);
+        }
+    }
+
+    /// Pending tokens of a sequence, but for `n_given`, that the budget has room for.
+    fn share(&self, id: SequenceId, n_given: usize, budget: &Budget) -> usize {
         let sequence = &self.sequences[&id];
-        let n_tokens = sequence.n_pending().min(budget.n_tokens);
+        let n_tokens = (sequence.n_pending() - n_given).min(budget.n_tokens);
         if wants_prompt_logits(sequence) { n_tokens.min(budget.n_prompt_logits) } else { n_tokens }
     }
 
-    fn prefill_row(&self, id: SequenceId, n_tokens: usize, budget: &mut Budget) -> PlanRow {
+    fn spend(&self, id: SequenceId, n_tokens: usize, budget: &mut Budget) {
         budget.n_tokens -= n_tokens;
         if wants_prompt_logits(&self.sequences[&id]) {
             budget.n_prompt_logits -= n_tokens;
         }
-        self.row(id, n_tokens)
     }
 
     fn row(&self, id: SequenceId, n_tokens: usize) -> PlanRow {
         let sequence = &self.sequences[&id];
         let catches_up = n_tokens == sequence.n_pending();
         let n_logits = if wants_prompt_logits(sequence) { n_tokens } else { usize::from(catches_up) };
-        PlanRow { id, start: sequence.n_computed, n_tokens, n_logits, catches_up }
+        PlanRow { id, start: sequence.n_computed, n_tokens, n_logits, catches_up, draft: Vec::new() }
+    }
+
+    fn rank(&self, id: SequenceId) -> (Reverse<i8>, SequenceId) {
+        (Reverse(self.sequences[&id].priority), id)
     }
 
     fn sequence_mut(&mut self, id: SequenceId) -> &mut Sequence {
@@ -315,17 +384,15 @@ impl Scheduler {
     }
 
     #[cfg(test)]
-    pub(crate) fn n_pending(&self, id: SequenceId) -> usize {
-        self.sequences[&id].n_pending()
-    }
-
-    #[cfg(test)]
     pub(crate) fn check(&self) {
         self.pool.check();
         assert_eq!(self.sequences.len(), self.waiting.len() + self.running.len());
-        let ages: Vec<_> = self.running.iter().chain(&self.waiting).collect();
-        assert!(ages.is_sorted(), "the young overtake the old: {ages:?}");
-        assert!(self.waiting.iter().all(|id| self.sequences[id].blocks.is_empty()));
+        assert!(self.running.is_sorted_by_key(|&id| self.rank(id)), "ranks: {:?}", self.running);
+        assert!(self.waiting.ids().all(|id| self.sequences[&id].blocks.is_empty()));
+        assert!(!self.sequences.is_empty() || self.tenants.is_empty(), "an account was left open");
+        let held: usize = self.sequences.values().map(|sequence| sequence.blocks.len()).sum();
+        let holders: usize = (0..self.limits.n_blocks).map(|id| self.pool.n_holders(id as BlockId)).sum();
+        assert_eq!(held, holders, "a block has a holder that nobody is");
     }
 }
 

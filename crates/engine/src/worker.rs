@@ -10,14 +10,16 @@ use telemetry::EngineMetrics;
 use tensor::Pool;
 
 use crate::clock;
+use crate::draft::DraftModel;
 use crate::engine::{EngineLimits, Phase, Shared, Stats, Submission};
 use crate::live::{Live, Progress};
 use crate::pacer::Pacer;
 use crate::request::FinishReason;
-use crate::runner::Runner;
+use crate::runner::{Models, Runner};
 use crate::sampler::Sampler;
 use crate::scheduler::{Limits, Plan, PlanRow, Scheduler};
 use crate::sequence::{Sequence, SequenceId};
+use crate::speculation::{Speculator, Wish};
 
 /// Rows of logits that scored prompts get in one step: 128 * 49,152 ids * 4 B = 24 MiB.
 const PROMPT_LOGITS_PER_STEP: usize = 128;
@@ -29,6 +31,7 @@ pub(crate) struct Worker {
     runner: Box<dyn Runner>,
     scheduler: Scheduler,
     pacer: Pacer,
+    speculator: Speculator,
     /// Where tokens are drawn; the model's own threads when it has some.
     pool: Arc<Pool>,
     /// Scratch space not in use; grows to one per thread.
@@ -58,21 +61,24 @@ enum End {
 
 impl Worker {
     pub(crate) fn new(
-        runner: Box<dyn Runner>,
+        models: Models,
         limits: EngineLimits,
         shared: Arc<Shared>,
         metrics: EngineMetrics,
     ) -> Worker {
+        let Models { target: runner, draft } = models;
         let scheduler = Scheduler::new(Limits {
             n_blocks: runner.n_blocks(),
             block_tokens: runner.block_tokens(),
             max_running: limits.max_running,
             max_batch_tokens: limits.max_batch_tokens,
             max_prompt_logits: PROMPT_LOGITS_PER_STEP,
+            max_draft_tokens: limits.max_draft_tokens,
             prefix_cache: limits.prefix_cache,
         });
         metrics.set_cache_config(runner.block_tokens(), runner.n_blocks(), limits.prefix_cache);
-        let pacer = Pacer::new(limits.max_prefill_beside_decode, limits.prefill_time_beside_decode);
+        let pacer = Pacer::new(limits.max_prefill_beside_decode);
+        let speculator = Speculator::new(limits.speculation, draft.map(DraftModel::new));
         let pool = runner.pool().unwrap_or_else(|| Arc::new(Pool::new(1)));
         let stats = Stats { n_blocks: runner.n_blocks(), ..Stats::default() };
         Worker {
@@ -83,6 +89,7 @@ impl Worker {
             runner,
             scheduler,
             pacer,
+            speculator,
             pool,
             samplers: Mutex::default(),
             live: HashMap::new(),
@@ -152,8 +159,9 @@ impl Worker {
         let id = SequenceId(self.next_id);
         self.next_id += 1;
         let request = &submission.request;
-        let prompt_logits = request.prompt_logprobs.is_some();
-        let sequence = Sequence::new(request.tokens.clone(), &request.tenant, prompt_logits);
+        let mut sequence = Sequence::new(request.tokens.clone(), &request.tenant);
+        sequence.prompt_logits = request.prompt_logprobs.is_some();
+        sequence.priority = request.priority;
         self.scheduler.add(id, sequence);
         self.live.insert(id, Live::new(submission));
     }
@@ -172,7 +180,9 @@ impl Worker {
     /// One step for every sequence the plan holds. An error ends the engine.
     fn step(&mut self) -> Result<(), String> {
         let start = clock::now();
-        let plan = self.scheduler.plan(self.pacer.max_prefill_beside_decode());
+        self.make_drafts(start);
+        let pacer = &self.pacer;
+        let plan = self.scheduler.plan(&|crowd| pacer.max_prefill(crowd));
         let input = self.scheduler.input(&plan);
         self.note_plan(&plan, start);
         let planned = clock::now();
@@ -181,14 +191,40 @@ impl Worker {
         match outcome {
             Ok(()) => {
                 self.n_failed_in_a_row = 0;
-                let n_prefill = input.tokens_n.len() - plan.n_decodes;
-                self.pacer.observe(plan.n_decodes, n_prefill, clock::now() - start);
+                let n_more = input.tokens_n.len() - plan.n_decodes;
+                self.pacer.observe(plan.n_decodes, n_more, clock::now() - planned);
             }
             Err(why) => self.fail_running(why)?,
         }
         self.stats.schedule_time += planned - start;
         self.note_step(input.tokens_n.len(), clock::now() - start);
         Ok(())
+    }
+
+    /// Guesses ahead for every sequence that decodes in the next step.
+    fn make_drafts(&mut self, start: Instant) {
+        if !self.speculator.is_on() {
+            return;
+        }
+        let live = &self.live;
+        let wish = |(id, tokens)| {
+            // The step itself brings one token; a guess at more than may come is of no use.
+            let n_max = live.get(&id).map_or(0, |live: &Live| live.n_left().saturating_sub(1));
+            Wish { id, tokens, n_max }
+        };
+        let mut wishes: Vec<_> = self.scheduler.decoding().map(wish).collect();
+        let acceptance_min = self.pacer.acceptance_min(wishes.len());
+        let mut sampler =
+            self.samplers.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+        let mut draw = |id, n_ahead, logits_v: &[f32]| live.get(&id)?.guess(&mut sampler, logits_v, n_ahead);
+        let drafts = self.speculator.propose(&mut wishes, acceptance_min, &mut draw);
+        let ids: Vec<_> = wishes.iter().map(|wish| wish.id).collect();
+        self.samplers.lock().unwrap_or_else(PoisonError::into_inner).push(sampler);
+        let n_guesses = drafts.iter().map(Vec::len).sum();
+        ids.into_iter().zip(drafts).for_each(|(id, draft)| self.scheduler.set_draft(id, draft));
+        let time = clock::now() - start;
+        self.pacer.observe_guesses(n_guesses, time);
+        self.stats.draft_time += time;
     }
 
     /// Runs the model, then draws and sends every caught-up sequence's next token.
@@ -214,7 +250,16 @@ impl Worker {
         let mut ended = Vec::new();
         for Turn { live, row, progress, .. } in turns {
             live.note_progress(row, &self.metrics, &mut self.stats, computed);
-            progress.token.into_iter().for_each(|token| self.scheduler.push_token(row.id, token));
+            if !progress.tokens.is_empty() {
+                self.scheduler.accept(row.id, &progress.tokens);
+            }
+            if !row.draft.is_empty() {
+                let n_accepted = progress.tokens.len().saturating_sub(1);
+                self.speculator.learn(row.id, row.draft.len(), n_accepted);
+                self.metrics.drafted(row.draft.len(), n_accepted);
+                self.stats.draft_tokens += row.draft.len() as u64;
+                self.stats.accepted_tokens += n_accepted as u64;
+            }
             ended.extend(progress.end.map(|reason| (row.id, reason)));
         }
         let now = clock::now();
@@ -248,6 +293,7 @@ impl Worker {
     fn finish(&mut self, id: SequenceId, reason: FinishReason, now: Instant) {
         let live = self.live.remove(&id).expect("a sequence finishes once");
         self.scheduler.remove(id);
+        self.speculator.forget(id);
         if !live.was_admitted() {
             self.note_unqueued(live.n_prompt());
         }
@@ -270,7 +316,11 @@ impl Worker {
             self.stats.cached_tokens += admission.n_cached as u64;
         }
         self.stats.n_preemptions += plan.preempted.len() as u64;
-        plan.preempted.iter().for_each(|_| self.metrics.preempted());
+        self.stats.n_deferred = plan.n_deferred;
+        for &id in &plan.preempted {
+            self.metrics.preempted();
+            self.speculator.forget(id);
+        }
     }
 
     fn note_step(&mut self, n_tokens: usize, step_time: Duration) {
@@ -291,7 +341,9 @@ impl Worker {
         stats.n_waiting = self.scheduler.n_waiting();
         stats.n_blocks_used = self.scheduler.n_blocks_used();
         self.metrics.set_running(stats.n_running);
-        self.metrics.set_waiting(stats.n_waiting, 0);
+        // Those who were deferred when the last step was planned may have gone since.
+        stats.n_deferred = stats.n_deferred.min(stats.n_waiting);
+        self.metrics.set_waiting(stats.n_waiting - stats.n_deferred, stats.n_deferred);
         self.metrics.set_kv_usage(stats.n_blocks_used as f64 / stats.n_blocks.max(1) as f64);
         let news = std::mem::take(&mut self.news);
         let mut state = self.shared.lock();

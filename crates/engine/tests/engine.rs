@@ -128,8 +128,8 @@ fn a_prefix_hit_is_reported_and_changes_nothing() {
     let (first, _, usage) = collect(engine.submit(request(&prompt, 6)).unwrap());
     assert_eq!(usage.cached, 0);
     let (second, _, usage) = collect(engine.submit(request(&prompt, 6)).unwrap());
-    // Five whole blocks of 4 lie before the last token.
-    assert_eq!((usage.cached, usage.prompt), (20, 22));
+    // All but the last token: five blocks of 4 are shared and one token of the sixth is copied.
+    assert_eq!((usage.cached, usage.prompt), (21, 22));
     assert_eq!(first, second);
     let other_tenant = Request { tenant: "other".into(), ..request(&prompt, 6) };
     let (third, _, usage) = collect(engine.submit(other_tenant).unwrap());

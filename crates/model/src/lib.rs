@@ -25,6 +25,6 @@ pub use error::{Error, Result};
 pub use infer::{BLOCK_TOKENS, KvCache, KvType, Llama, Scratch};
 pub use load::{Loaded, TokenizerFiles, load};
 pub use params::{ParamSpec, ParamTable};
-pub use step::{StepInput, StepRow};
+pub use step::{BlockCopy, StepInput, StepRow};
 pub use train::{LossSum, TrainModel};
 pub use weights::{WeightTensor, Weights};

@@ -12,6 +12,16 @@ pub struct StepInput {
     pub positions_n: Vec<u32>,
     /// The sequences, in the order of their tokens.
     pub rows: Vec<StepRow>,
+    /// Keys and values to be copied from block to block, in this order, before anything is computed.
+    pub copies: Vec<BlockCopy>,
+}
+
+/// The first `n_positions` of block `from` begin block `to` as well. The two may be one: nothing is to be done then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockCopy {
+    pub from: u32,
+    pub to: u32,
+    pub n_positions: usize,
 }
 
 /// One sequence of a step.
@@ -47,5 +57,6 @@ impl StepInput {
         self.tokens_n.clear();
         self.positions_n.clear();
         self.rows.clear();
+        self.copies.clear();
     }
 }

@@ -13,6 +13,7 @@ use prometheus_client::registry::Registry;
 use crate::buckets;
 use crate::metrics::registered;
 use crate::series::Series;
+use crate::speculation::{SpeculationFamilies, SpeculationMetrics};
 
 type GaugeF64 = Gauge<f64, AtomicU64>;
 type Histograms = Family<EngineLabels, Histogram, fn() -> Histogram>;
@@ -72,6 +73,7 @@ pub struct EngineMetrics {
     step_tokens: Histogram,
     first_token_seconds: Histogram,
     token_gap_seconds: Histogram,
+    speculation: SpeculationMetrics,
     end: EndHistograms,
     cache_config: Family<CacheConfigLabels, Gauge>,
     labels: EngineLabels,
@@ -134,6 +136,11 @@ impl EngineMetrics {
         self.preemptions.inc();
     }
 
+    /// Of a draft of `n_draft` guessed tokens the first `n_accepted` were right.
+    pub fn drafted(&self, n_draft: usize, n_accepted: usize) {
+        self.speculation.drafted(n_draft, n_accepted);
+    }
+
     /// The prefix cache was asked for `n_tokens` tokens and had `n_hits` of them.
     pub fn prefix_lookup(&self, n_tokens: usize, n_hits: usize) {
         self.prefix_queries.inc_by(n_tokens as u64);
@@ -191,9 +198,9 @@ fn count(n: usize) -> i64 {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct EngineLabels {
-    model_name: String,
-    engine: &'static str,
+pub(crate) struct EngineLabels {
+    pub(crate) model_name: String,
+    pub(crate) engine: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -244,6 +251,7 @@ pub(crate) struct EngineFamilies {
     step_tokens: Histograms,
     first_token_seconds: Histograms,
     token_gap_seconds: Histograms,
+    speculation: SpeculationFamilies,
     end: EndFamilies,
     cache_config: Family<CacheConfigLabels, Gauge>,
 }
@@ -308,6 +316,7 @@ impl EngineFamilies {
                 "Time between two tokens of a sequence",
                 token_gap_histogram,
             ),
+            speculation: SpeculationFamilies::register(r),
             end: EndFamilies::register(r),
             cache_config: plain(r, "cache_config_info", "Shape of the KV cache"),
         }
@@ -345,6 +354,7 @@ impl EngineFamilies {
             step_tokens: self.step_tokens.get_or_create_owned(&labels),
             first_token_seconds: self.first_token_seconds.get_or_create_owned(&labels),
             token_gap_seconds: self.token_gap_seconds.get_or_create_owned(&labels),
+            speculation: self.speculation.handles(&labels),
             end: self.end.handles(&labels, context_max),
             cache_config: self.cache_config.clone(),
             labels,
@@ -422,7 +432,7 @@ fn token_gap_histogram() -> Histogram {
 }
 
 /// A family whose members need no arguments to be built.
-fn plain<F>(registry: &mut Registry, name: &str, help: &str) -> F
+pub(crate) fn plain<F>(registry: &mut Registry, name: &str, help: &str) -> F
 where
     F: prometheus_client::registry::Metric + Clone + Default,
 {

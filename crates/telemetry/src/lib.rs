@@ -21,6 +21,7 @@ mod logs;
 mod metrics;
 mod process;
 mod series;
+mod speculation;
 mod store;
 mod text;
 mod train;

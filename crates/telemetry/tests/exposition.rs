@@ -148,6 +148,7 @@ fn served() -> Exposition {
         decode: Duration::from_millis(200),
         total: Duration::from_millis(270),
     };
+    engine.drafted(4, 2);
     engine.finished(&end);
     engine.finished(&RequestEnd { reason: FinishReason::Abort, n_generated_tokens: 0, ..end });
     Exposition::parse(&metrics.render())
@@ -165,6 +166,10 @@ fn names_and_types_are_those_the_grafana_dashboard_reads() {
         ("vllm:prefix_cache_queries_total", "counter"),
         ("vllm:prefix_cache_hits_total", "counter"),
         ("vllm:num_preemptions_total", "counter"),
+        ("vllm:spec_decode_num_drafts_total", "counter"),
+        ("vllm:spec_decode_num_draft_tokens_total", "counter"),
+        ("vllm:spec_decode_num_accepted_tokens_total", "counter"),
+        ("vllm:spec_decode_num_accepted_tokens_per_pos_total", "counter"),
         ("vllm:prompt_tokens_total", "counter"),
         ("vllm:prompt_tokens_by_source_total", "counter"),
         ("vllm:prompt_tokens_cached_total", "counter"),
@@ -261,6 +266,12 @@ fn values_are_what_happened() {
     assert_eq!(value("prompt_tokens_by_source_total", &[("source", "local_cache_hit")]), 48.0);
     assert_eq!(value("generation_tokens_total", MODEL), 3.0);
     assert_eq!(value("num_preemptions_total", MODEL), 1.0);
+    assert_eq!(value("spec_decode_num_drafts_total", MODEL), 1.0);
+    assert_eq!(value("spec_decode_num_draft_tokens_total", MODEL), 4.0);
+    assert_eq!(value("spec_decode_num_accepted_tokens_total", MODEL), 2.0);
+    for position in ["0", "1"] {
+        assert_eq!(value("spec_decode_num_accepted_tokens_per_pos_total", &[("position", position)]), 1.0);
+    }
     for (reason, n) in [("stop", 1.0), ("length", 0.0), ("abort", 1.0), ("error", 0.0)] {
         assert_eq!(value("request_success_total", &[("finished_reason", reason)]), n);
     }

@@ -1,0 +1,146 @@
+//! A draft model: a second runner that guesses ahead, with keys and values of its own.
+
+use std::collections::HashMap;
+
+use model::StepInput;
+
+use crate::blocks::{BlockId, BlockPool};
+use crate::request::TokenId;
+use crate::runner::{Runner, RunnerError};
+use crate::sequence::SequenceId;
+use crate::speculation::{DRAFT_TOKENS_MAX, Draw, Wish};
+
+/// Known tokens of all sequences together that one call computes: a long prompt must not stall the
+/// streams here either. A sequence has no draft until the model has caught up with it.
+const CATCH_UP_TOKENS_MAX: usize = 128;
+
+pub(crate) struct DraftModel {
+    runner: Box<dyn Runner>,
+    pool: BlockPool,
+    sequences: HashMap<SequenceId, Drafting>,
+}
+
+/// How far the draft model is with a sequence.
+#[derive(Debug, Default)]
+struct Drafting {
+    /// Of the sequence's known tokens.
+    n_computed: usize,
+    blocks: Vec<BlockId>,
+}
+
+/// A draft in the making.
+struct Making<'a> {
+    wish: &'a Wish<'a>,
+    draft: Vec<TokenId>,
+    is_over: bool,
+}
+
+impl DraftModel {
+    pub(crate) fn new(runner: Box<dyn Runner>) -> DraftModel {
+        DraftModel { pool: BlockPool::new(runner.n_blocks()), runner, sequences: HashMap::new() }
+    }
+
+    /// A draft for each wish: as long as asked for, or empty where the model has not caught up yet or
+    /// has no room. Should the model fail, nothing is lost but the drafts.
+    pub(crate) fn propose(&mut self, wishes: &[Wish], draw: &mut Draw) -> Vec<Vec<TokenId>> {
+        let making = |wish| Making { wish, draft: Vec::new(), is_over: false };
+        let mut drafts: Vec<_> = wishes.iter().map(making).collect();
+        self.catch_up(&mut drafts);
+        for n_drafted in 0.. {
+            drafts.iter_mut().for_each(|making| making.is_over |= making.draft.len() >= making.wish.n_max);
+            if drafts.iter().all(|making| making.is_over) {
+                break;
+            }
+            if self.extend(&mut drafts, n_drafted, draw).is_err() {
+                self.forget_all();
+                drafts.iter_mut().for_each(|making| making.draft.clear());
+                break;
+            }
+        }
+        drafts.into_iter().map(|making| making.draft).collect()
+    }
+
+    pub(crate) fn forget(&mut self, id: SequenceId) {
+        let drafting = self.sequences.remove(&id).unwrap_or_default();
+        drafting.blocks.into_iter().for_each(|block| self.pool.release(block));
+    }
+
+    fn forget_all(&mut self) {
+        let ids: Vec<_> = self.sequences.keys().copied().collect();
+        ids.into_iter().for_each(|id| self.forget(id));
+    }
+
+    /// Makes room, and computes what lies far behind. Ends every draft that cannot begin in this call.
+    fn catch_up(&mut self, drafts: &mut [Making]) {
+        let mut n_left = CATCH_UP_TOKENS_MAX;
+        let mut input = StepInput::default();
+        for making in drafts.iter_mut().filter(|making| making.wish.n_max > 0) {
+            let Wish { id, tokens, n_max } = *making.wish;
+            let n_positions = tokens.len() + n_max;
+            if n_positions > self.runner.context_max() || !self.reserve(id, n_positions) {
+                making.is_over = true;
+                continue;
+            }
+            let drafting = self.sequences.get_mut(&id).expect("room was made for it");
+            let n_behind = tokens.len() - 1 - drafting.n_computed;
+            // As few as an accepted draft leaves join the first guess.
+            let n_tokens = if n_behind > DRAFT_TOKENS_MAX { n_behind.min(n_left) } else { 0 };
+            making.is_over = n_behind - n_tokens > DRAFT_TOKENS_MAX;
+            if n_tokens > 0 {
+                let start = drafting.n_computed;
+                drafting.n_computed += n_tokens;
+                n_left -= n_tokens;
+                input.push_row(&tokens[start..start + n_tokens], start, &drafting.blocks, 0);
+            }
+        }
+        if !input.rows.is_empty() && self.runner.step(&input).is_err() {
+            self.forget_all();
+            drafts.iter_mut().for_each(|making| making.is_over = true);
+        }
+    }
+
+    fn reserve(&mut self, id: SequenceId, n_positions: usize) -> bool {
+        let drafting = self.sequences.entry(id).or_default();
+        while drafting.blocks.len() * self.runner.block_tokens() < n_positions {
+            let Some(block) = self.pool.take() else { return false };
+            drafting.blocks.push(block);
+        }
+        true
+    }
+
+    /// One more token for every draft that is not over.
+    fn extend(
+        &mut self,
+        drafts: &mut [Making],
+        n_drafted: usize,
+        draw: &mut Draw,
+    ) -> Result<(), RunnerError> {
+        let mut input = StepInput::default();
+        let vocab = self.runner.vocab();
+        for making in drafts.iter().filter(|making| !making.is_over) {
+            let tokens = making.wish.tokens;
+            let drafting = self.sequences.get_mut(&making.wish.id).expect("room was made for it");
+            if n_drafted == 0 {
+                let start = drafting.n_computed;
+                input.push_row(&tokens[start..], start, &drafting.blocks, 1);
+                drafting.n_computed = tokens.len();
+            } else {
+                input.push_row(
+                    &making.draft[n_drafted - 1..],
+                    tokens.len() + n_drafted - 1,
+                    &drafting.blocks,
+                    1,
+                );
+            }
+        }
+        let logits_rv = self.runner.step(&input)?;
+        let open = drafts.iter_mut().filter(|making| !making.is_over);
+        for (making, logits_v) in open.zip(logits_rv.chunks_exact(vocab)) {
+            match draw(making.wish.id, n_drafted, logits_v) {
+                Some(token) => making.draft.push(token),
+                None => making.is_over = true,
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,198 @@
+//! Guessing tokens ahead, so that one step verifies several. Exact: a guess counts only when it is the
+//! token that the sequence's own logits and its own random number for that position give, so the output
+//! is the same, token for token, at every temperature.
+
+use std::collections::HashMap;
+
+use crate::draft::DraftModel;
+use crate::request::TokenId;
+use crate::sequence::SequenceId;
+
+/// Guesses a sequence may have in one step.
+pub const DRAFT_TOKENS_MAX: usize = 32;
+
+/// How tokens are guessed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Speculation {
+    #[default]
+    Off,
+    /// What followed the last tokens where they stood before: for answers that quote their prompt.
+    PromptLookup {
+        /// Guesses in a step and sequence at most.
+        k_max: usize,
+    },
+    /// A smaller model with the same vocabulary, given to [`crate::Engine::start_with_draft`].
+    Draft { k_max: usize },
+}
+
+impl Speculation {
+    pub(crate) fn k_max(self) -> usize {
+        match self {
+            Speculation::Off => 0,
+            Speculation::PromptLookup { k_max } | Speculation::Draft { k_max } => k_max.min(DRAFT_TOKENS_MAX),
+        }
+    }
+}
+
+/// A sequence that could use a draft of up to `n_max` tokens.
+pub(crate) struct Wish<'a> {
+    pub(crate) id: SequenceId,
+    pub(crate) tokens: &'a [TokenId],
+    pub(crate) n_max: usize,
+}
+
+/// Draws what a sequence would choose from a draft's logits, so many tokens after its known ones.
+pub(crate) type Draw<'a> = dyn FnMut(SequenceId, usize, &[f32]) -> Option<TokenId> + 'a;
+
+/// Makes drafts, and learns for each sequence how long they are worth making.
+pub(crate) struct Speculator {
+    k_max: usize,
+    model: Option<DraftModel>,
+    acceptance: HashMap<SequenceId, Acceptance>,
+}
+
+impl Speculator {
+    pub(crate) fn new(speculation: Speculation, model: Option<DraftModel>) -> Speculator {
+        let needs_model = matches!(speculation, Speculation::Draft { .. });
+        assert_eq!(needs_model, model.is_some(), "a draft model is given exactly when it is to be used");
+        Speculator { k_max: speculation.k_max(), model, acceptance: HashMap::new() }
+    }
+
+    pub(crate) fn is_on(&self) -> bool {
+        self.k_max > 0
+    }
+
+    /// A draft, maybe empty, for each wish. Guesses less likely than `acceptance_min` are not made.
+    pub(crate) fn propose(
+        &mut self,
+        wishes: &mut [Wish],
+        acceptance_min: f64,
+        draw: &mut Draw,
+    ) -> Vec<Vec<TokenId>> {
+        for wish in &mut *wishes {
+            let acceptance = self.acceptance.entry(wish.id).or_default();
+            wish.n_max = wish.n_max.min(self.k_max).min(acceptance.draft_len(acceptance_min));
+        }
+        match &mut self.model {
+            Some(model) => model.propose(wishes, draw),
+            None => wishes.iter().map(|wish| look_up(wish.tokens, wish.n_max)).collect(),
+        }
+    }
+
+    /// Of a draft's `n_draft` tokens the first `n_accepted` were right.
+    pub(crate) fn learn(&mut self, id: SequenceId, n_draft: usize, n_accepted: usize) {
+        if let Some(acceptance) = self.acceptance.get_mut(&id) {
+            acceptance.learn(n_draft, n_accepted);
+        }
+    }
+
+    /// The sequence ended or lost its blocks.
+    pub(crate) fn forget(&mut self, id: SequenceId) {
+        self.acceptance.remove(&id);
+        self.model.iter_mut().for_each(|model| model.forget(id));
+    }
+}
+
+/// How often the guesses at a sequence's tokens are right.
+#[derive(Clone, Copy, Debug)]
+struct Acceptance {
+    /// Smoothed share of verified guesses that were right.
+    rate: f64,
+    /// Decoding steps so far.
+    n_steps: u32,
+}
+
+/// Every so many steps one guess tells whether things have changed.
+const PROBE_EVERY: u32 = 16;
+/// A guess less likely than this costs more than the estimates can tell.
+const RATE_MIN: f64 = 0.25;
+const SMOOTHING: f64 = 0.1;
+
+impl Default for Acceptance {
+    fn default() -> Acceptance {
+        Acceptance { rate: 0.7, n_steps: 0 }
+    }
+}
+
+impl Acceptance {
+    /// The i-th guess is right with probability rate^i; guesses are worth it while that exceeds the minimum.
+    fn draft_len(&mut self, acceptance_min: f64) -> usize {
+        self.n_steps += 1;
+        // The first step is plain: it shows what a step without a draft costs.
+        if self.n_steps == 1 {
+            return 0;
+        }
+        let worth = acceptance_min.max(RATE_MIN);
+        let n = if worth >= 1.0 { 0 } else { (worth.ln() / self.rate.min(0.99).ln()) as usize };
+        let is_probe = n == 0 && self.n_steps.is_multiple_of(PROBE_EVERY);
+        if is_probe { 1 } else { n }
+    }
+
+    fn learn(&mut self, n_draft: usize, n_accepted: usize) {
+        let trials = (0..n_draft.min(n_accepted + 1)).map(|i| f64::from(u8::from(i < n_accepted)));
+        trials.for_each(|right| self.rate += (right - self.rate) * SMOOTHING);
+    }
+}
+
+/// The shortest and the longest ending that is searched for.
+const ENDING_MIN: usize = 2;
+const ENDING_MAX: usize = 5;
+/// Known tokens that are searched: 2^15 comparisons are some 10 µs.
+const SEARCHED_MAX: usize = 1 << 15;
+
+/// What followed where the known tokens' ending stood before: of the longest such endings the latest.
+fn look_up(tokens: &[TokenId], n_max: usize) -> Vec<TokenId> {
+    let tokens = &tokens[tokens.len().saturating_sub(SEARCHED_MAX)..];
+    let Some((&last, before)) = tokens.split_last() else { return Vec::new() };
+    let mut best = (ENDING_MIN - 1, tokens.len());
+    for i in (0..before.len()).rev().filter(|&i| before[i] == last) {
+        let pairs = before[..i].iter().rev().zip(before.iter().rev());
+        let n_ending = 1 + pairs.take(ENDING_MAX - 1).take_while(|(a, b)| a == b).count();
+        if n_ending > best.0 {
+            best = (n_ending, i + 1);
+        }
+        if n_ending == ENDING_MAX {
+            break;
+        }
+    }
+    // Past its end the text is taken to repeat itself.
+    (best.1..tokens.len()).cycle().take(n_max).map(|i| tokens[i]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_and_latest_ending_is_continued() {
+        let check = |tokens: &[TokenId], n_max, expected: &[TokenId]| {
+            assert_eq!(look_up(tokens, n_max), expected, "{tokens:?}");
+        };
+        check(&[1, 2, 3, 9, 1, 2], 2, &[3, 9]);
+        check(&[1, 2, 3, 9, 1, 2], 6, &[3, 9, 1, 2, 3, 9]);
+        // One common token is a coincidence.
+        check(&[5, 2, 3, 9, 1, 2], 2, &[]);
+        // The longer ending wins over the later one, the later one among equals.
+        check(&[7, 1, 2, 3, 8, 1, 2, 4, 7, 1, 2], 1, &[3]);
+        check(&[7, 1, 2, 3, 7, 1, 2, 4, 7, 1, 2], 1, &[4]);
+        check(&[4, 4, 4, 4, 4, 4, 4], 3, &[4, 4, 4]);
+        check(&[1], 3, &[]);
+        check(&[], 3, &[]);
+    }
+
+    #[test]
+    fn drafts_are_as_long_as_they_are_worth() {
+        let mut acceptance = Acceptance::default();
+        assert_eq!(acceptance.draft_len(0.0), 0, "the first step is plain");
+        assert_eq!(acceptance.draft_len(0.0), 3);
+        assert_eq!(acceptance.draft_len(0.6), 1);
+        assert_eq!(acceptance.draft_len(1.5), 0);
+        (0..100).for_each(|_| acceptance.learn(3, 3));
+        assert!(acceptance.draft_len(0.0) > 50);
+        (0..100).for_each(|_| acceptance.learn(3, 0));
+        let lens: Vec<_> = (0..2 * PROBE_EVERY).map(|_| acceptance.draft_len(0.0)).collect();
+        assert_eq!(lens.iter().sum::<usize>(), 2, "probes only: {lens:?}");
+        (0..20).for_each(|_| acceptance.learn(1, 1));
+        assert!(acceptance.draft_len(0.0) > 3, "{acceptance:?}");
+    }
+}
