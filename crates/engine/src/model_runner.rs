@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use model::{BLOCK_TOKENS, KvCache, KvType, Llama, Scratch, StepInput};
+use model::{BLOCK_TOKENS, KvCache, KvType, Decoder, Scratch, StepInput};
 use tensor::Pool;
 
 use crate::runner::{Runner, RunnerError};
 
 /// See the module.
 pub struct ModelRunner {
-    llama: Llama,
+    llama: Decoder,
     kv: KvCache,
     pool: Arc<Pool>,
     scratch: Scratch,
@@ -23,7 +23,7 @@ impl ModelRunner {
     /// # Errors
     /// If not even one block fits.
     pub fn new(
-        llama: Llama,
+        llama: Decoder,
         pool: Arc<Pool>,
         kv_type: KvType,
         kv_bytes_max: usize,

@@ -6,7 +6,7 @@
 
 use std::time::Instant;
 
-use model::{Config, LossSum, TrainModel};
+use model::{Architecture, Config, LossSum, Rope, TrainModel};
 use tensor::adamw::{AdamW, AdamWState, adamw, sum_squares};
 use tensor::{Buf, Pool, Precision, cpu, limits};
 
@@ -47,6 +47,7 @@ fn main() {
 /// Six layers of six heads over 4,096 ids.
 fn shape(width: usize, n_kv_heads: usize, head_width: usize, ff_width: usize) -> Config {
     Config {
+        architecture: Architecture::Llama,
         n_layers: 6,
         width,
         n_heads: 6,
@@ -55,7 +56,9 @@ fn shape(width: usize, n_kv_heads: usize, head_width: usize, ff_width: usize) ->
         ff_width,
         vocab: 4096,
         norm_eps: 1e-5,
-        rope_theta: 10_000.0,
+        rope: Rope::plain(10_000.0),
+        query_scalar: None,
+        window: None,
         tied_embeddings: true,
         context_max: POSITIONS,
         bos: None,

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use crate::weights::rotate_half_order;
-use crate::{Config, Error, Result, WeightTensor, Weights};
+use crate::{Architecture, Config, Error, Result, Rope, WeightTensor, Weights};
 use tensor::packed::WeightKind;
 
 const HEADER_NUMBERS: usize = 7;
@@ -48,6 +48,7 @@ fn config(numbers: [i32; HEADER_NUMBERS]) -> Result<Config> {
     };
     let (width, n_heads) = (positive("dim", width)?, positive("n_heads", n_heads)?);
     let config = Config {
+        architecture: Architecture::Llama,
         n_layers: positive("n_layers", n_layers)?,
         width,
         n_heads,
@@ -56,7 +57,9 @@ fn config(numbers: [i32; HEADER_NUMBERS]) -> Result<Config> {
         ff_width: positive("hidden_dim", ff_width)?,
         vocab: vocab.unsigned_abs() as usize,
         norm_eps: 1e-5,
-        rope_theta: 10_000.0,
+        rope: Rope::plain(10_000.0),
+        query_scalar: None,
+        window: None,
         tied_embeddings: vocab > 0,
         context_max: positive("seq_len", context)?,
         bos: Some(1),

@@ -95,9 +95,9 @@ impl TrainModel {
     /// For micro-batches of `b` rows of `t` tokens. `precision` is that of the matrix products.
     ///
     /// # Panics
-    /// If the configuration does not pass its check, or b or t is 0.
+    /// If the configuration does not pass its checks, or b or t is 0.
     pub fn new(config: &Config, b: usize, t: usize, precision: Precision) -> Self {
-        config.check().expect("only checked configurations are trained");
+        config.check().and_then(|()| config.check_trainable()).expect("only checked configurations are trained");
         assert!(b > 0 && t > 0, "a micro-batch of {b} rows of {t} tokens");
         let attention = AttentionDims {
             n_rows: b,
@@ -124,7 +124,7 @@ impl TrainModel {
         Self {
             shape,
             table: ParamTable::new(config),
-            rope: RopeTable::new(t, config.head_width, config.rope_theta),
+            rope: config.rope.table(t, config.head_width),
             layers: (0..config.n_layers).map(|_| LayerMemory::new(shape)).collect(),
             streams: (0..2 * config.n_layers + 1).map(|_| Stream::new(shape)).collect(),
             scratch: Scratch::new(shape),

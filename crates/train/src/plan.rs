@@ -100,9 +100,11 @@ impl Plan {
         serde_json::to_vec_pretty(self).unwrap_or_else(|e| panic!("a plan is plain data: {e}"))
     }
 
-    /// The model's shape, checked.
+    /// The model's shape, checked: one that can be trained.
     pub fn config(&self) -> Result<Config> {
-        Ok(Config::from_json(self.model.to_string().as_bytes())?)
+        let config = Config::from_json(self.model.to_string().as_bytes())?;
+        config.check_trainable()?;
+        Ok(config)
     }
 
     pub fn tokens_per_step(&self) -> usize {

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use data::{Dataset, DatasetInfo};
-use model::{Config, ParamTable, TrainModel};
+use model::{Architecture, Config, ParamTable, Rope, TrainModel};
 use store::Store;
 use tensor::{Buf, Pool, Precision};
 use train::{AdamW, CheckpointPolicy, Decay, Evaluate, Event, Outcome, PLAN_VERSION, Plan, Sample, Schedule};
@@ -136,6 +136,7 @@ fn steps_in(plan: &Plan, config: &Config, minutes: f64, n_threads: usize) -> Res
 /// (4,096 * 192 = 0.8 million).
 fn small_llama(dataset: &DatasetInfo, context: usize) -> Config {
     Config {
+        architecture: Architecture::Llama,
         n_layers: 6,
         width: 192,
         n_heads: 6,
@@ -144,7 +145,9 @@ fn small_llama(dataset: &DatasetInfo, context: usize) -> Config {
         ff_width: 512,
         vocab: dataset.vocab_size,
         norm_eps: 1e-5,
-        rope_theta: 10_000.0,
+        rope: Rope::plain(10_000.0),
+        query_scalar: None,
+        window: None,
         tied_embeddings: true,
         context_max: context,
         bos: None,

@@ -88,6 +88,24 @@ impl Metadata {
         }
     }
 
+    /// The strings; empty when absent.
+    pub(super) fn texts(&self, key: &str) -> Result<&[String]> {
+        match self.0.get(key) {
+            None => Ok(&[]),
+            Some(Value::Texts(texts)) => Ok(texts),
+            Some(_) => Err(bad(key, "is not an array of strings")),
+        }
+    }
+
+    /// The numbers; empty when absent.
+    pub(super) fn ints(&self, key: &str) -> Result<&[i64]> {
+        match self.0.get(key) {
+            None => Ok(&[]),
+            Some(Value::Ints(ints)) => Ok(ints),
+            Some(_) => Err(bad(key, "is not an array of integers")),
+        }
+    }
+
     /// Moves the strings out; empty when absent.
     pub(super) fn take_texts(&mut self, key: &str) -> Result<Vec<String>> {
         match self.0.remove(key) {

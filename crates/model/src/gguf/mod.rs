@@ -1,10 +1,11 @@
-//! Reads GGUF files, versions 2 and 3 (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>), of architecture
-//! `llama` with weights of kind F32, F16, BF16, Q8_0, Q4_0 or Q4_1.
+//! Reads GGUF files, versions 2 and 3 (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>), of every
+//! [`crate::Architecture`].
 //!
 //! Nothing in a file is believed: counts, lengths and offsets are compared with the size of the file before anything is
 //! allocated, tensors must not overlap, and what would change the mathematics and is not computed here (another
-//! architecture, biases, scaled RoPE) is refused by name.
+//! architecture, experts, capped scores) is refused by name.
 
+mod config;
 mod metadata;
 mod reader;
 mod tensors;
@@ -16,10 +17,11 @@ use std::io::{BufReader, Read, Seek};
 use std::path::Path;
 
 use metadata::Metadata;
+pub use crate::names::to_gguf as tensor_name;
 use reader::{Reader, bad};
-use tensors::{TensorInfo, read_infos};
+use tensors::read_infos;
 
-use crate::{Config, Error, Result, Weights};
+use crate::{Error, Result, Weights};
 
 /// `GGUF` as a little-endian number.
 const MAGIC: u32 = 0x4655_4747;
@@ -86,66 +88,10 @@ pub fn read_from(source: impl Read + Seek) -> Result<Gguf> {
     let n_pairs = reader.u64("metadata count")?;
     let mut metadata = Metadata::read(&mut reader, n_pairs)?;
     let infos = read_infos(&mut reader, n_tensors, &metadata)?;
-    let config = config(&metadata, &infos)?;
+    let config = config::read(&metadata, &infos)?;
     let weights = tensors::read_tensors(&mut reader, infos, config)?;
     let chat_template = metadata.text("tokenizer.chat_template")?.map(str::to_owned);
     Ok(Gguf { vocab: vocab(&mut metadata, weights.config.vocab)?, weights, chat_template })
-}
-
-/// The shape, from metadata `llama.*` and the tensors' presence.
-fn config(metadata: &Metadata, infos: &[TensorInfo]) -> Result<Config> {
-    let architecture = metadata.text("general.architecture")?;
-    match architecture {
-        Some("llama") => {}
-        Some(other) => {
-            return Err(bad("general.architecture", format!("{other:?} is not supported, only llama is")));
-        }
-        None => return Err(bad("general.architecture", "is missing")),
-    }
-    if metadata.count("llama.expert_count")?.is_some_and(|n| n > 0) {
-        return Err(bad("llama.expert_count", "mixtures of experts are not supported"));
-    }
-    if let Some(kind) = metadata.text("llama.rope.scaling.type")?.filter(|kind| *kind != "none") {
-        return Err(bad("llama.rope.scaling.type", format!("{kind:?} is not supported")));
-    }
-    let embedding = infos.iter().find(|info| info.name == "token_embd.weight");
-    let embedding = embedding.ok_or_else(|| Error::MissingTensor("token_embd.weight".into()))?;
-    let n_heads = metadata.required_count("llama.attention.head_count")?;
-    let width = metadata.required_count("llama.embedding_length")?;
-    let rope_width = metadata.count("llama.rope.dimension_count")?;
-    let head_width = match metadata.count("llama.attention.key_length")?.or(rope_width) {
-        Some(d) => d,
-        None if n_heads > 0 && width.is_multiple_of(n_heads) => width / n_heads,
-        None => {
-            return Err(bad("llama.embedding_length", format!("{width} is no multiple of {n_heads} heads")));
-        }
-    };
-    for key in ["llama.rope.dimension_count", "llama.attention.value_length"] {
-        if metadata.count(key)?.is_some_and(|d| d != head_width) {
-            return Err(bad(
-                key,
-                format!("differs from the head width {head_width}, which is not supported"),
-            ));
-        }
-    }
-    let eps_key = "llama.attention.layer_norm_rms_epsilon";
-    let config = Config {
-        n_layers: metadata.required_count("llama.block_count")?,
-        width,
-        n_heads,
-        n_kv_heads: metadata.count("llama.attention.head_count_kv")?.unwrap_or(n_heads),
-        head_width,
-        ff_width: metadata.required_count("llama.feed_forward_length")?,
-        vocab: embedding.dims[0],
-        norm_eps: metadata.float(eps_key)?.ok_or_else(|| bad(eps_key, "is missing"))?,
-        rope_theta: metadata.float("llama.rope.freq_base")?.unwrap_or(10_000.0),
-        tied_embeddings: !infos.iter().any(|info| info.name == "output.weight"),
-        context_max: metadata.required_count("llama.context_length")?,
-        bos: metadata.id("tokenizer.ggml.bos_token_id")?,
-        eos: metadata.id("tokenizer.ggml.eos_token_id")?.into_iter().collect(),
-    };
-    config.check()?;
-    Ok(config)
 }
 
 fn vocab(metadata: &mut Metadata, n_ids: usize) -> Result<Option<Vocab>> {

@@ -8,10 +8,14 @@ use tensor::packed::WeightKind;
 use super::metadata::Metadata;
 use super::reader::{Reader, bad};
 use crate::weights::rotate_half_order;
-use crate::{Config, Result, WeightTensor, Weights};
+use crate::names::{self, LayerPart, Part};
+use crate::{Architecture, Config, Result, RopeScaling, WeightTensor, Weights};
 
 /// Tensors a file may have; a thousand layers have nine each.
 const N_TENSORS_MAX: u64 = 1 << 16;
+
+/// Divisors of RoPE's frequencies, one a pair.
+const ROPE_DIVISORS: &str = "rope_freqs.weight";
 
 /// Where a tensor lies.
 pub(super) struct TensorInfo {
@@ -108,27 +112,35 @@ fn kind(id: u32) -> std::result::Result<WeightKind, String> {
     })
 }
 
-/// Reads the tensors and gives them their Hugging Face names and order of rows.
+/// Reads the tensors and gives them their Hugging Face names and order of rows. Divisors of RoPE's frequencies, which are
+/// no weights, go into the configuration.
 pub(super) fn read_tensors<R: Read + Seek>(
     reader: &mut Reader<R>,
     infos: Vec<TensorInfo>,
-    config: Config,
+    mut config: Config,
 ) -> Result<Weights> {
     let mut tensors = BTreeMap::new();
     for TensorInfo { name, dims, kind, at, bytes } in infos {
-        let hf_name =
-            hf_name(&name, config.n_layers).ok_or_else(|| bad(&name, "no tensor of a llama is called so"))?;
         reader.seek(at, &name)?;
-        let mut bytes = reader.bytes(bytes, &name)?;
-        if hf_name.ends_with("q_proj.weight") || hf_name.ends_with("k_proj.weight") {
-            if dims.len() != 2 || !dims[0].is_multiple_of(config.head_width) {
-                return Err(bad(
-                    &name,
-                    format!("shape {dims:?} is not whole heads of {}", config.head_width),
-                ));
-            }
-            bytes = rotate_half_order(&bytes, dims[0], config.head_width);
+        let bytes = reader.bytes(bytes, &name)?;
+        if name == ROPE_DIVISORS {
+            let divisors = WeightTensor { kind, dims, bytes }.to_f32();
+            set_divisors(&mut config, divisors)?;
+            continue;
         }
+        let (hf_name, part) = names::from_gguf(&name, &config).ok_or_else(|| {
+            bad(&name, format!("no tensor of a {} is called so", config.architecture.gguf_name()))
+        })?;
+        let bytes = match interleaved(config.architecture, part) {
+            false => bytes,
+            true if dims.len() == 2 && dims[0].is_multiple_of(config.head_width) => {
+                rotate_half_order(&bytes, dims[0], config.head_width)
+            }
+            true => {
+                let problem = format!("shape {dims:?} is not whole heads of {}", config.head_width);
+                return Err(bad(&name, problem));
+            }
+        };
         if tensors.insert(hf_name, WeightTensor { kind, dims, bytes }).is_some() {
             return Err(bad(&name, "is there twice"));
         }
@@ -136,29 +148,16 @@ pub(super) fn read_tensors<R: Read + Seek>(
     Ok(Weights { config, tensors })
 }
 
-fn hf_name(name: &str, n_layers: usize) -> Option<String> {
-    let whole = match name {
-        "token_embd.weight" => Some("model.embed_tokens.weight"),
-        "output_norm.weight" => Some("model.norm.weight"),
-        "output.weight" => Some("lm_head.weight"),
-        _ => None,
-    };
-    if let Some(whole) = whole {
-        return Some(whole.to_owned());
+/// Whether GGUF files have the rows of this part in interleaved order. The other architectures' are as Hugging Face's.
+fn interleaved(architecture: Architecture, part: Part) -> bool {
+    architecture == Architecture::Llama && matches!(part, Part::Layer(LayerPart::Q | LayerPart::K))
+}
+
+fn set_divisors(config: &mut Config, divisors: Vec<f32>) -> Result<()> {
+    if config.rope.scaling != RopeScaling::None || divisors.len() != config.head_width / 2 {
+        let problem = format!("{} divisors for heads of {}", divisors.len(), config.head_width);
+        return Err(bad(ROPE_DIVISORS, problem));
     }
-    let (layer, part) = name.strip_prefix("blk.")?.split_once('.')?;
-    let layer: usize = layer.parse().ok().filter(|&layer| layer < n_layers)?;
-    let part = match part {
-        "attn_norm.weight" => "input_layernorm",
-        "attn_q.weight" => "self_attn.q_proj",
-        "attn_k.weight" => "self_attn.k_proj",
-        "attn_v.weight" => "self_attn.v_proj",
-        "attn_output.weight" => "self_attn.o_proj",
-        "ffn_norm.weight" => "post_attention_layernorm",
-        "ffn_gate.weight" => "mlp.gate_proj",
-        "ffn_up.weight" => "mlp.up_proj",
-        "ffn_down.weight" => "mlp.down_proj",
-        _ => return None,
-    };
-    Some(format!("model.layers.{layer}.{part}.weight"))
+    config.rope.scaling = super::config::scaling_of(divisors, &config.rope);
+    config.check().map_err(|err| bad(ROPE_DIVISORS, err.to_string()))
 }

@@ -4,7 +4,7 @@ use tensor::Pool;
 use tensor::packed::WeightKind;
 
 use super::*;
-use crate::Llama;
+use crate::{Config, Decoder, Rope, RopeScaling};
 
 /// A GGUF file in the making. What it says need not be true.
 #[derive(Clone)]
@@ -164,7 +164,7 @@ fn a_file_is_read_whole() {
         let config = &weights.config;
         assert_eq!((config.n_layers, config.width, config.ff_width, config.vocab), (1, 32, 64, 3));
         assert_eq!((config.n_heads, config.n_kv_heads, config.head_width), (2, 1, 16));
-        assert_eq!((config.norm_eps, config.rope_theta, config.context_max), (1e-5, 10_000.0, 40));
+        assert_eq!((config.norm_eps, config.rope.theta, config.context_max), (1e-5, 10_000.0, 40));
         assert!(config.tied_embeddings && config.bos.is_none() && config.eos == [2]);
         let vocab = vocab.unwrap();
         assert_eq!(
@@ -177,7 +177,7 @@ fn a_file_is_read_whole() {
         let down = &weights.tensors["model.layers.0.mlp.down_proj.weight"];
         assert_eq!((down.kind, &down.dims[..]), (kind, &[32, 64][..]));
         assert_eq!(down.bytes, draft.clone().tensor("blk.0.ffn_down.weight").bytes);
-        Llama::new(weights, &Pool::new(1)).unwrap();
+        Decoder::new(weights, &Pool::new(1)).unwrap();
     }
 }
 
@@ -193,20 +193,43 @@ fn rows_of_q_and_k_come_in_rotate_half_order() {
     assert_eq!(order, [head.clone(), head.iter().map(|row| row + 16).collect()].concat());
 }
 
+/// Divisors that are Llama 3's become its scaling, which `config.json` can say; others stay as they are.
+#[test]
+fn divisors_of_frequencies_are_read() {
+    let llama3 = RopeScaling::Llama3 {
+        factor: 32.0,
+        low_freq_factor: 1.0,
+        high_freq_factor: 4.0,
+        original_context: 8192,
+    };
+    let plain = Rope::plain(10_000.0).frequencies(16);
+    let scaled = Rope { theta: 10_000.0, scaling: llama3.clone() }.frequencies(16);
+    let divisors: Vec<f32> = plain.iter().zip(scaled).map(|(plain, scaled)| (plain / scaled) as f32).collect();
+    let others: Vec<f32> = divisors.iter().map(|x| x * 1.5).collect();
+    for (divisors, expected) in [(divisors, llama3), (others.clone(), RopeScaling::Divisors(others))] {
+        let mut draft = Draft::tiny(WeightKind::F32);
+        draft.push("rope_freqs.weight", &[8], WeightKind::F32);
+        draft.tensor("rope_freqs.weight").bytes = WeightKind::F32.quantize(&divisors);
+        let config = parse(&draft.bytes()).unwrap().weights.config;
+        assert_eq!(config.rope.scaling, expected);
+        assert_eq!(Config::from_json(config.to_json("float32").as_bytes()).unwrap(), config);
+    }
+}
+
 #[test]
 fn an_output_matrix_unties_the_embedding() {
     let mut draft = Draft::tiny(WeightKind::Q8_0);
     draft.push("output.weight", &[32, 3], WeightKind::Q8_0);
     let weights = parse(&draft.bytes()).unwrap().weights;
     assert!(!weights.config.tied_embeddings);
-    Llama::new(weights, &Pool::new(1)).unwrap();
+    Decoder::new(weights, &Pool::new(1)).unwrap();
 }
 
 /// Changes a good file; reading it, or building the model of it, must fail with an error that names the culprit.
 fn refused(culprit: &str, change: impl FnOnce(&mut Draft)) {
     let mut draft = Draft::tiny(WeightKind::Q4_1);
     change(&mut draft);
-    let built = parse(&draft.bytes()).and_then(|gguf| Llama::new(gguf.weights, &Pool::new(1)));
+    let built = parse(&draft.bytes()).and_then(|gguf| Decoder::new(gguf.weights, &Pool::new(1)));
     let Err(error) = built else { panic!("{culprit}: the lie was believed") };
     let message = error.to_string();
     assert!(message.contains(culprit) && message.len() < 400, "{culprit}: {message}");
@@ -229,7 +252,8 @@ fn lying_heads_are_refused() {
 #[test]
 fn lying_metadata_is_refused() {
     const ARCHITECTURE: &str = "general.architecture";
-    refused(ARCHITECTURE, |d| d.set(ARCHITECTURE, 8, text("gpt2")));
+    refused(ARCHITECTURE, |d| d.set(ARCHITECTURE, 8, text("mamba")));
+    refused("qwen3.attention.head_count", |d| d.set(ARCHITECTURE, 8, text("qwen3")));
     refused(ARCHITECTURE, |d| d.set(ARCHITECTURE, 8, u64::MAX.to_le_bytes().to_vec()));
     refused(ARCHITECTURE, |d| d.set(ARCHITECTURE, 8, [&4u64.to_le_bytes()[..], &[0xff; 4]].concat()));
     refused(ARCHITECTURE, |d| d.pairs.retain(|(key, ..)| key != ARCHITECTURE));
@@ -254,7 +278,12 @@ fn lying_metadata_is_refused() {
     refused("num_key_value_heads", |d| d.set_u32("llama.attention.head_count_kv", 3));
     refused("llama.rope.dimension_count", |d| d.set_u32("llama.attention.key_length", 8));
     refused("llama.expert_count", |d| d.set_u32("llama.expert_count", 8));
-    refused("llama.rope.scaling.type", |d| d.set("llama.rope.scaling.type", 8, text("yarn")));
+    refused("llama.rope.scaling.type", |d| d.set("llama.rope.scaling.type", 8, text("longrope")));
+    refused("llama.rope.scaling.factor", |d| d.set("llama.rope.scaling.type", 8, text("yarn")));
+    refused("llama.attention.sliding_window", |d| d.set_u32("llama.attention.sliding_window", 8));
+    refused("llama.final_logit_softcapping", |d| {
+        d.set("llama.final_logit_softcapping", 6, 30f32.to_le_bytes().to_vec());
+    });
     refused("rms_norm_eps", |d| {
         d.set("llama.attention.layer_norm_rms_epsilon", 6, f32::NAN.to_le_bytes().to_vec());
     });
@@ -287,7 +316,11 @@ fn lying_tensors_are_refused() {
     refused("kind 77", |d| d.tensor(Q).kind = 77);
     refused("blk.0.attn_q.bias", |d| d.push("blk.0.attn_q.bias", &[32], WeightKind::F32));
     refused("blk.1.attn_q.weight", |d| d.push("blk.1.attn_q.weight", &[32, 32], WeightKind::F32));
-    refused("rope_freqs.weight", |d| d.push("rope_freqs.weight", &[8], WeightKind::F32));
+    refused("rope_freqs.weight", |d| d.push("rope_freqs.weight", &[7], WeightKind::F32));
+    refused("rope_freqs.weight", |d| {
+        d.push("rope_freqs.weight", &[8], WeightKind::F32);
+        d.tensor("rope_freqs.weight").bytes = WeightKind::F32.quantize(&[-1.0; 8]);
+    });
     refused("is there twice", |d| d.push(Q, &[32, 32], WeightKind::F32));
     refused("token_embd.weight", |d| d.tensors.retain(|t| t.name != "token_embd.weight"));
     refused("self_attn.q_proj", |d| d.tensors.retain(|t| t.name != Q));
@@ -321,7 +354,7 @@ fn flipped_bits_do_no_harm() {
             assert!(held <= bytes.len(), "byte {at} bit {bit}: {held} bytes of tensors");
             // Building the model costs more; bits of the data change nothing about it.
             if n_read % 64 == 0 {
-                drop(Llama::new(weights, &pool));
+                drop(Decoder::new(weights, &pool));
             }
         }
     }

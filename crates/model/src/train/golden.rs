@@ -4,6 +4,7 @@ use serde_json::Value;
 use tensor::adamw::{AdamW, AdamWState, adamw};
 
 use super::*;
+use crate::{Architecture, Rope};
 
 fn golden() -> Value {
     let text = include_str!("../../../../fixtures/golden/llama_train.json");
@@ -31,6 +32,7 @@ fn size(value: &Value) -> usize {
 fn config(case: &Value) -> Config {
     let shape = &case["config"];
     Config {
+        architecture: Architecture::Llama,
         n_layers: size(&shape["layers"]),
         width: size(&shape["width"]),
         n_heads: size(&shape["heads"]),
@@ -39,7 +41,9 @@ fn config(case: &Value) -> Config {
         ff_width: size(&shape["ff"]),
         vocab: size(&shape["vocab"]),
         norm_eps: number(&shape["eps"]) as f32,
-        rope_theta: number(&shape["theta"]) as f32,
+        rope: Rope::plain(number(&shape["theta"]) as f32),
+        query_scalar: None,
+        window: None,
         tied_embeddings: shape["tied"] == true,
         context_max: size(&case["positions"]),
         bos: None,

@@ -1,0 +1,513 @@
+//! Hugging Face's `config.json`, both ways.
+
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::*;
+
+const FORMAT_VERSION_KEY: &str = "loquat_format_version";
+
+/// The keys of `config.json` that are read. Others are ignored: they do not change what is computed.
+#[derive(Deserialize)]
+struct RawConfig {
+    model_type: Option<String>,
+    /// The language model of one that sees as well.
+    text_config: Option<Value>,
+    #[serde(alias = "n_layer")]
+    num_hidden_layers: Option<u64>,
+    #[serde(alias = "n_embd")]
+    hidden_size: Option<u64>,
+    #[serde(alias = "n_head")]
+    num_attention_heads: Option<u64>,
+    num_key_value_heads: Option<u64>,
+    head_dim: Option<u64>,
+    #[serde(alias = "n_inner")]
+    intermediate_size: Option<u64>,
+    vocab_size: Option<u64>,
+    #[serde(alias = "layer_norm_epsilon")]
+    rms_norm_eps: Option<f64>,
+    rope_theta: Option<f64>,
+    rope_scaling: Option<RopeParameters>,
+    rope_parameters: Option<RopeParameters>,
+    rope_local_base_freq: Option<f64>,
+    query_pre_attn_scalar: Option<f64>,
+    sliding_window: Option<u64>,
+    sliding_window_pattern: Option<u64>,
+    use_sliding_window: Option<bool>,
+    max_window_layers: Option<u64>,
+    layer_types: Option<Vec<String>>,
+    tie_word_embeddings: Option<bool>,
+    #[serde(alias = "n_positions")]
+    max_position_embeddings: Option<u64>,
+    bos_token_id: Option<u32>,
+    eos_token_id: Option<OneOrMany>,
+    #[serde(alias = "hidden_activation", alias = "activation_function")]
+    hidden_act: Option<String>,
+    #[serde(flatten)]
+    switches: Switches,
+    loquat_format_version: Option<u64>,
+}
+
+/// Settings that must be off (or as said) for the model to be one that is computed here.
+#[derive(Deserialize)]
+struct Switches {
+    attention_bias: Option<bool>,
+    mlp_bias: Option<bool>,
+    rope_interleaved: Option<bool>,
+    scale_attn_by_inverse_layer_idx: Option<bool>,
+    add_cross_attention: Option<bool>,
+    use_bidirectional_attention: Option<bool>,
+    scale_attn_weights: Option<bool>,
+    attn_logit_softcapping: Option<f64>,
+    final_logit_softcapping: Option<f64>,
+    quantization_config: Option<Value>,
+}
+
+/// Newer transformers keep RoPE's base in here; older ones only its scaling. Gemma 3 has one for each kind of layer.
+#[derive(Clone, Default, Deserialize)]
+struct RopeParameters {
+    rope_theta: Option<f64>,
+    #[serde(alias = "type")]
+    rope_type: Option<String>,
+    factor: Option<f64>,
+    original_max_position_embeddings: Option<u64>,
+    low_freq_factor: Option<f64>,
+    high_freq_factor: Option<f64>,
+    beta_fast: Option<f64>,
+    beta_slow: Option<f64>,
+    attention_factor: Option<f64>,
+    mscale: Option<f64>,
+    truncate: Option<bool>,
+    short_factor: Option<Vec<f32>>,
+    long_factor: Option<Vec<f32>>,
+    full_attention: Option<Box<RopeParameters>>,
+    sliding_attention: Option<Box<RopeParameters>>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum OneOrMany {
+    One(u32),
+    Many(Vec<u32>),
+}
+
+/// What transformers assumes where `config.json` is silent, and what it may say.
+struct Family {
+    architecture: Architecture,
+    hidden_act: &'static str,
+    tied_embeddings: bool,
+    norm_eps: f64,
+    context_max: u64,
+    rope_theta: f64,
+}
+
+fn family(model_type: &str) -> Option<Family> {
+    let llama = Family {
+        architecture: Architecture::Llama,
+        hidden_act: "silu",
+        tied_embeddings: false,
+        norm_eps: 1e-6,
+        context_max: 2048,
+        rope_theta: 10_000.0,
+    };
+    Some(match model_type {
+        "llama" => llama,
+        "mistral" => Family { context_max: 131_072, ..llama },
+        "qwen2" => Family { architecture: Architecture::Qwen2, context_max: 32_768, ..llama },
+        "qwen3" => Family { architecture: Architecture::Qwen3, context_max: 32_768, ..llama },
+        "gemma3_text" => Family {
+            architecture: Architecture::Gemma3,
+            hidden_act: "gelu_pytorch_tanh",
+            tied_embeddings: true,
+            context_max: 131_072,
+            rope_theta: 1e6,
+            ..llama
+        },
+        "gpt2" => Family {
+            architecture: Architecture::Gpt2,
+            hidden_act: "gelu_new",
+            tied_embeddings: true,
+            norm_eps: 1e-5,
+            context_max: 1024,
+            ..llama
+        },
+        _ => return None,
+    })
+}
+
+impl Config {
+    /// Reads and checks a Hugging Face `config.json`.
+    pub fn from_json(bytes: &[u8]) -> Result<Config> {
+        let mut raw: RawConfig = serde_json::from_slice(bytes).map_err(ConfigError::Parse)?;
+        if let Some(found) = raw.loquat_format_version.filter(|found| *found > FORMAT_VERSION) {
+            return Err(ConfigError::Newer { found });
+        }
+        let mut model_type = raw.model_type.take().ok_or(ConfigError::Missing { field: "model_type" })?;
+        if model_type == "gemma3" {
+            raw = raw.text_model()?;
+            "gemma3_text".clone_into(&mut model_type);
+        }
+        let family = family(&model_type).ok_or_else(|| unsupported("model_type", &model_type))?;
+        raw.refuse_unsupported(&family)?;
+        let config = raw.into_config(&family, &model_type)?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// The `config.json` from which transformers, vLLM and llama.cpp build the same model.
+    /// `dtype` is the tensors' type in the safetensors file ("float32", "bfloat16").
+    pub fn to_json(&self, dtype: &str) -> String {
+        let mut config = match self.architecture {
+            Architecture::Gpt2 => self.gpt2_keys(),
+            _ => self.rotary_keys(),
+        };
+        let (class, model_type) = self.class();
+        for (key, value) in [
+            ("architectures", json!([class])),
+            ("model_type", json!(model_type)),
+            ("vocab_size", json!(self.vocab)),
+            ("tie_word_embeddings", json!(self.tied_embeddings)),
+            ("initializer_range", json!(0.02)),
+            ("use_cache", json!(true)),
+            ("torch_dtype", json!(dtype)),
+            ("bos_token_id", ids(self.bos.as_slice())),
+            ("eos_token_id", ids(&self.eos)),
+            (FORMAT_VERSION_KEY, json!(FORMAT_VERSION)),
+        ] {
+            config.insert(key.to_owned(), value);
+        }
+        let mut text = serde_json::to_string_pretty(&config).expect("numbers and strings always serialize");
+        text.push('\n');
+        text
+    }
+
+    fn class(&self) -> (&'static str, &'static str) {
+        match (self.architecture, &self.window) {
+            (Architecture::Llama, None) => ("LlamaForCausalLM", "llama"),
+            (Architecture::Llama, Some(_)) => ("MistralForCausalLM", "mistral"),
+            (Architecture::Qwen2, _) => ("Qwen2ForCausalLM", "qwen2"),
+            (Architecture::Qwen3, _) => ("Qwen3ForCausalLM", "qwen3"),
+            (Architecture::Gemma3, _) => ("Gemma3ForCausalLM", "gemma3_text"),
+            (Architecture::Gpt2, _) => ("GPT2LMHeadModel", "gpt2"),
+        }
+    }
+
+    fn gpt2_keys(&self) -> Map<String, Value> {
+        object(json!({
+            "n_layer": self.n_layers,
+            "n_embd": self.width,
+            "n_head": self.n_heads,
+            "n_inner": self.ff_width,
+            "n_positions": self.context_max,
+            "n_ctx": self.context_max,
+            "layer_norm_epsilon": shortest_f64(self.norm_eps),
+            "activation_function": "gelu_new",
+        }))
+    }
+
+    fn rotary_keys(&self) -> Map<String, Value> {
+        let mut keys = object(json!({
+            "num_hidden_layers": self.n_layers,
+            "hidden_size": self.width,
+            "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads,
+            "head_dim": self.head_width,
+            "intermediate_size": self.ff_width,
+            "rms_norm_eps": shortest_f64(self.norm_eps),
+            "rope_theta": shortest_f64(self.rope.theta),
+            "max_position_embeddings": self.context_max,
+            "attention_bias": false,
+            "mlp_bias": false,
+        }));
+        let mut set = |key: &str, value: Value| keys.insert(key.to_owned(), value);
+        if self.rope.scaling != RopeScaling::None {
+            set("rope_scaling", self.rope.scaling.to_json());
+        }
+        if self.architecture == Architecture::Gemma3 {
+            set("hidden_activation", json!("gelu_pytorch_tanh"));
+            let scalar = self.query_scalar.unwrap_or(self.head_width as f32);
+            set("query_pre_attn_scalar", whole_or_float(scalar));
+        } else {
+            set("hidden_act", json!("silu"));
+        }
+        if let Some(window) = &self.window {
+            let kind = |local: &bool| if *local { "sliding_attention" } else { "full_attention" };
+            set("sliding_window", json!(window.n_positions));
+            set("layer_types", window.layers.iter().map(kind).collect());
+            set("use_sliding_window", json!(true));
+            if let Some(theta) = window.rope_theta {
+                set("rope_local_base_freq", json!(shortest_f64(theta)));
+            }
+        }
+        keys
+    }
+}
+
+impl RawConfig {
+    /// The language model of a model that sees as well. Ids stand outside of it.
+    fn text_model(self) -> Result<RawConfig> {
+        let text = self.text_config.ok_or(ConfigError::Missing { field: "text_config" })?;
+        let mut text: RawConfig = serde_json::from_value(text).map_err(ConfigError::Parse)?;
+        text.bos_token_id = self.bos_token_id.or(text.bos_token_id);
+        text.eos_token_id = self.eos_token_id.or(text.eos_token_id);
+        text.switches.quantization_config =
+            self.switches.quantization_config.or(text.switches.quantization_config);
+        // Published files leave out what is as in Gemma 3 4B.
+        text.num_attention_heads.get_or_insert(8);
+        text.num_key_value_heads.get_or_insert(4);
+        text.vocab_size.get_or_insert(262_208);
+        Ok(text)
+    }
+
+    /// Settings with another meaning than the one computed here must not be passed over in silence.
+    fn refuse_unsupported(&self, family: &Family) -> Result<()> {
+        if let Some(act) = self.hidden_act.as_deref().filter(|act| *act != family.hidden_act) {
+            return Err(unsupported("hidden_act", act));
+        }
+        let s = &self.switches;
+        for (field, on) in [
+            ("attention_bias", s.attention_bias),
+            ("mlp_bias", s.mlp_bias),
+            ("rope_interleaved", s.rope_interleaved),
+            ("scale_attn_by_inverse_layer_idx", s.scale_attn_by_inverse_layer_idx),
+            ("add_cross_attention", s.add_cross_attention),
+            ("use_bidirectional_attention", s.use_bidirectional_attention),
+        ] {
+            if on == Some(true) {
+                return Err(unsupported(field, "true"));
+            }
+        }
+        if s.scale_attn_weights == Some(false) {
+            return Err(unsupported("scale_attn_weights", "false"));
+        }
+        for (field, cap) in [
+            ("attn_logit_softcapping", s.attn_logit_softcapping),
+            ("final_logit_softcapping", s.final_logit_softcapping),
+        ] {
+            if let Some(cap) = cap {
+                return Err(unsupported(field, &cap.to_string()));
+            }
+        }
+        match s.quantization_config {
+            Some(_) => Err(unsupported("quantization_config", "{…}")),
+            None => Ok(()),
+        }
+    }
+
+    fn into_config(self, family: &Family, model_type: &str) -> Result<Config> {
+        let gemma = family.architecture == Architecture::Gemma3;
+        let n_heads = required("num_attention_heads", self.num_attention_heads)?;
+        within("num_attention_heads", n_heads, N_HEADS_MAX)?;
+        let width = required("hidden_size", self.hidden_size)?;
+        within("hidden_size", width, WIDTH_MAX)?;
+        let n_layers = required("num_hidden_layers", self.num_hidden_layers)?;
+        within("num_hidden_layers", n_layers, N_LAYERS_MAX)?;
+        let head_width = match self.head_dim {
+            Some(head_dim) => to_usize("head_dim", head_dim)?,
+            None if gemma => 256,
+            None if width.is_multiple_of(n_heads) => width / n_heads,
+            None => return Err(out_of_range("hidden_size", width, format!("a multiple of {n_heads} heads"))),
+        };
+        let ff_width = match self.intermediate_size {
+            None if family.architecture == Architecture::Gpt2 => 4 * width,
+            other => required("intermediate_size", other)?,
+        };
+        let context_max =
+            to_usize("max_position_embeddings", self.max_position_embeddings.unwrap_or(family.context_max))?;
+        Ok(Config {
+            architecture: family.architecture,
+            n_layers,
+            width,
+            n_heads,
+            n_kv_heads: self
+                .num_key_value_heads
+                .map_or(Ok(n_heads), |n| to_usize("num_key_value_heads", n))?,
+            head_width,
+            ff_width,
+            vocab: required("vocab_size", self.vocab_size)?,
+            norm_eps: self.rms_norm_eps.unwrap_or(family.norm_eps) as f32,
+            rope: self.rope(family, context_max)?,
+            query_scalar: gemma.then(|| self.query_pre_attn_scalar.unwrap_or(256.0) as f32),
+            window: self.window(model_type, n_layers)?,
+            tied_embeddings: self.tie_word_embeddings.unwrap_or(family.tied_embeddings),
+            context_max,
+            bos: self.bos_token_id,
+            eos: match self.eos_token_id {
+                None => Vec::new(),
+                Some(OneOrMany::One(id)) => vec![id],
+                Some(OneOrMany::Many(ids)) => ids,
+            },
+        })
+    }
+
+    /// Positions of the layers without a window (or of all).
+    fn rope(&self, family: &Family, context_max: usize) -> Result<Rope> {
+        let nested = self.rope_parameters.as_ref().and_then(|p| p.full_attention.as_deref());
+        let newer = nested.or(self.rope_parameters.as_ref());
+        let theta = newer.and_then(|p| p.rope_theta).or(self.rope_theta).unwrap_or(family.rope_theta);
+        // Some files say both; the one that scales counts.
+        let scalings = [("rope_parameters", newer), ("rope_scaling", self.rope_scaling.as_ref())];
+        let mut rope = Rope::plain(theta as f32);
+        for (field, parameters) in scalings {
+            let Some(parameters) = parameters else { continue };
+            let scaling = parameters.scaling(field, context_max)?;
+            if rope.scaling != RopeScaling::None && scaling != RopeScaling::None && rope.scaling != scaling {
+                return Err(unsupported(field, "another scaling than rope_parameters"));
+            }
+            if scaling != RopeScaling::None {
+                rope.scaling = scaling;
+            }
+        }
+        Ok(rope)
+    }
+
+    /// Which layers have a window. Each family has its own way to say so; `layer_types` is the newest.
+    fn window(&self, model_type: &str, n_layers: usize) -> Result<Option<Window>> {
+        let gemma = model_type == "gemma3_text";
+        let used = match model_type {
+            "gemma3_text" | "mistral" => true,
+            _ => self.use_sliding_window == Some(true),
+        };
+        let Some(n_positions) = self.sliding_window.or(gemma.then_some(4096)).filter(|_| used) else {
+            return Ok(None);
+        };
+        let layers = match &self.layer_types {
+            Some(types) => types.iter().map(|kind| is_local(kind)).collect::<Result<Vec<bool>>>()?,
+            None if gemma => {
+                let n = to_usize("sliding_window_pattern", self.sliding_window_pattern.unwrap_or(6))?;
+                within("sliding_window_pattern", n, N_LAYERS_MAX)?;
+                Window::full_every(n, n_layers)
+            }
+            None if model_type == "mistral" => vec![true; n_layers],
+            None => {
+                let first = self.max_window_layers.map_or(Ok(28), |n| to_usize("max_window_layers", n))?;
+                (0..n_layers).map(|l| l >= first).collect()
+            }
+        };
+        if !layers.contains(&true) {
+            return Ok(None);
+        }
+        let local = self.rope_parameters.as_ref().and_then(|p| p.sliding_attention.as_deref());
+        if let Some(kind) = local.and_then(|p| p.rope_type.as_deref()).filter(|kind| *kind != "default") {
+            return Err(unsupported("rope_parameters of sliding_attention", kind));
+        }
+        let theta = local.and_then(|p| p.rope_theta).or(self.rope_local_base_freq).unwrap_or(10_000.0);
+        let rope_theta = gemma.then_some(theta as f32);
+        Ok(Some(Window { n_positions: to_usize("sliding_window", n_positions)?, rope_theta, layers }))
+    }
+}
+
+fn is_local(kind: &str) -> Result<bool> {
+    match kind {
+        "sliding_attention" => Ok(true),
+        "full_attention" => Ok(false),
+        other => Err(unsupported("layer_types", other)),
+    }
+}
+
+impl RopeParameters {
+    fn scaling(&self, field: &'static str, context_max: usize) -> Result<RopeScaling> {
+        let needed = |name, value: Option<f64>| value.ok_or(ConfigError::Missing { field: name });
+        let factor = || needed("rope_scaling factor", self.factor).map(|x| x as f32);
+        let original = || {
+            let n = self.original_max_position_embeddings;
+            n.map_or(Ok(context_max), |n| to_usize("rope_scaling original_max_position_embeddings", n))
+        };
+        Ok(match self.rope_type.as_deref() {
+            None | Some("default") => RopeScaling::None,
+            Some("linear") => RopeScaling::Linear { factor: factor()? },
+            Some("llama3") => RopeScaling::Llama3 {
+                factor: factor()?,
+                low_freq_factor: needed("rope_scaling low_freq_factor", self.low_freq_factor)? as f32,
+                high_freq_factor: needed("rope_scaling high_freq_factor", self.high_freq_factor)? as f32,
+                original_context: original()?,
+            },
+            Some("yarn") if self.mscale.is_none() && self.truncate != Some(false) => {
+                let (factor, given) = (factor()?, self.attention_factor.map(|x| x as f32));
+                RopeScaling::Yarn {
+                    factor,
+                    original_context: original()?,
+                    beta_fast: self.beta_fast.unwrap_or(32.0) as f32,
+                    beta_slow: self.beta_slow.unwrap_or(1.0) as f32,
+                    attention_factor: given.unwrap_or_else(|| yarn_attention_factor(factor)),
+                }
+            }
+            // What `to_json` writes for divisors from a GGUF file: one list, no change of the scores.
+            Some("longrope")
+                if self.short_factor == self.long_factor && self.attention_factor == Some(1.0) =>
+            {
+                RopeScaling::Divisors(self.long_factor.clone().unwrap_or_default())
+            }
+            Some(kind) => return Err(unsupported(field, kind)),
+        })
+    }
+}
+
+impl RopeScaling {
+    fn to_json(&self) -> Value {
+        let f = |x: f32| json!(shortest_f64(x));
+        match self {
+            RopeScaling::None => Value::Null,
+            RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": f(*factor)}),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => json!({
+                "rope_type": "llama3",
+                "factor": f(*factor),
+                "low_freq_factor": f(*low_freq_factor),
+                "high_freq_factor": f(*high_freq_factor),
+                "original_max_position_embeddings": original_context,
+            }),
+            RopeScaling::Yarn { factor, original_context, beta_fast, beta_slow, attention_factor } => json!({
+                "rope_type": "yarn",
+                "factor": f(*factor),
+                "original_max_position_embeddings": original_context,
+                "beta_fast": f(*beta_fast),
+                "beta_slow": f(*beta_slow),
+                "attention_factor": f(*attention_factor),
+            }),
+            RopeScaling::Divisors(divisors) => json!({
+                "rope_type": "longrope",
+                "short_factor": divisors.iter().map(|x| shortest_f64(*x)).collect::<Vec<_>>(),
+                "long_factor": divisors.iter().map(|x| shortest_f64(*x)).collect::<Vec<_>>(),
+                "factor": 1.0,
+                "attention_factor": 1.0,
+            }),
+        }
+    }
+}
+
+fn required(field: &'static str, value: Option<u64>) -> Result<usize> {
+    to_usize(field, value.ok_or(ConfigError::Missing { field })?)
+}
+
+fn to_usize(field: &'static str, value: u64) -> Result<usize> {
+    usize::try_from(value).map_err(|_| out_of_range(field, value, "a number of this machine's size"))
+}
+
+fn unsupported(field: &'static str, value: &str) -> ConfigError {
+    ConfigError::Unsupported { field, value: value.chars().take(80).collect() }
+}
+
+fn object(value: Value) -> Map<String, Value> {
+    match value {
+        Value::Object(map) => map,
+        other => unreachable!("{other} was written as an object"),
+    }
+}
+
+fn ids(ids: &[u32]) -> Value {
+    match ids {
+        [] => Value::Null,
+        [one] => json!(one),
+        many => json!(many),
+    }
+}
+
+/// transformers wants this one as an integer where it is one.
+fn whole_or_float(value: f32) -> Value {
+    if value.fract() == 0.0 { json!(value as u64) } else { json!(shortest_f64(value)) }
+}
+
+/// The f64 whose shortest decimal form is the f32's, so that 1e-5 is written as 1e-5, not 0.000009999999747.
+fn shortest_f64(value: f32) -> f64 {
+    value.to_string().parse().expect("a printed f32 parses")
+}

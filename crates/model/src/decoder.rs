@@ -1,0 +1,228 @@
+//! [`Decoder`]: a model packed for inference. [`crate::Config`] and its [`crate::Block`] say what it is made of.
+
+use tensor::packed::Packed;
+use tensor::paged_attention::AttentionSpec;
+use tensor::rope::RopeTable;
+use tensor::Pool;
+
+pub use tensor::paged_attention::{BLOCK_TOKENS, KvCache, KvType};
+
+use crate::names::{LayerPart, Part};
+use crate::{Config, Error, Result, WeightTensor, Weights};
+
+/// Positions a model is served with at most, whatever its configuration says: the table of rotations is made for all of
+/// them. 2^17 positions · 32 frequencies · 2 · 4 B = 32 MiB.
+const CONTEXT_MAX: usize = 1 << 17;
+
+/// A model packed for inference.
+pub struct Decoder {
+    pub(crate) config: Config,
+    pub(crate) embedding_vc: Packed,
+    /// Learned positions, `[t, c]`; empty where positions are turned in.
+    pub(crate) positions_tc: Vec<f32>,
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) norm: Norm,
+    /// `None` when the embedding serves as the output projection.
+    head_vc: Option<Packed>,
+    /// Angles of layers that see everything, and of those with a window of their own frequencies.
+    ropes: [Option<RopeTable>; 2],
+}
+
+/// The weights of one layer, and what its attention is.
+pub(crate) struct Layer {
+    pub(crate) attention: AttentionSpec,
+    /// Which of the angles it uses.
+    rope_idx: usize,
+    pub(crate) attention_norm: Norm,
+    /// q, k, v, or all in one: one stack.
+    pub(crate) qkv: Linear,
+    /// Norms of the heads of q and k.
+    pub(crate) head_norms_d: Option<[Vec<f32>; 2]>,
+    pub(crate) output: Linear,
+    pub(crate) attention_post_norm: Option<Norm>,
+    pub(crate) ff_norm: Norm,
+    /// gate and up, or up alone: one stack.
+    pub(crate) up: Linear,
+    pub(crate) down: Linear,
+    pub(crate) ff_post_norm: Option<Norm>,
+}
+
+/// Matrices that share their input, and one bias for all their outputs.
+pub(crate) struct Linear {
+    pub(crate) stack: Vec<Packed>,
+    pub(crate) bias_o: Option<Vec<f32>>,
+}
+
+/// RMSNorm, or with a bias LayerNorm.
+pub(crate) struct Norm {
+    pub(crate) w_c: Vec<f32>,
+    pub(crate) bias_c: Option<Vec<f32>>,
+}
+
+impl Decoder {
+    /// Packs `weights`, tensor by tensor, so that little more than one copy is in memory at a time.
+    ///
+    /// # Errors
+    /// If a tensor is missing, has another shape than the configuration says, or is left over.
+    pub fn new(mut weights: Weights, pool: &Pool) -> Result<Self> {
+        let config = weights.config.clone();
+        config.check()?;
+        let (c, v) = (config.width, config.vocab);
+        let mut loader = Loader { weights: &mut weights, config: &config, pool };
+        let embedding_vc = loader.matrix(Part::Embedding, 0, [v, c])?;
+        let positions_tc = match config.block().rotary {
+            true => Vec::new(),
+            false => loader.numbers(Part::Positions, ".weight", &[config.context_max, c])?,
+        };
+        let layers = (0..config.n_layers).map(|l| loader.layer(l)).collect::<Result<_>>()?;
+        let norm = loader.norm(Part::FinalNorm, 0)?;
+        let head_name = format!("{}.weight", config.architecture.hf_module(Part::Head, 0));
+        let head_vc = match config.tied_embeddings {
+            // Some files name the tied matrix twice; the second is the same.
+            true => loader.weights.tensors.remove(&head_name).and(None),
+            false => Some(loader.matrix(Part::Head, 0, [v, c])?),
+        };
+        if let Some(name) = weights.tensors.into_keys().next() {
+            return Err(Error::Tensor { name, problem: "is not part of this architecture".into() });
+        }
+        let ropes = ropes(&config);
+        Ok(Self { config, embedding_vc, positions_tc, layers, norm, head_vc, ropes })
+    }
+
+    /// Shape.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Positions a sequence may have.
+    pub fn context_max(&self) -> usize {
+        self.config.context_max.min(CONTEXT_MAX)
+    }
+
+    /// Bytes of all packed matrices in memory.
+    pub fn weight_bytes(&self) -> usize {
+        let layers = self.layers.iter().flat_map(|layer| {
+            [&layer.qkv, &layer.output, &layer.up, &layer.down].into_iter().flat_map(|linear| &linear.stack)
+        });
+        layers.chain([&self.embedding_vc]).chain(&self.head_vc).map(Packed::bytes).sum()
+    }
+
+    /// Bytes of weights that computing one token reads: all but an embedding that is only looked up.
+    pub fn bytes_per_token(&self) -> usize {
+        self.weight_bytes() - self.head_vc.as_ref().map_or(0, |_| self.embedding_vc.bytes())
+    }
+
+    /// A cache of `n_blocks` blocks of [`BLOCK_TOKENS`] positions for this model.
+    pub fn new_kv(&self, n_blocks: usize, kv_type: KvType) -> KvCache {
+        KvCache::new(self.config.kv_dims(), kv_type, n_blocks)
+    }
+
+    /// Bytes of one block of the cache.
+    pub fn kv_block_bytes(&self, kv_type: KvType) -> usize {
+        self.config.kv_block_bytes(kv_type)
+    }
+
+    /// The output projection.
+    pub(crate) fn head(&self) -> &Packed {
+        self.head_vc.as_ref().unwrap_or(&self.embedding_vc)
+    }
+
+    /// The angles of a layer; `None` where positions are learned.
+    pub(crate) fn rope_of(&self, layer: &Layer) -> Option<&RopeTable> {
+        self.ropes[layer.rope_idx].as_ref()
+    }
+}
+
+/// Angles without and with a window's own frequencies.
+fn ropes(config: &Config) -> [Option<RopeTable>; 2] {
+    let table = |rope: &crate::Rope| {
+        rope.table(config.context_max.min(CONTEXT_MAX), config.head_width)
+    };
+    let local = config.window.as_ref().and_then(|window| window.rope_theta).map(crate::Rope::plain);
+    [config.block().rotary.then(|| table(&config.rope)), local.as_ref().map(table)]
+}
+
+/// Takes tensors by their roles and packs them.
+struct Loader<'a> {
+    weights: &'a mut Weights,
+    config: &'a Config,
+    pool: &'a Pool,
+}
+
+impl Loader<'_> {
+    fn layer(&mut self, l: usize) -> Result<Layer> {
+        use LayerPart as L;
+        let config = self.config;
+        let block = config.block();
+        let (c, q, kv, f) = (config.width, config.q_width(), config.kv_width(), config.ff_width);
+        let qkv: &[_] = match block.fused_qkv {
+            true => &[(L::Qkv, q + 2 * kv)],
+            false => &[(L::Q, q), (L::K, kv), (L::V, kv)],
+        };
+        let up: &[_] = if block.activation.is_gated() { &[(L::Gate, f), (L::Up, f)] } else { &[(L::Up, f)] };
+        let head_norms_d = match block.head_norms {
+            true => Some([self.head_norm(L::QNorm, l)?, self.head_norm(L::KNorm, l)?]),
+            false => None,
+        };
+        let mut post_norm = |part| match block.post_norms {
+            true => self.norm(Part::Layer(part), l).map(Some),
+            false => Ok(None),
+        };
+        let (attention_post_norm, ff_post_norm) = (post_norm(L::AttentionPostNorm)?, post_norm(L::FfPostNorm)?);
+        let window = config.window_of(l);
+        let local_rope = config.window.as_ref().is_some_and(|window| window.rope_theta.is_some());
+        Ok(Layer {
+            attention: AttentionSpec { scale: config.score_scale(), window },
+            rope_idx: usize::from(window.is_some() && local_rope),
+            attention_norm: self.norm(Part::Layer(L::AttentionNorm), l)?,
+            qkv: self.linear(l, qkv, c, block.qkv_bias)?,
+            head_norms_d,
+            output: self.linear(l, &[(L::Output, c)], q, block.bias)?,
+            attention_post_norm,
+            ff_norm: self.norm(Part::Layer(L::FfNorm), l)?,
+            up: self.linear(l, up, c, block.bias)?,
+            down: self.linear(l, &[(L::Down, c)], f, block.bias)?,
+            ff_post_norm,
+        })
+    }
+
+    /// A stack of matrices (role and outputs each) of `n_in` inputs.
+    fn linear(&mut self, l: usize, parts: &[(LayerPart, usize)], n_in: usize, bias: bool) -> Result<Linear> {
+        let matrix = |(part, n_out): &(LayerPart, usize)| self.matrix(Part::Layer(*part), l, [*n_out, n_in]);
+        let stack = parts.iter().map(matrix).collect::<Result<_>>()?;
+        let mut bias_o = bias.then(Vec::new);
+        for (part, n_out) in parts {
+            if let Some(bias_o) = &mut bias_o {
+                let module = self.config.architecture.hf_module(Part::Layer(*part), l);
+                bias_o.extend(self.weights.take(&format!("{module}.bias"), &[*n_out])?.to_f32());
+            }
+        }
+        Ok(Linear { stack, bias_o })
+    }
+
+    fn matrix(&mut self, part: Part, l: usize, dims: [usize; 2]) -> Result<Packed> {
+        let name = format!("{}.weight", self.config.architecture.hf_module(part, l));
+        let WeightTensor { kind, bytes, .. } = self.weights.take(&name, &dims)?;
+        Ok(Packed::from_bytes(self.pool, kind, &bytes, dims))
+    }
+
+    fn norm(&mut self, part: Part, l: usize) -> Result<Norm> {
+        let c = self.config.width;
+        let module = self.config.architecture.hf_module(part, l);
+        let mut take = |suffix| self.weights.take(&format!("{module}{suffix}"), &[c]).map(|t| t.to_f32());
+        let w_c = take(".weight")?;
+        let bias_c = if self.config.block().layer_norm { Some(take(".bias")?) } else { None };
+        Ok(Norm { w_c, bias_c })
+    }
+
+    fn head_norm(&mut self, part: LayerPart, l: usize) -> Result<Vec<f32>> {
+        let module = self.config.architecture.hf_module(Part::Layer(part), l);
+        let tensor = self.weights.take(&format!("{module}.weight"), &[self.config.head_width])?;
+        Ok(tensor.to_f32())
+    }
+
+    fn numbers(&mut self, part: Part, suffix: &str, dims: &[usize]) -> Result<Vec<f32>> {
+        let name = format!("{}{suffix}", self.config.architecture.hf_module(part, 0));
+        Ok(self.weights.take(&name, dims)?.to_f32())
+    }
+}
