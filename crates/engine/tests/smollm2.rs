@@ -7,7 +7,7 @@ use std::sync::Arc;
 use engine::{
     Engine, EngineLimits, Event, FinishReason, ModelRunner, Request, Runner, Sampling, Stream, Usage,
 };
-use model::{BLOCK_TOKENS, KvType, Decoder};
+use model::{BLOCK_TOKENS, Decoder, KvType};
 use telemetry::Metrics;
 use tensor::Pool;
 

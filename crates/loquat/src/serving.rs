@@ -7,7 +7,7 @@ use crate::args::Listen;
 use anyhow::{Context, Result, bail};
 use api::ServedModel;
 use engine::{Engine, EngineLimits, ModelRunner};
-use model::{KvType, Decoder, Loaded, TokenizerFiles};
+use model::{Decoder, KvType, Loaded, TokenizerFiles};
 use telemetry::Metrics;
 use tensor::Pool;
 use tokenizer::{ChatTemplate, GgufVocab, Tokenizer};

@@ -1,14 +1,15 @@
 //! [`Decoder`]: a model packed for inference. [`crate::Config`] and its [`crate::Block`] say what it is made of.
 
+use tensor::Pool;
 use tensor::packed::Packed;
 use tensor::paged_attention::AttentionSpec;
 use tensor::rope::RopeTable;
-use tensor::Pool;
 
 pub use tensor::paged_attention::{BLOCK_TOKENS, KvCache, KvType};
 
 use crate::names::{LayerPart, Part};
-use crate::{Config, Error, Result, WeightTensor, Weights};
+use crate::weights::unreadable;
+use crate::{Config, Error, Result, Weights};
 
 /// Positions a model is served with at most, whatever its configuration says: the table of rotations is made for all of
 /// them. 2^17 positions · 32 frequencies · 2 · 4 B = 32 MiB.
@@ -60,7 +61,7 @@ pub(crate) struct Norm {
 }
 
 impl Decoder {
-    /// Packs `weights`, tensor by tensor, so that little more than one copy is in memory at a time.
+    /// Packs `weights`, each tensor read from its file piece by piece: hardly more than one copy is ever in memory.
     ///
     /// # Errors
     /// If a tensor is missing, has another shape than the configuration says, or is left over.
@@ -135,9 +136,7 @@ impl Decoder {
 
 /// Angles without and with a window's own frequencies.
 fn ropes(config: &Config) -> [Option<RopeTable>; 2] {
-    let table = |rope: &crate::Rope| {
-        rope.table(config.context_max.min(CONTEXT_MAX), config.head_width)
-    };
+    let table = |rope: &crate::Rope| rope.table(config.context_max.min(CONTEXT_MAX), config.head_width);
     let local = config.window.as_ref().and_then(|window| window.rope_theta).map(crate::Rope::plain);
     [config.block().rotary.then(|| table(&config.rope)), local.as_ref().map(table)]
 }
@@ -168,7 +167,8 @@ impl Loader<'_> {
             true => self.norm(Part::Layer(part), l).map(Some),
             false => Ok(None),
         };
-        let (attention_post_norm, ff_post_norm) = (post_norm(L::AttentionPostNorm)?, post_norm(L::FfPostNorm)?);
+        let (attention_post_norm, ff_post_norm) =
+            (post_norm(L::AttentionPostNorm)?, post_norm(L::FfPostNorm)?);
         let window = config.window_of(l);
         let local_rope = config.window.as_ref().is_some_and(|window| window.rope_theta.is_some());
         Ok(Layer {
@@ -194,7 +194,7 @@ impl Loader<'_> {
         for (part, n_out) in parts {
             if let Some(bias_o) = &mut bias_o {
                 let module = self.config.architecture.hf_module(Part::Layer(*part), l);
-                bias_o.extend(self.weights.take(&format!("{module}.bias"), &[*n_out])?.to_f32());
+                bias_o.extend(self.weights.take_f32(&format!("{module}.bias"), &[*n_out])?);
             }
         }
         Ok(Linear { stack, bias_o })
@@ -202,14 +202,13 @@ impl Loader<'_> {
 
     fn matrix(&mut self, part: Part, l: usize, dims: [usize; 2]) -> Result<Packed> {
         let name = format!("{}.weight", self.config.architecture.hf_module(part, l));
-        let WeightTensor { kind, bytes, .. } = self.weights.take(&name, &dims)?;
-        Ok(Packed::from_bytes(self.pool, kind, &bytes, dims))
+        self.weights.take(&name, &dims)?.pack(self.pool, dims).map_err(|err| unreadable(&name, &err))
     }
 
     fn norm(&mut self, part: Part, l: usize) -> Result<Norm> {
         let c = self.config.width;
         let module = self.config.architecture.hf_module(part, l);
-        let mut take = |suffix| self.weights.take(&format!("{module}{suffix}"), &[c]).map(|t| t.to_f32());
+        let mut take = |suffix| self.weights.take_f32(&format!("{module}{suffix}"), &[c]);
         let w_c = take(".weight")?;
         let bias_c = if self.config.block().layer_norm { Some(take(".bias")?) } else { None };
         Ok(Norm { w_c, bias_c })
@@ -217,12 +216,11 @@ impl Loader<'_> {
 
     fn head_norm(&mut self, part: LayerPart, l: usize) -> Result<Vec<f32>> {
         let module = self.config.architecture.hf_module(Part::Layer(part), l);
-        let tensor = self.weights.take(&format!("{module}.weight"), &[self.config.head_width])?;
-        Ok(tensor.to_f32())
+        self.weights.take_f32(&format!("{module}.weight"), &[self.config.head_width])
     }
 
     fn numbers(&mut self, part: Part, suffix: &str, dims: &[usize]) -> Result<Vec<f32>> {
         let name = format!("{}{suffix}", self.config.architecture.hf_module(part, 0));
-        Ok(self.weights.take(&name, dims)?.to_f32())
+        self.weights.take_f32(&name, dims)
     }
 }

@@ -18,6 +18,7 @@ pub mod llama2c;
 mod load;
 mod names;
 mod params;
+mod source;
 mod step;
 mod train;
 mod weights;

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::weights::rotate_half_order;
+use crate::weights::Order;
 use crate::{Architecture, Config, Error, Result, Rope, WeightTensor, Weights};
 use tensor::packed::WeightKind;
 
@@ -77,14 +77,12 @@ fn read_layers(file: &mut Tensors, config: &Config) -> Result<()> {
         (0..config.n_layers).map(|l| format!("model.layers.{l}.{rest}.weight")).collect()
     };
     file.read(&names("input_layernorm"), &[c])?;
-    for (name, rows) in [("q_proj", q), ("k_proj", kv), ("v_proj", kv)] {
-        let names = names(&format!("self_attn.{name}"));
-        file.read(&names, &[rows, c])?;
-        for tensor in names.iter().filter(|_| name != "v_proj") {
-            if let Some(tensor) = file.tensors.get_mut(tensor) {
-                tensor.bytes = rotate_half_order(&tensor.bytes, rows, head_width);
-            }
-        }
+    for (name, rows, order) in [
+        ("q_proj", q, Order::Interleaved(head_width)),
+        ("k_proj", kv, Order::Interleaved(head_width)),
+        ("v_proj", kv, Order::AsStored),
+    ] {
+        file.read_ordered(&names(&format!("self_attn.{name}")), &[rows, c], order)?;
     }
     file.read(&names("self_attn.o_proj"), &[c, q])?;
     file.read(&names("post_attention_layernorm"), &[c])?;
@@ -101,11 +99,15 @@ struct Tensors<'a> {
 impl Tensors<'_> {
     /// Takes one tensor of this shape for each name.
     fn read(&mut self, names: &[String], dims: &[usize]) -> Result<()> {
+        self.read_ordered(names, dims, Order::AsStored)
+    }
+
+    fn read_ordered(&mut self, names: &[String], dims: &[usize], order: Order) -> Result<()> {
         for name in names {
             let n_elems = dims.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
             let bytes = self.take(name, n_elems)?.to_vec();
-            let tensor = WeightTensor { kind: WeightKind::F32, dims: dims.to_vec(), bytes };
-            self.tensors.insert(name.clone(), tensor);
+            let bytes = order.apply(WeightKind::F32, dims, bytes);
+            self.tensors.insert(name.clone(), WeightTensor::new(WeightKind::F32, dims.to_vec(), bytes));
         }
         Ok(())
     }

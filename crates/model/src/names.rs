@@ -174,7 +174,11 @@ mod tests {
     fn names_go_both_ways() {
         for (architecture, hf, gguf) in [
             (Architecture::Llama, "model.embed_tokens.weight", "token_embd.weight"),
-            (Architecture::Llama, "model.layers.11.post_attention_layernorm.weight", "blk.11.ffn_norm.weight"),
+            (
+                Architecture::Llama,
+                "model.layers.11.post_attention_layernorm.weight",
+                "blk.11.ffn_norm.weight",
+            ),
             (Architecture::Qwen2, "model.layers.0.self_attn.q_proj.bias", "blk.0.attn_q.bias"),
             (Architecture::Qwen3, "model.layers.3.self_attn.k_norm.weight", "blk.3.attn_k_norm.weight"),
             (
@@ -182,7 +186,11 @@ mod tests {
                 "model.layers.2.post_attention_layernorm.weight",
                 "blk.2.post_attention_norm.weight",
             ),
-            (Architecture::Gemma3, "model.layers.2.pre_feedforward_layernorm.weight", "blk.2.ffn_norm.weight"),
+            (
+                Architecture::Gemma3,
+                "model.layers.2.pre_feedforward_layernorm.weight",
+                "blk.2.ffn_norm.weight",
+            ),
             (Architecture::Gpt2, "transformer.h.7.attn.c_attn.bias", "blk.7.attn_qkv.bias"),
             (Architecture::Gpt2, "transformer.wpe.weight", "position_embd.weight"),
             (Architecture::Gpt2, "lm_head.weight", "output.weight"),

@@ -8,6 +8,7 @@ use std::ops::Range;
 use tensor::Buf;
 use tensor::packed::WeightKind;
 
+use crate::weights::unreadable;
 use crate::{Config, Result, WeightTensor, Weights};
 
 /// One tensor's place in the flat vector.
@@ -128,7 +129,7 @@ impl ParamTable {
         assert_eq!(config.n_params(), self.n_params());
         let tensor = |spec: &ParamSpec| {
             let bytes = kind.quantize(&params[spec.range.clone()]);
-            (spec.name.clone(), WeightTensor { kind, dims: spec.dims.clone(), bytes })
+            (spec.name.clone(), WeightTensor::new(kind, spec.dims.clone(), bytes))
         };
         Weights { config: config.clone(), tensors: self.specs.iter().map(tensor).collect() }
     }
@@ -138,7 +139,8 @@ impl ParamTable {
         let mut params = Buf::zeroed(self.n_params());
         for spec in &self.specs {
             let tensor = weights.take(&spec.name, &spec.dims)?;
-            tensor.kind.dequantize(&tensor.bytes, &mut params[spec.range.clone()]);
+            let bytes = tensor.bytes().map_err(|err| unreadable(&spec.name, &err))?;
+            tensor.kind.dequantize(&bytes, &mut params[spec.range.clone()]);
         }
         Ok(params)
     }

@@ -97,7 +97,10 @@ impl TrainModel {
     /// # Panics
     /// If the configuration does not pass its checks, or b or t is 0.
     pub fn new(config: &Config, b: usize, t: usize, precision: Precision) -> Self {
-        config.check().and_then(|()| config.check_trainable()).expect("only checked configurations are trained");
+        config
+            .check()
+            .and_then(|()| config.check_trainable())
+            .expect("only checked configurations are trained");
         assert!(b > 0 && t > 0, "a micro-batch of {b} rows of {t} tokens");
         let attention = AttentionDims {
             n_rows: b,

@@ -1,7 +1,7 @@
 //! What the model writes as it learns: a continuation of the plan's prompt, through the same cached forward that
 //! serves it later.
 
-use model::{Config, KvType, Decoder, Scratch, StepInput};
+use model::{Config, Decoder, KvType, Scratch, StepInput};
 use tensor::Pool;
 use tensor::packed::WeightKind;
 use tokenizer::Tokenizer;

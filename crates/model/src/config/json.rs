@@ -91,6 +91,15 @@ enum OneOrMany {
     Many(Vec<u32>),
 }
 
+impl OneOrMany {
+    fn into_ids(self) -> Vec<u32> {
+        match self {
+            Self::One(id) => vec![id],
+            Self::Many(ids) => ids,
+        }
+    }
+}
+
 /// What transformers assumes where `config.json` is silent, and what it may say.
 struct Family {
     architecture: Architecture,
@@ -152,6 +161,21 @@ impl Config {
         let config = raw.into_config(&family, &model_type)?;
         config.check()?;
         Ok(config)
+    }
+
+    /// Adds the ids that end an answer by a `generation_config.json`.
+    pub(crate) fn add_eos(&mut self, generation: &[u8]) -> Result<()> {
+        #[derive(Deserialize)]
+        struct Generation {
+            eos_token_id: Option<OneOrMany>,
+        }
+        let generation: Generation = serde_json::from_slice(generation).map_err(ConfigError::Parse)?;
+        for id in generation.eos_token_id.map_or(Vec::new(), OneOrMany::into_ids) {
+            if !self.eos.contains(&id) {
+                self.eos.push(id);
+            }
+        }
+        self.check_ids()
     }
 
     /// The `config.json` from which transformers, vLLM and llama.cpp build the same model.
@@ -332,11 +356,7 @@ impl RawConfig {
             tied_embeddings: self.tie_word_embeddings.unwrap_or(family.tied_embeddings),
             context_max,
             bos: self.bos_token_id,
-            eos: match self.eos_token_id {
-                None => Vec::new(),
-                Some(OneOrMany::One(id)) => vec![id],
-                Some(OneOrMany::Many(ids)) => ids,
-            },
+            eos: self.eos_token_id.map_or(Vec::new(), OneOrMany::into_ids),
         })
     }
 

@@ -92,8 +92,7 @@ fn hostile_configs_are_refused_by_name() {
             assert!(named, "{key}: {text}");
         }
     };
-    for bad in
-        [json!(0), json!(-1), json!(1e9), json!(1_000_000_000), json!(u64::MAX), json!("7"), json!([])]
+    for bad in [json!(0), json!(-1), json!(1e9), json!(1_000_000_000), json!(u64::MAX), json!("7"), json!([])]
     {
         for key in
             ["num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"]
@@ -127,8 +126,11 @@ fn hostile_configs_are_refused_by_name() {
     };
     check("rope_scaling", llama3(4.0, 8192));
     check("rope_scaling", llama3(1.0, 0));
-    check("rope_scaling", json!({"rope_type": "longrope", "long_factor": [1.0], "short_factor": [1.0],
-                                 "attention_factor": 1.0}));
+    check(
+        "rope_scaling",
+        json!({"rope_type": "longrope", "long_factor": [1.0], "short_factor": [1.0],
+                                 "attention_factor": 1.0}),
+    );
     check("quantization_config", json!({"bits": 4}));
     check("loquat_format_version", json!(2));
 }

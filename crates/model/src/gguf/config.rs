@@ -58,7 +58,10 @@ fn architecture(metadata: &Metadata) -> Result<Architecture> {
     let known = Architecture::ALL.into_iter().find(|architecture| architecture.gguf_name() == name);
     known.ok_or_else(|| {
         let names = Architecture::ALL.map(Architecture::gguf_name).join(", ");
-        bad(KEY, format!("{:?} is not supported, only {names} are", name.chars().take(40).collect::<String>()))
+        bad(
+            KEY,
+            format!("{:?} is not supported, only {names} are", name.chars().take(40).collect::<String>()),
+        )
     })
 }
 
@@ -68,14 +71,20 @@ fn eos(metadata: &Metadata) -> Result<Vec<u32>> {
     for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
         eos.extend(metadata.id(key)?);
     }
-    let (tokens, types) = (metadata.texts("tokenizer.ggml.tokens")?, metadata.ints("tokenizer.ggml.token_type")?);
+    let (tokens, types) =
+        (metadata.texts("tokenizer.ggml.tokens")?, metadata.ints("tokenizer.ggml.token_type")?);
     for (id, (token, kind)) in tokens.iter().zip(types).enumerate() {
         if *kind == CONTROL && END_OF_TURN.contains(&token.as_str()) {
             eos.push(id as u32);
         }
     }
     let mut seen = Vec::new();
-    eos.retain(|id| !seen.contains(id) && { seen.push(*id); true });
+    eos.retain(|id| {
+        !seen.contains(id) && {
+            seen.push(*id);
+            true
+        }
+    });
     Ok(eos)
 }
 
@@ -155,7 +164,9 @@ impl Keys<'_> {
                 let factor = factor()?;
                 RopeScaling::Yarn {
                     factor,
-                    original_context: self.count("rope.scaling.original_context_length")?.unwrap_or(context_max),
+                    original_context: self
+                        .count("rope.scaling.original_context_length")?
+                        .unwrap_or(context_max),
                     beta_fast: self.float("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
                     beta_slow: self.float("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
                     attention_factor: self.float("rope.scaling.attn_factor")?.unwrap_or(1.0)
@@ -183,7 +194,9 @@ impl Keys<'_> {
         }
         let group = self.count("attention.sliding_window_pattern")?.unwrap_or(GEMMA3_GROUP);
         if group == 0 || n_layers > crate::config::N_LAYERS_MAX {
-            return Err(self.bad("attention.sliding_window_pattern", format!("{group} for {n_layers} layers")));
+            return Err(
+                self.bad("attention.sliding_window_pattern", format!("{group} for {n_layers} layers"))
+            );
         }
         let layers = Window::full_every(group, n_layers);
         let rope_theta = Some(self.float("rope.freq_base_swa")?.unwrap_or(10_000.0));

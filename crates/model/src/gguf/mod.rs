@@ -12,16 +12,15 @@ mod tensors;
 #[cfg(test)]
 mod tests;
 
-use std::fs::File;
-use std::io::{BufReader, Read, Seek};
 use std::path::Path;
 
-use metadata::Metadata;
 pub use crate::names::to_gguf as tensor_name;
+use metadata::Metadata;
 use reader::{Reader, bad};
 use tensors::read_infos;
 
-use crate::{Error, Result, Weights};
+use crate::source::Source;
+use crate::{Result, Weights};
 
 /// `GGUF` as a little-endian number.
 const MAGIC: u32 = 0x4655_4747;
@@ -64,15 +63,13 @@ pub struct Vocab {
     pub add_space_prefix: Option<bool>,
 }
 
-/// Reads the file at `path`.
+/// Reads the file at `path`, but for the tensors' numbers, which are read when they are wanted.
 pub fn read(path: &Path) -> Result<Gguf> {
-    let file = File::open(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
-    read_from(BufReader::with_capacity(1 << 18, file))
+    read_from(&Source::open(path)?)
 }
 
-/// Reads a file from any source.
-pub fn read_from(source: impl Read + Seek) -> Result<Gguf> {
-    let mut reader = Reader::new(source)?;
+fn read_from(source: &Source) -> Result<Gguf> {
+    let mut reader = Reader::new(source.reader())?;
     let magic = reader.u32("magic")?;
     if magic != MAGIC {
         return Err(bad("magic", format!("{magic:#010x} is not a GGUF file's")));
@@ -89,7 +86,7 @@ pub fn read_from(source: impl Read + Seek) -> Result<Gguf> {
     let mut metadata = Metadata::read(&mut reader, n_pairs)?;
     let infos = read_infos(&mut reader, n_tensors, &metadata)?;
     let config = config::read(&metadata, &infos)?;
-    let weights = tensors::read_tensors(&mut reader, infos, config)?;
+    let weights = tensors::tensors(source, infos, config)?;
     let chat_template = metadata.text("tokenizer.chat_template")?.map(str::to_owned);
     Ok(Gguf { vocab: vocab(&mut metadata, weights.config.vocab)?, weights, chat_template })
 }

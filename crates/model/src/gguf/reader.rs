@@ -31,15 +31,6 @@ impl<R: Read + Seek> Reader<R> {
         self.len - self.at
     }
 
-    pub(super) fn seek(&mut self, at: u64, field: &str) -> Result<()> {
-        if at > self.len {
-            return Err(ends_early(field, at - self.len, 0));
-        }
-        self.inner.seek(SeekFrom::Start(at)).map_err(|source| unreadable(field, source))?;
-        self.at = at;
-        Ok(())
-    }
-
     pub(super) fn bytes(&mut self, n: u64, field: &str) -> Result<Vec<u8>> {
         if n > self.left() {
             return Err(ends_early(field, n, self.left()));

@@ -7,8 +7,9 @@ use tensor::packed::WeightKind;
 
 use super::metadata::Metadata;
 use super::reader::{Reader, bad};
-use crate::weights::rotate_half_order;
 use crate::names::{self, LayerPart, Part};
+use crate::source::Source;
+use crate::weights::Order;
 use crate::{Architecture, Config, Result, RopeScaling, WeightTensor, Weights};
 
 /// Tensors a file may have; a thousand layers have nine each.
@@ -112,36 +113,31 @@ fn kind(id: u32) -> std::result::Result<WeightKind, String> {
     })
 }
 
-/// Reads the tensors and gives them their Hugging Face names and order of rows. Divisors of RoPE's frequencies, which are
-/// no weights, go into the configuration.
-pub(super) fn read_tensors<R: Read + Seek>(
-    reader: &mut Reader<R>,
-    infos: Vec<TensorInfo>,
-    mut config: Config,
-) -> Result<Weights> {
+/// Gives the tensors their Hugging Face names; their numbers are read when they are wanted. Divisors of RoPE's
+/// frequencies, which are no weights, go into the configuration.
+pub(super) fn tensors(source: &Source, infos: Vec<TensorInfo>, mut config: Config) -> Result<Weights> {
     let mut tensors = BTreeMap::new();
-    for TensorInfo { name, dims, kind, at, bytes } in infos {
-        reader.seek(at, &name)?;
-        let bytes = reader.bytes(bytes, &name)?;
+    for TensorInfo { name, dims, kind, at, .. } in infos {
+        let tensor = WeightTensor::stored(kind, dims, source.clone(), at);
+        let failed = |err: std::io::Error| bad(&name, format!("cannot be read: {err}"));
         if name == ROPE_DIVISORS {
-            let divisors = WeightTensor { kind, dims, bytes }.to_f32();
-            set_divisors(&mut config, divisors)?;
+            set_divisors(&mut config, tensor.to_f32().map_err(failed)?)?;
             continue;
         }
         let (hf_name, part) = names::from_gguf(&name, &config).ok_or_else(|| {
             bad(&name, format!("no tensor of a {} is called so", config.architecture.gguf_name()))
         })?;
-        let bytes = match interleaved(config.architecture, part) {
-            false => bytes,
-            true if dims.len() == 2 && dims[0].is_multiple_of(config.head_width) => {
-                rotate_half_order(&bytes, dims[0], config.head_width)
+        let tensor = match interleaved(config.architecture, part) {
+            false => tensor,
+            true if tensor.dims.len() == 2 && tensor.dims[0].is_multiple_of(config.head_width) => {
+                tensor.reordered(Order::Interleaved(config.head_width)).map_err(failed)?
             }
             true => {
-                let problem = format!("shape {dims:?} is not whole heads of {}", config.head_width);
+                let problem = format!("shape {:?} is not whole heads of {}", tensor.dims, config.head_width);
                 return Err(bad(&name, problem));
             }
         };
-        if tensors.insert(hf_name, WeightTensor { kind, dims, bytes }).is_some() {
+        if tensors.insert(hf_name, tensor).is_some() {
             return Err(bad(&name, "is there twice"));
         }
     }

@@ -2,20 +2,22 @@
 //!
 //! What is written here loads in transformers, vLLM and llama.cpp. Tokenizer files are the tokenizer's.
 
+mod arrange;
 mod safetensors;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::io::BufReader;
 use std::path::Path;
 
 use serde::Deserialize;
 use tensor::packed::WeightKind;
 
+use crate::source::Source;
 use crate::{Config, Error, Result, WeightTensor, Weights};
 
 /// The shape.
 pub const CONFIG_FILE: &str = "config.json";
+/// How the model's authors want it sampled; of it, the ids that end an answer are read.
+const GENERATION_FILE: &str = "generation_config.json";
 /// All tensors.
 pub const TENSORS_FILE: &str = "model.safetensors";
 /// Which shard has which tensor, when there is more than one.
@@ -32,19 +34,23 @@ struct Index {
 
 /// Reads a directory.
 pub fn read_dir(dir: &Path) -> Result<Weights> {
-    let config = Config::from_json(&read_json(&dir.join(CONFIG_FILE))?)?;
+    let mut config = Config::from_json(&read_json(&dir.join(CONFIG_FILE))?)?;
+    let generation_path = dir.join(GENERATION_FILE);
+    if generation_path.exists() {
+        config.add_eos(&read_json(&generation_path)?)?;
+    }
     let index_path = dir.join(INDEX_FILE);
     let tensors = if dir.join(TENSORS_FILE).exists() || !index_path.exists() {
         read_tensors(dir, TENSORS_FILE)?
     } else {
         read_shards(dir, &read_json(&index_path)?)?
     };
-    Ok(Weights { config, tensors })
+    Ok(Weights { tensors: arrange::from_files(config.architecture, tensors)?, config })
 }
 
 /// The directory's files, by name: `config.json` and `model.safetensors`.
 pub fn files(weights: &Weights) -> Result<Vec<(&'static str, Vec<u8>)>> {
-    let tensors = safetensors::write(&weights.tensors)?;
+    let tensors = safetensors::write(&arrange::to_files(weights.config.architecture, &weights.tensors)?)?;
     let kind = weights.tensors.values().map(|tensor| tensor.kind).find(|kind| *kind != WeightKind::F32);
     let dtype = match kind {
         None => "float32",
@@ -96,9 +102,7 @@ fn read_shards(dir: &Path, index: &[u8]) -> Result<BTreeMap<String, WeightTensor
 }
 
 fn read_tensors(dir: &Path, file: &str) -> Result<BTreeMap<String, WeightTensor>> {
-    let path = dir.join(file);
-    let source = File::open(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
-    safetensors::read(&mut BufReader::new(source), file)
+    safetensors::read(&Source::open(&dir.join(file))?, file)
 }
 
 fn read_json(path: &Path) -> Result<Vec<u8>> {

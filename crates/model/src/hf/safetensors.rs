@@ -11,6 +11,8 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tensor::packed::WeightKind;
 
+use crate::source::Source;
+use crate::weights::unreadable;
 use crate::{Error, Result, WeightTensor};
 
 /// The format's own limit.
@@ -40,15 +42,16 @@ struct Placed {
     bytes: usize,
 }
 
-/// Reads all tensors of a file. `file` names it in errors. Every length is checked against the file before memory is
-/// taken for it.
-pub(super) fn read(source: &mut (impl Read + Seek), file: &str) -> Result<BTreeMap<String, WeightTensor>> {
+/// Finds all tensors of a file, whose numbers are read when they are wanted. `file` names it in errors. Every length is
+/// checked against the file.
+pub(super) fn read(source: &Source, file: &str) -> Result<BTreeMap<String, WeightTensor>> {
+    let reader = &mut source.reader();
     let bad = |problem: String| Error::Safetensors { file: file.to_owned(), problem };
     let failed = |err: std::io::Error| bad(format!("cannot be read: {err}"));
-    let file_bytes = source.seek(SeekFrom::End(0)).map_err(failed)?;
-    source.seek(SeekFrom::Start(0)).map_err(failed)?;
+    let file_bytes = reader.seek(SeekFrom::End(0)).map_err(failed)?;
+    reader.seek(SeekFrom::Start(0)).map_err(failed)?;
     let mut length = [0; 8];
-    source
+    reader
         .read_exact(&mut length)
         .map_err(|_| bad(format!("{file_bytes} bytes are too short for a header")))?;
     let header_bytes = u64::from_le_bytes(length);
@@ -57,7 +60,7 @@ pub(super) fn read(source: &mut (impl Read + Seek), file: &str) -> Result<BTreeM
         return Err(bad(format!("a header of {header_bytes} bytes, there is room for {room}")));
     }
     let mut header = vec![0; header_bytes as usize];
-    source.read_exact(&mut header).map_err(failed)?;
+    reader.read_exact(&mut header).map_err(failed)?;
     let data_bytes = file_bytes - 8 - header_bytes;
     let placed = parse_header(&header, data_bytes).map_err(|err| match err {
         HeaderError::File(problem) => bad(problem),
@@ -65,14 +68,11 @@ pub(super) fn read(source: &mut (impl Read + Seek), file: &str) -> Result<BTreeM
             Error::Tensor { name, problem: format!("{problem} (in {file})") }
         }
     })?;
-    // In the order of their bytes and without gaps, so reading straight on finds each.
-    let mut tensors = BTreeMap::new();
-    for Placed { name, kind, dims, bytes: n_bytes, .. } in placed {
-        let mut bytes = vec![0; n_bytes];
-        source.read_exact(&mut bytes).map_err(failed)?;
-        tensors.insert(name, WeightTensor { kind, dims, bytes });
-    }
-    Ok(tensors)
+    let data_at = 8 + header_bytes;
+    let tensors = placed.into_iter().map(|Placed { name, kind, dims, start, .. }| {
+        (name, WeightTensor::stored(kind, dims, source.clone(), data_at + start))
+    });
+    Ok(tensors.collect())
 }
 
 /// What is wrong with a header: as a whole, or with one tensor of it.
@@ -161,7 +161,7 @@ pub(super) fn write(tensors: &BTreeMap<String, WeightTensor>) -> Result<Vec<u8>>
     let mut at = 0;
     for (name, tensor) in tensors {
         let dtype = dtype(name, tensor)?;
-        let end = at + tensor.bytes.len();
+        let end = at + tensor.n_bytes();
         header.insert(name.clone(), json!({"dtype": dtype, "shape": tensor.dims, "data_offsets": [at, end]}));
         at = end;
     }
@@ -170,8 +170,8 @@ pub(super) fn write(tensors: &BTreeMap<String, WeightTensor>) -> Result<Vec<u8>>
     let mut bytes = Vec::with_capacity(8 + header.len() + at);
     bytes.extend_from_slice(&(header.len() as u64).to_le_bytes());
     bytes.extend_from_slice(&header);
-    for tensor in tensors.values() {
-        bytes.extend_from_slice(&tensor.bytes);
+    for (name, tensor) in tensors {
+        bytes.extend_from_slice(&tensor.bytes().map_err(|err| unreadable(name, &err))?);
     }
     Ok(bytes)
 }
@@ -190,9 +190,22 @@ fn dtype(name: &str, tensor: &WeightTensor) -> Result<&'static str> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Cursor;
+    use std::sync::Arc;
 
     use super::*;
+
+    fn read(bytes: &[u8], file: &str) -> Result<BTreeMap<String, WeightTensor>> {
+        super::read(&Source::Memory(Arc::new(bytes.to_vec())), file)
+    }
+
+    #[track_caller]
+    fn assert_same(found: &BTreeMap<String, WeightTensor>, expected: &BTreeMap<String, WeightTensor>) {
+        assert!(found.keys().eq(expected.keys()));
+        for (found, expected) in found.values().zip(expected.values()) {
+            assert_eq!((found.kind, &found.dims), (expected.kind, &expected.dims));
+            assert_eq!(found.bytes().unwrap(), expected.bytes().unwrap());
+        }
+    }
 
     fn file(header: &str, n_data: usize) -> Vec<u8> {
         let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
@@ -203,7 +216,7 @@ mod tests {
 
     #[track_caller]
     fn check(bytes: &[u8], expected: &str) {
-        let err = match read(&mut Cursor::new(bytes), "x.safetensors") {
+        let err = match read(bytes, "x.safetensors") {
             Ok(tensors) => panic!("accepted as {:?}", tensors.keys().collect::<Vec<_>>()),
             Err(err) => err.to_string(),
         };
@@ -214,8 +227,7 @@ mod tests {
     fn sample() -> BTreeMap<String, WeightTensor> {
         let values: Vec<f32> = (0..6).map(|i| i as f32 * 0.3 - 1.0).collect();
         let kinds = [("b", WeightKind::F32), ("a", WeightKind::Bf16), ("c", WeightKind::F16)];
-        let tensor =
-            |kind: WeightKind| WeightTensor { kind, dims: vec![2, 3], bytes: kind.quantize(&values) };
+        let tensor = |kind: WeightKind| WeightTensor::new(kind, vec![2, 3], kind.quantize(&values));
         kinds.map(|(name, kind)| (name.to_owned(), tensor(kind))).into()
     }
 
@@ -223,12 +235,12 @@ mod tests {
     fn reads_what_it_writes_and_so_does_the_reference_crate() {
         let tensors = sample();
         let bytes = write(&tensors).unwrap();
-        assert_eq!(read(&mut Cursor::new(&bytes), "x").unwrap(), tensors);
+        assert_same(&read(&bytes, "x").unwrap(), &tensors);
         let theirs = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         assert_eq!(theirs.len(), tensors.len());
         for (name, tensor) in &tensors {
             let view = theirs.tensor(name).unwrap();
-            assert_eq!((view.shape(), view.data()), (&tensor.dims[..], &tensor.bytes[..]), "{name}");
+            assert_eq!((view.shape(), view.data()), (&tensor.dims[..], &*tensor.bytes().unwrap()), "{name}");
         }
     }
 
@@ -242,16 +254,21 @@ mod tests {
                 WeightKind::F16 => Dtype::F16,
                 _ => Dtype::BF16,
             };
-            (name.as_str(), TensorView::new(dtype, tensor.dims.clone(), &tensor.bytes).unwrap())
+            let bytes = tensor.bytes().unwrap().into_owned();
+            (name.as_str(), dtype, tensor.dims.clone(), bytes)
         });
+        let views: Vec<_> = views.collect();
+        let views = views
+            .iter()
+            .map(|(name, dtype, dims, bytes)| (*name, TensorView::new(*dtype, dims.clone(), bytes).unwrap()));
         let bytes = safetensors::serialize(views, None).unwrap();
-        assert_eq!(read(&mut Cursor::new(bytes), "x").unwrap(), tensors);
+        assert_same(&read(&bytes, "x").unwrap(), &tensors);
     }
 
     #[test]
     fn quantized_weights_are_refused_by_name() {
         let kind = WeightKind::Q8_0;
-        let tensor = WeightTensor { kind, dims: vec![1, 32], bytes: kind.quantize(&[0.5; 32]) };
+        let tensor = WeightTensor::new(kind, vec![1, 32], kind.quantize(&[0.5; 32]));
         let err = write(&[("w".to_owned(), tensor)].into()).unwrap_err().to_string();
         assert!(err.contains("tensor w"), "{err}");
     }
@@ -305,7 +322,7 @@ mod tests {
     fn every_truncation_is_refused() {
         let bytes = write(&sample()).unwrap();
         for len in 0..bytes.len() {
-            assert!(read(&mut Cursor::new(&bytes[..len]), "x").is_err(), "{len} of {} bytes", bytes.len());
+            assert!(read(&bytes[..len], "x").is_err(), "{len} of {} bytes", bytes.len());
         }
     }
 }

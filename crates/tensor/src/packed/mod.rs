@@ -52,21 +52,48 @@ impl Packed {
     ///
     /// # Panics
     /// If `bytes` is not what `n_out · n_in` weights take, or `n_in` is no whole number of blocks.
-    pub fn from_bytes(pool: &Pool, kind: WeightKind, bytes: &[u8], [n_out, n_in]: [usize; 2]) -> Self {
-        let row_bytes = kind.bytes(n_in).filter(|&bytes| bytes > 0).expect("rows are whole blocks");
-        assert_eq!(bytes.len(), n_out * row_bytes, "{n_out}x{n_in} weights of kind {}", kind.name());
-        if !layout::has_tiles(kind) {
-            let mut w_oi = vec![0.0; n_out * n_in];
-            kind.dequantize(bytes, &mut w_oi);
-            return Self { stored: kind, ..Self::from_f32(pool, &w_oi, [n_out, n_in]) };
-        }
-        let tile_bytes = layout::tile_bytes(kind, n_in);
-        let mut tiles = Buf::<u8>::zeroed(n_out.div_ceil(TILE) * tile_bytes);
-        pool.run_chunks(&mut tiles, tile_bytes, |t, tile| {
+    pub fn from_bytes(pool: &Pool, kind: WeightKind, bytes: &[u8], dims: [usize; 2]) -> Self {
+        let mut packed = Self::zeroed(kind, dims);
+        assert_eq!(Some(bytes.len()), kind.bytes(dims[0] * dims[1]), "{packed:?}");
+        packed.set_rows(pool, 0, bytes);
+        packed
+    }
+
+    /// Rows that [`Packed::set_rows`] starts at are a multiple of this.
+    pub const ROWS_STEP: usize = TILE;
+
+    /// Zeros, to be filled by [`Packed::set_rows`]: large files are packed without ever being whole in memory.
+    ///
+    /// # Panics
+    /// If `n_in` is no whole number of blocks.
+    pub fn zeroed(stored: WeightKind, [n_out, n_in]: [usize; 2]) -> Self {
+        assert!(stored.bytes(n_in).is_some_and(|bytes| bytes > 0), "rows of {n_in} are no whole blocks");
+        let kind = if layout::has_tiles(stored) { stored } else { WeightKind::F32 };
+        let tiles = Buf::zeroed(n_out.div_ceil(TILE) * layout::tile_bytes(kind, n_in));
+        Self { stored, kind, n_out, n_in, tiles }
+    }
+
+    /// Packs rows from `first` on, as files store them.
+    ///
+    /// # Panics
+    /// If `first` is no multiple of [`Packed::ROWS_STEP`], or `bytes` is not whole rows of this matrix.
+    pub fn set_rows(&mut self, pool: &Pool, first: usize, bytes: &[u8]) {
+        let Self { stored, kind, n_out, n_in, .. } = *self;
+        let n_rows = bytes.len() / stored.bytes(n_in).expect("checked when made");
+        assert!(stored.bytes(n_rows * n_in) == Some(bytes.len()), "{} bytes of {self:?}", bytes.len());
+        assert!(first + n_rows <= n_out && first.is_multiple_of(TILE), "rows {first} + {n_rows} of {self:?}");
+        let widened = (kind != stored).then(|| {
+            let mut w_oi = vec![0.0; n_rows * n_in];
+            stored.dequantize(bytes, &mut w_oi);
+            kind.quantize(&w_oi)
+        });
+        let bytes = widened.as_deref().unwrap_or(bytes);
+        let (row_bytes, tile_bytes) = (bytes.len() / n_rows.max(1), layout::tile_bytes(kind, n_in));
+        let tiles = &mut self.tiles[first / TILE * tile_bytes..][..n_rows.div_ceil(TILE) * tile_bytes];
+        pool.run_chunks(tiles, tile_bytes, |t, tile| {
             let rows = piece(t, TILE * row_bytes, bytes.len());
             layout::interleave(kind, &bytes[rows], n_in, tile);
         });
-        Self { stored: kind, kind, n_out, n_in, tiles }
     }
 
     /// Packs f32 rows `w_oi` without loss.

@@ -1,8 +1,10 @@
 //! The cached forward pass against published models and reference outputs.
 
+mod architectures;
+
 use std::path::{Path, PathBuf};
 
-use model::{BLOCK_TOKENS, KvType, Decoder, Scratch, StepInput, gguf};
+use model::{BLOCK_TOKENS, Decoder, KvType, Scratch, StepInput, gguf};
 use tensor::Pool;
 
 /// `../shared` beside the repository, or the path inside the repository.
