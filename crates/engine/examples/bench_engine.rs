@@ -40,7 +40,7 @@ fn start(path: &Path, n_threads: usize, n_context: usize) -> Result<Engine, Fail
     let loaded_at = Instant::now();
     let pool = Arc::new(Pool::new(n_threads));
     let loaded = model::load(path)?;
-    let llama = model::Decoder::new(loaded.weights, &pool)?;
+    let llama = model::Transformer::new(loaded.weights, &pool)?;
     println!(
         "{}: {:.0} MB of weights, ready after {:.2} s, {n_threads} threads, {}",
         path.display(),

@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use model::{BLOCK_TOKENS, Decoder, KvCache, KvType, Scratch, StepInput};
+use model::{BLOCK_TOKENS, KvCache, KvType, Scratch, StepInput, Transformer};
 use tensor::Pool;
 
 use crate::runner::{Runner, RunnerError};
 
 /// See the module.
 pub struct ModelRunner {
-    llama: Decoder,
+    model: Transformer,
     kv: KvCache,
     pool: Arc<Pool>,
     scratch: Scratch,
@@ -23,27 +23,30 @@ impl ModelRunner {
     /// # Errors
     /// If not even one block fits.
     pub fn new(
-        llama: Decoder,
+        model: Transformer,
         pool: Arc<Pool>,
         kv_type: KvType,
         kv_bytes_max: usize,
         max_running: usize,
     ) -> Result<ModelRunner, RunnerError> {
-        let block_bytes = llama.kv_block_bytes(kv_type);
-        let n_useful = llama.context_max().div_ceil(BLOCK_TOKENS).saturating_mul(max_running);
+        if !model.config().block().causal {
+            return Err(RunnerError("the model embeds texts and predicts none".into()));
+        }
+        let block_bytes = model.kv_block_bytes(kv_type);
+        let n_useful = model.context_max().div_ceil(BLOCK_TOKENS).saturating_mul(max_running);
         let n_blocks = (kv_bytes_max / block_bytes).min(n_useful);
         if n_blocks == 0 {
             let why = format!("{kv_bytes_max} bytes for the KV cache hold no block of {block_bytes} bytes");
             return Err(RunnerError(why));
         }
-        let kv = llama.new_kv(n_blocks, kv_type);
-        Ok(ModelRunner { llama, kv, pool, scratch: Scratch::default(), logits_rv: Vec::new() })
+        let kv = model.new_kv(n_blocks, kv_type);
+        Ok(ModelRunner { model, kv, pool, scratch: Scratch::default(), logits_rv: Vec::new() })
     }
 }
 
 impl Runner for ModelRunner {
     fn vocab(&self) -> usize {
-        self.llama.config().vocab
+        self.model.config().vocab
     }
 
     fn n_blocks(&self) -> usize {
@@ -55,15 +58,15 @@ impl Runner for ModelRunner {
     }
 
     fn context_max(&self) -> usize {
-        self.llama.context_max()
+        self.model.context_max()
     }
 
     fn step(&mut self, input: &StepInput) -> Result<&[f32], RunnerError> {
-        let ModelRunner { llama, kv, pool, scratch, logits_rv } = self;
+        let ModelRunner { model, kv, pool, scratch, logits_rv } = self;
         for copy in input.copies.iter().filter(|copy| copy.from != copy.to) {
             kv.copy_block(copy.from, copy.to, copy.n_positions);
         }
-        llama.forward(pool, input, kv, scratch, logits_rv).map_err(|error| RunnerError(error.to_string()))?;
+        model.forward(pool, input, kv, scratch, logits_rv).map_err(|error| RunnerError(error.to_string()))?;
         Ok(logits_rv)
     }
 

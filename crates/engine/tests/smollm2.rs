@@ -7,7 +7,7 @@ use std::sync::Arc;
 use engine::{
     Engine, EngineLimits, Event, FinishReason, ModelRunner, Request, Runner, Sampling, Stream, Usage,
 };
-use model::{BLOCK_TOKENS, Decoder, KvType};
+use model::{BLOCK_TOKENS, KvType, Transformer};
 use telemetry::Metrics;
 use tensor::Pool;
 
@@ -42,7 +42,7 @@ fn model_file() -> Option<PathBuf> {
 fn runner(n_blocks: usize, kv_type: KvType) -> Option<ModelRunner> {
     let pool = Arc::new(Pool::new(2));
     let weights = model::gguf::read(&model_file()?).expect("the model file is good").weights;
-    let llama = Decoder::new(weights, &pool).expect("the model is good");
+    let llama = Transformer::new(weights, &pool).expect("the model is good");
     let kv_bytes = n_blocks * llama.kv_block_bytes(kv_type);
     Some(ModelRunner::new(llama, pool, kv_type, kv_bytes, 8).expect("blocks fit"))
 }

@@ -7,7 +7,7 @@ use crate::args::Listen;
 use anyhow::{Context, Result, bail};
 use api::ServedModel;
 use engine::{Engine, EngineLimits, ModelRunner};
-use model::{Decoder, KvType, Loaded, TokenizerFiles};
+use model::{KvType, Loaded, TokenizerFiles, Transformer};
 use telemetry::Metrics;
 use tensor::Pool;
 use tokenizer::{ChatTemplate, GgufVocab, Tokenizer};
@@ -47,7 +47,7 @@ fn start_engine(id: &str, loaded: Loaded, share: Share, metrics: &Metrics) -> Re
     let pool = Arc::new(Pool::new(share.n_threads));
     let limits = EngineLimits::default();
     // Each matrix's bytes are dropped as soon as it is packed: the file and the packed copy never stand side by side.
-    let llama = Decoder::new(loaded.weights, &pool)?;
+    let llama = Transformer::new(loaded.weights, &pool)?;
     let context_max = llama.context_max();
     let runner = ModelRunner::new(llama, pool, KvType::Bf16, share.kv_bytes, limits.max_running)?;
     Ok(Engine::start(Box::new(runner), limits, metrics.engine(id, context_max)))

@@ -14,7 +14,7 @@ use tensor::rows::{add_bias, scale};
 use tensor::swiglu::swiglu_forward;
 use tensor::{Buf, Pool};
 
-use crate::decoder::{Decoder, Layer, Linear, Norm};
+use crate::transformer::{Layer, Linear, Norm, Transformer};
 use crate::{Activation, Config, Error, Result, StepInput};
 
 /// Memory of the forward pass, kept between steps: nothing of size is allocated after the largest step.
@@ -34,7 +34,7 @@ pub struct Scratch {
     attention: AttentionScratch,
 }
 
-impl Decoder {
+impl Transformer {
     /// Computes the new tokens of `step`: their keys and values go into `kv`, and `logits_rv` becomes one row of v logits
     /// for every token that wants them, in the order of the step.
     ///
@@ -49,25 +49,17 @@ impl Decoder {
         logits_rv: &mut Vec<f32>,
     ) -> Result<()> {
         self.check(step, kv)?;
-        let rows: Vec<PagedRow<'_>> = step
-            .rows
-            .iter()
-            .map(|row| PagedRow { n_tokens: row.n_tokens, n_context: row.n_context, blocks: &row.blocks })
-            .collect();
-        let n = step.tokens_n.len();
-        let mut pass = Pass { decoder: self, pool, n, scratch };
-        pass.reserve();
-        pass.embed(step);
-        for (l, layer) in self.layers.iter().enumerate() {
-            pass.attention(layer, (kv, l), &rows);
-            pass.feed_forward(layer);
-        }
+        let mut pass = Pass { model: self, pool, n: step.tokens_n.len(), scratch };
+        pass.layers(step, kv, Keep::EveryLayer);
         pass.logits(step, logits_rv);
         Ok(())
     }
 
     fn check(&self, step: &StepInput, kv: &KvCache) -> Result<()> {
         let fail = |problem: String| Err(Error::Step(problem));
+        if !self.config.block().causal {
+            return fail("the model embeds texts and predicts none".into());
+        }
         let n: usize = step.rows.iter().map(|row| row.n_tokens).sum();
         if n == 0 || n != step.tokens_n.len() || n != step.positions_n.len() {
             return fail(format!(
@@ -115,17 +107,48 @@ impl Decoder {
 }
 
 /// One forward pass over `n` tokens.
-struct Pass<'a> {
-    decoder: &'a Decoder,
-    pool: &'a Pool,
-    n: usize,
-    scratch: &'a mut Scratch,
+pub(crate) struct Pass<'a> {
+    pub(crate) model: &'a Transformer,
+    pub(crate) pool: &'a Pool,
+    pub(crate) n: usize,
+    pub(crate) scratch: &'a mut Scratch,
+}
+
+/// What stays in the cache after a pass.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Keep {
+    /// Keys and values of every layer, for the next step.
+    EveryLayer,
+    /// Nothing: each layer writes over the one before, in a cache of one layer.
+    Nothing,
 }
 
 impl Pass<'_> {
+    /// From tokens to the stream after the last layer, which is not yet added to it.
+    pub(crate) fn layers(&mut self, step: &StepInput, kv: &mut KvCache, keep: Keep) {
+        let rows: Vec<PagedRow<'_>> = step
+            .rows
+            .iter()
+            .map(|row| PagedRow { n_tokens: row.n_tokens, n_context: row.n_context, blocks: &row.blocks })
+            .collect();
+        self.reserve();
+        self.embed(step);
+        for (l, layer) in self.model.layers.iter().enumerate() {
+            let slot = if keep == Keep::EveryLayer { l } else { 0 };
+            self.attention(layer, (kv, slot), &rows);
+            self.feed_forward(layer);
+        }
+    }
+
+    /// The stream after the final norm, `[n, c]`.
+    pub(crate) fn hidden(&mut self) -> &[f32] {
+        self.add_and_norm(&self.model.norm);
+        &self.scratch.normed_nc[..self.n * self.model.config.width]
+    }
+
     fn reserve(&mut self) {
         let (n, s) = (self.n, &mut *self.scratch);
-        let config = &self.decoder.config;
+        let config = &self.model.config;
         let Config { width: c, ff_width: f, .. } = *config;
         let (q, kv) = (config.q_width(), config.kv_width());
         for (buf, width) in s.x_nc.iter_mut().map(|x| (x, c)).chain([
@@ -143,18 +166,18 @@ impl Pass<'_> {
 
     /// The stream becomes the tokens' embeddings, and their positions' where those are learned.
     fn embed(&mut self, step: &StepInput) {
-        let (decoder, n) = (self.decoder, self.n);
-        let c = decoder.config.width;
+        let (model, n) = (self.model, self.n);
+        let c = model.config.width;
         let x_nc = &mut self.scratch.x_nc[0][..n * c];
         for (x_c, &token) in x_nc.chunks_exact_mut(c).zip(&step.tokens_n) {
-            decoder.embedding_vc.row_f32(token as usize, x_c);
+            model.embedding_vc.row_f32(token as usize, x_c);
         }
-        if decoder.config.block().scaled_embedding {
+        if model.config.block().scaled_embedding {
             scale(self.pool, x_nc, (c as f32).sqrt());
         }
-        if !decoder.positions_tc.is_empty() {
+        if !model.positions_tc.is_empty() {
             for (x_c, &position) in x_nc.chunks_exact_mut(c).zip(&step.positions_n) {
-                let position_c = &decoder.positions_tc[position as usize * c..][..c];
+                let position_c = &model.positions_tc[position as usize * c..][..c];
                 x_c.iter_mut().zip(position_c).for_each(|(x, p)| *x += p);
             }
         }
@@ -163,8 +186,8 @@ impl Pass<'_> {
 
     /// Adds what the last sub-layer left to the stream; the normed sum is the next one's input.
     fn add_and_norm(&mut self, norm: &Norm) {
-        let (pool, eps) = (self.pool, self.decoder.config.norm_eps);
-        let cells = ..self.n * self.decoder.config.width;
+        let (pool, eps) = (self.pool, self.model.config.norm_eps);
+        let cells = ..self.n * self.model.config.width;
         let s = &mut *self.scratch;
         let [x_nc, sum_nc] = &mut s.x_nc;
         let out = [&mut sum_nc[cells], &mut s.normed_nc[cells]];
@@ -174,13 +197,16 @@ impl Pass<'_> {
             None => residual_rmsnorm_forward(pool, out, &mut s.rstd_n[..self.n], input, &norm.w_c, eps),
         }
         s.x_nc.swap(0, 1);
+        if self.model.config.block().normed_stream {
+            s.x_nc[0][cells].copy_from_slice(&s.normed_nc[cells]);
+        }
     }
 
     /// Norms what a sub-layer leaves, in models that do.
     fn post_norm(&mut self, norm: Option<&Norm>) {
         let Some(norm) = norm else { return };
-        let cells = ..self.n * self.decoder.config.width;
-        let (eps, s) = (self.decoder.config.norm_eps, &mut *self.scratch);
+        let cells = ..self.n * self.model.config.width;
+        let (eps, s) = (self.model.config.norm_eps, &mut *self.scratch);
         let (y_nc, x_nc) = (&mut s.normed_nc[cells], &s.delta_nc[cells]);
         norm.forward(self.pool, y_nc, x_nc, &mut s.rstd_n[..self.n], eps);
         std::mem::swap(&mut s.normed_nc, &mut s.delta_nc);
@@ -188,7 +214,7 @@ impl Pass<'_> {
 
     fn attention(&mut self, layer: &Layer, (kv, l): (&mut KvCache, usize), rows: &[PagedRow<'_>]) {
         self.add_and_norm(&layer.attention_norm);
-        let config = &self.decoder.config;
+        let config = &self.model.config;
         let (pool, s) = (self.pool, &mut *self.scratch);
         let width = config.q_width() + 2 * config.kv_width();
         let qkv_no = &mut s.qkv_no[..self.n * width];
@@ -200,7 +226,7 @@ impl Pass<'_> {
             let k = HeadNorm { n_heads: config.n_kv_heads, w_d: k_d };
             head_norm_forward(pool, qkv_no, width, &[q, k], config.norm_eps);
         }
-        kv.append(pool, l, qkv_no, rows, self.decoder.rope_of(layer));
+        kv.append(pool, l, qkv_no, rows, self.model.rope_of(layer));
         paged_attention(pool, heads_nhd, qkv_no, (kv, l, layer.attention), rows, &mut s.attention);
         layer.output.forward(pool, &mut s.delta_nc[cells], heads_nhd, &mut s.packed);
         self.post_norm(layer.attention_post_norm.as_ref());
@@ -208,7 +234,7 @@ impl Pass<'_> {
 
     fn feed_forward(&mut self, layer: &Layer) {
         self.add_and_norm(&layer.ff_norm);
-        let config = &self.decoder.config;
+        let config = &self.model.config;
         let (f, activation) = (config.ff_width, config.block().activation);
         let (pool, s) = (self.pool, &mut *self.scratch);
         let cells = ..self.n * config.width;
@@ -222,7 +248,8 @@ impl Pass<'_> {
             }
         } else {
             layer.up.forward(pool, act_nf, &s.normed_nc[cells], &mut s.packed);
-            gelu_forward(pool, act_nf, Gelu::Tanh);
+            let form = if activation == Activation::GeluErf { Gelu::Erf } else { Gelu::Tanh };
+            gelu_forward(pool, act_nf, form);
         }
         layer.down.forward(pool, &mut s.delta_nc[cells], act_nf, &mut s.packed);
         self.post_norm(layer.ff_post_norm.as_ref());
@@ -230,7 +257,7 @@ impl Pass<'_> {
 
     /// Logits of the tokens that want them.
     fn logits(&mut self, step: &StepInput, logits_rv: &mut Vec<f32>) {
-        let Config { width: c, vocab: v, norm_eps, .. } = self.decoder.config;
+        let Config { width: c, vocab: v, norm_eps, .. } = self.model.config;
         let s = &mut *self.scratch;
         // The wanted rows of the stream, complete, move to the front.
         let (mut first, mut r) = (0, 0);
@@ -245,9 +272,9 @@ impl Pass<'_> {
         }
         let cells = ..r * c;
         let (x_rc, normed_rc) = (&s.x_nc[0][cells], &mut s.normed_nc[cells]);
-        self.decoder.norm.forward(self.pool, normed_rc, x_rc, &mut s.rstd_n[..r], norm_eps);
+        self.model.norm.forward(self.pool, normed_rc, x_rc, &mut s.rstd_n[..r], norm_eps);
         logits_rv.resize(r * v, 0.0);
-        project(self.pool, logits_rv, &[self.decoder.head()], &s.normed_nc[cells], &mut s.packed);
+        project(self.pool, logits_rv, &[self.model.head()], &s.normed_nc[cells], &mut s.packed);
     }
 }
 

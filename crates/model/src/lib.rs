@@ -3,13 +3,14 @@
 //! What it is not: it knows no optimizer, no request and no tokenizer. `train` and `engine` meet here, in the
 //! format of a model.
 //!
-//! Where to start: [Block`] (what all architectures are instances of) and [`Config`] (the shape), then `forward` (cached, over
-//! a batch of sequences) or `train` (forward and backward over one flat parameter vector; plain Llamas only). `hf`, `gguf` and `llama2c` are the formats; `load` picks one.
+//! Where to start: [`Block`] (what all architectures are instances of) and [`Config`] (the shape), then `forward` (the
+//! cached pass over a batch of sequences), `embed` or `train` (forward and backward over one flat parameter vector; plain
+//! Llamas only). `hf`, `gguf` and `llama2c` are the formats; `load` picks one.
 
 #![forbid(unsafe_code)]
 
 mod config;
-mod decoder;
+mod embed;
 mod error;
 mod forward;
 pub mod gguf;
@@ -21,16 +22,17 @@ mod params;
 mod source;
 mod step;
 mod train;
+mod transformer;
 mod weights;
 
 pub use config::{
     Activation, Architecture, Block, Config, ConfigError, FORMAT_VERSION, Rope, RopeScaling, Window,
 };
-pub use decoder::{BLOCK_TOKENS, Decoder, KvCache, KvType};
 pub use error::{Error, Result};
 pub use forward::Scratch;
 pub use load::{Loaded, TokenizerFiles, load};
 pub use params::{ParamSpec, ParamTable};
 pub use step::{BlockCopy, StepInput, StepRow};
 pub use train::{LossSum, TrainModel};
+pub use transformer::{BLOCK_TOKENS, KvCache, KvType, Transformer};
 pub use weights::{WeightTensor, Weights};

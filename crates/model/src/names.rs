@@ -9,6 +9,10 @@ pub(crate) enum Part {
     Embedding,
     /// `[t, c]`, learned.
     Positions,
+    /// `[2, c]`, added to all embeddings: first and second text of a pair.
+    TokenTypes,
+    /// `[c]`
+    EmbeddingNorm,
     /// `[c]`
     FinalNorm,
     /// `[v, c]`, where it is not the embedding.
@@ -87,23 +91,50 @@ const GPT2: &[LayerName] = &[
     (L::Down, "mlp.c_proj", "ffn_down"),
 ];
 
+const BERT_WHOLE: &[WholeName] = &[
+    (Part::Embedding, "embeddings.word_embeddings", "token_embd"),
+    (Part::Positions, "embeddings.position_embeddings", "position_embd"),
+    (Part::TokenTypes, "embeddings.token_type_embeddings", "token_types"),
+    (Part::EmbeddingNorm, "embeddings.LayerNorm", "token_embd_norm"),
+];
+
+const BERT: &[LayerName] = &[
+    (L::Q, "attention.self.query", "attn_q"),
+    (L::K, "attention.self.key", "attn_k"),
+    (L::V, "attention.self.value", "attn_v"),
+    (L::Output, "attention.output.dense", "attn_output"),
+    (L::AttentionPostNorm, "attention.output.LayerNorm", "attn_output_norm"),
+    (L::Up, "intermediate.dense", "ffn_up"),
+    (L::Down, "output.dense", "ffn_down"),
+    (L::FfPostNorm, "output.LayerNorm", "layer_output_norm"),
+];
+
 impl Architecture {
     fn whole_names(self) -> &'static [WholeName] {
-        if self == Self::Gpt2 { GPT2_WHOLE } else { WHOLE }
+        match self {
+            Self::Gpt2 => GPT2_WHOLE,
+            Self::Bert => BERT_WHOLE,
+            _ => WHOLE,
+        }
     }
 
     /// The first name of a role (or of a file) is the one that counts.
     fn layer_names(self) -> impl Iterator<Item = &'static LayerName> {
-        let first: &[LayerName] = match self {
-            Self::Gpt2 => GPT2,
-            Self::Gemma3 => GEMMA_NORMS,
-            _ => &[],
+        let (first, rest): (&[LayerName], &[LayerName]) = match self {
+            Self::Gpt2 => (GPT2, &[]),
+            Self::Bert => (BERT, &[]),
+            Self::Gemma3 => (GEMMA_NORMS, LLAMA),
+            _ => (LLAMA, &[]),
         };
-        first.iter().chain(if self == Self::Gpt2 { &[] } else { LLAMA })
+        first.iter().chain(rest)
     }
 
     fn layer_prefix(self) -> &'static str {
-        if self == Self::Gpt2 { "transformer.h." } else { "model.layers." }
+        match self {
+            Self::Gpt2 => "transformer.h.",
+            Self::Bert => "encoder.layer.",
+            _ => "model.layers.",
+        }
     }
 
     /// Hugging Face's name of a tensor without `.weight` or `.bias`.

@@ -1,7 +1,7 @@
 //! Text to ids and back: byte-pair encoding, streaming decode, chat templates.
 //!
 //! What it is: our own byte-level and SentencePiece-style BPE, with loaders for Hugging Face `tokenizer.json`, GGUF
-//! vocabularies and llama2.c's `tokenizer.bin`, a trainer, and the Jinja chat templates that models carry. Ids are equal
+//! vocabularies and llama2.c's `tokenizer.bin`, BERT's WordPiece, a trainer, and the Jinja chat templates that models carry. Ids are equal
 //! to those of Hugging Face `tokenizers`, which golden files and tests hold it to.
 //!
 //! What it is not: it knows no files, no stores, no models and no clock; bytes come in, ids go out.
@@ -31,6 +31,7 @@ mod split;
 mod stream;
 mod tokenizer;
 mod train;
+mod wordpiece;
 mod write;
 
 pub use chat::{ChatInput, ChatTemplate};
@@ -39,3 +40,4 @@ pub use gguf::GgufVocab;
 pub use stream::StreamDecoder;
 pub use tokenizer::{TokenId, Tokenizer};
 pub use train::{BpeTrainer, TrainProgress};
+pub use wordpiece::WordPiece;

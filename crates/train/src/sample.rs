@@ -1,7 +1,7 @@
 //! What the model writes as it learns: a continuation of the plan's prompt, through the same cached forward that
 //! serves it later.
 
-use model::{Config, Decoder, KvType, Scratch, StepInput};
+use model::{Config, KvType, Scratch, StepInput, Transformer};
 use tensor::Pool;
 use tensor::packed::WeightKind;
 use tokenizer::Tokenizer;
@@ -40,7 +40,7 @@ impl Sampler {
         table: &model::ParamTable,
         state: &State,
     ) -> Result<String> {
-        let llama = Decoder::new(table.to_weights(&self.config, &state.params, WeightKind::F32), pool)?;
+        let llama = Transformer::new(table.to_weights(&self.config, &state.params, WeightKind::F32), pool)?;
         let n_blocks = self.context_max.div_ceil(model::BLOCK_TOKENS);
         let mut kv = llama.new_kv(n_blocks, KvType::F32);
         let blocks: Vec<u32> = (0..n_blocks as u32).collect();

@@ -4,7 +4,7 @@
 //! x += post_norm(attention(rope(head_norm(norm(x) · Wqkvᵀ + b))) · Woᵀ + b)
 //! x += post_norm(activation(norm(x) · Wupᵀ + b) · Wdownᵀ + b)
 //! ```
-//! What a model lacks (`post_norm`, `head_norm`, `b`) is the identity or nothing. The forward pass, the loader and the
+//! What a model lacks (`post_norm`, `head_norm`, `b`) is the identity or nothing; in BERT the norms follow the sums. The forward pass, the loader and the
 //! sizes read this description; none of them knows an architecture's name.
 
 /// Families of models that differ in their blocks.
@@ -21,6 +21,8 @@ pub enum Architecture {
     Gemma3,
     /// LayerNorm, learned positions, biases everywhere.
     Gpt2,
+    /// As GPT-2, but it reads both ways and only embeds; norms come after the additions.
+    Bert,
 }
 
 /// Between the two matrices of the feed-forward sub-layer.
@@ -32,6 +34,8 @@ pub enum Activation {
     GeGlu,
     /// `gelu(up)`, tanh form; there is no gate.
     Gelu,
+    /// `gelu(up)`, exact.
+    GeluErf,
 }
 
 /// See the module.
@@ -55,6 +59,12 @@ pub struct Block {
     pub rotary: bool,
     /// Embeddings are multiplied by √c.
     pub scaled_embedding: bool,
+    /// A token sees what is before it, and the model predicts the next. Otherwise it sees the whole text, and there is no
+    /// output projection.
+    pub causal: bool,
+    /// The stream goes on from the normed sum: norms come after the additions. The first norm is then the embedding's,
+    /// and the last layer's last one stands where other models have their final norm.
+    pub normed_stream: bool,
 }
 
 const LLAMA: Block = Block {
@@ -67,11 +77,24 @@ const LLAMA: Block = Block {
     activation: Activation::SwiGlu,
     rotary: true,
     scaled_embedding: false,
+    causal: true,
+    normed_stream: false,
+};
+
+const GPT2: Block = Block {
+    layer_norm: true,
+    qkv_bias: true,
+    bias: true,
+    fused_qkv: true,
+    activation: Activation::Gelu,
+    rotary: false,
+    ..LLAMA
 };
 
 impl Architecture {
     /// Every architecture.
-    pub const ALL: [Architecture; 5] = [Self::Llama, Self::Qwen2, Self::Qwen3, Self::Gemma3, Self::Gpt2];
+    pub const ALL: [Architecture; 6] =
+        [Self::Llama, Self::Qwen2, Self::Qwen3, Self::Gemma3, Self::Gpt2, Self::Bert];
 
     /// What its blocks are made of.
     pub fn block(self) -> Block {
@@ -86,14 +109,13 @@ impl Architecture {
                 scaled_embedding: true,
                 ..LLAMA
             },
-            Self::Gpt2 => Block {
-                layer_norm: true,
-                qkv_bias: true,
-                bias: true,
-                fused_qkv: true,
-                activation: Activation::Gelu,
-                rotary: false,
-                ..LLAMA
+            Self::Gpt2 => GPT2,
+            Self::Bert => Block {
+                fused_qkv: false,
+                activation: Activation::GeluErf,
+                causal: false,
+                normed_stream: true,
+                ..GPT2
             },
         }
     }
@@ -106,6 +128,7 @@ impl Architecture {
             Self::Qwen3 => "qwen3",
             Self::Gemma3 => "gemma3",
             Self::Gpt2 => "gpt2",
+            Self::Bert => "bert",
         }
     }
 }
@@ -113,6 +136,6 @@ impl Architecture {
 impl Activation {
     /// Whether there is a gate beside the up-projection.
     pub fn is_gated(self) -> bool {
-        self != Self::Gelu
+        matches!(self, Self::SwiGlu | Self::GeGlu)
     }
 }

@@ -24,7 +24,7 @@ struct RawConfig {
     #[serde(alias = "n_inner")]
     intermediate_size: Option<u64>,
     vocab_size: Option<u64>,
-    #[serde(alias = "layer_norm_epsilon")]
+    #[serde(alias = "layer_norm_epsilon", alias = "layer_norm_eps")]
     rms_norm_eps: Option<f64>,
     rope_theta: Option<f64>,
     rope_scaling: Option<RopeParameters>,
@@ -45,6 +45,7 @@ struct RawConfig {
     hidden_act: Option<String>,
     #[serde(flatten)]
     switches: Switches,
+    type_vocab_size: Option<u64>,
     loquat_format_version: Option<u64>,
 }
 
@@ -57,6 +58,8 @@ struct Switches {
     scale_attn_by_inverse_layer_idx: Option<bool>,
     add_cross_attention: Option<bool>,
     use_bidirectional_attention: Option<bool>,
+    is_decoder: Option<bool>,
+    position_embedding_type: Option<String>,
     scale_attn_weights: Option<bool>,
     attn_logit_softcapping: Option<f64>,
     final_logit_softcapping: Option<f64>,
@@ -132,6 +135,14 @@ fn family(model_type: &str) -> Option<Family> {
             rope_theta: 1e6,
             ..llama
         },
+        "bert" => Family {
+            architecture: Architecture::Bert,
+            hidden_act: "gelu",
+            tied_embeddings: true,
+            norm_eps: 1e-12,
+            context_max: 512,
+            ..llama
+        },
         "gpt2" => Family {
             architecture: Architecture::Gpt2,
             hidden_act: "gelu_new",
@@ -183,6 +194,7 @@ impl Config {
     pub fn to_json(&self, dtype: &str) -> String {
         let mut config = match self.architecture {
             Architecture::Gpt2 => self.gpt2_keys(),
+            Architecture::Bert => self.bert_keys(),
             _ => self.rotary_keys(),
         };
         let (class, model_type) = self.class();
@@ -213,6 +225,7 @@ impl Config {
             (Architecture::Qwen3, _) => ("Qwen3ForCausalLM", "qwen3"),
             (Architecture::Gemma3, _) => ("Gemma3ForCausalLM", "gemma3_text"),
             (Architecture::Gpt2, _) => ("GPT2LMHeadModel", "gpt2"),
+            (Architecture::Bert, _) => ("BertModel", "bert"),
         }
     }
 
@@ -226,6 +239,19 @@ impl Config {
             "n_ctx": self.context_max,
             "layer_norm_epsilon": shortest_f64(self.norm_eps),
             "activation_function": "gelu_new",
+        }))
+    }
+
+    fn bert_keys(&self) -> Map<String, Value> {
+        object(json!({
+            "num_hidden_layers": self.n_layers,
+            "hidden_size": self.width,
+            "num_attention_heads": self.n_heads,
+            "intermediate_size": self.ff_width,
+            "layer_norm_eps": shortest_f64(self.norm_eps),
+            "max_position_embeddings": self.context_max,
+            "type_vocab_size": N_TOKEN_TYPES,
+            "hidden_act": "gelu",
         }))
     }
 
@@ -296,10 +322,17 @@ impl RawConfig {
             ("scale_attn_by_inverse_layer_idx", s.scale_attn_by_inverse_layer_idx),
             ("add_cross_attention", s.add_cross_attention),
             ("use_bidirectional_attention", s.use_bidirectional_attention),
+            ("is_decoder", s.is_decoder),
         ] {
             if on == Some(true) {
                 return Err(unsupported(field, "true"));
             }
+        }
+        if let Some(kind) = s.position_embedding_type.as_deref().filter(|kind| *kind != "absolute") {
+            return Err(unsupported("position_embedding_type", kind));
+        }
+        if let Some(n) = self.type_vocab_size.filter(|n| *n != N_TOKEN_TYPES as u64) {
+            return Err(unsupported("type_vocab_size", &n.to_string()));
         }
         if s.scale_attn_weights == Some(false) {
             return Err(unsupported("scale_attn_weights", "false"));

@@ -28,6 +28,8 @@ const VOCAB_MAX: usize = 1 << 22;
 const CONTEXT_MAX: usize = 1 << 24;
 const N_PARAMS_MAX: usize = 1 << 41;
 const N_EOS_MAX: usize = 64;
+/// BERT's: first and second text of a pair. A text alone is the first.
+pub(crate) const N_TOKEN_TYPES: usize = 2;
 
 /// What is wrong with a configuration.
 #[derive(Debug, thiserror::Error)]
@@ -199,7 +201,7 @@ impl Config {
             + when(block.qkv_bias, self.q_width() + 2 * self.kv_width())
             + when(block.bias, 2 * c + f * if block.activation.is_gated() { 2 } else { 1 });
         let embeddings = self.vocab * c * if self.tied_embeddings { 1 } else { 2 };
-        let positions = when(!block.rotary, self.context_max * c);
+        let positions = when(!block.rotary, self.context_max * c) + when(!block.causal, N_TOKEN_TYPES * c);
         embeddings + positions + self.n_layers * layer + norm
     }
 

@@ -55,9 +55,11 @@ pub(super) fn read(metadata: &Metadata, infos: &[TensorInfo]) -> Result<Config> 
 fn architecture(metadata: &Metadata) -> Result<Architecture> {
     const KEY: &str = "general.architecture";
     let name = metadata.text(KEY)?.ok_or_else(|| bad(KEY, "is missing"))?;
-    let known = Architecture::ALL.into_iter().find(|architecture| architecture.gguf_name() == name);
+    // Encoders' files have conventions of their own, which are not read.
+    let all = || Architecture::ALL.into_iter().filter(|architecture| architecture.block().causal);
+    let known = all().find(|architecture| architecture.gguf_name() == name);
     known.ok_or_else(|| {
-        let names = Architecture::ALL.map(Architecture::gguf_name).join(", ");
+        let names = all().map(Architecture::gguf_name).collect::<Vec<_>>().join(", ");
         bad(
             KEY,
             format!("{:?} is not supported, only {names} are", name.chars().take(40).collect::<String>()),

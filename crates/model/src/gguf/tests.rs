@@ -4,7 +4,7 @@ use tensor::Pool;
 use tensor::packed::WeightKind;
 
 use super::*;
-use crate::{Config, Decoder, Rope, RopeScaling};
+use crate::{Config, Rope, RopeScaling, Transformer};
 
 /// A GGUF file in the making. What it says need not be true.
 #[derive(Clone)]
@@ -177,7 +177,7 @@ fn a_file_is_read_whole() {
         let down = &weights.tensors["model.layers.0.mlp.down_proj.weight"];
         assert_eq!((down.kind, &down.dims[..]), (kind, &[32, 64][..]));
         assert_eq!(*down.bytes().unwrap(), *draft.clone().tensor("blk.0.ffn_down.weight").bytes);
-        Decoder::new(weights, &Pool::new(1)).unwrap();
+        Transformer::new(weights, &Pool::new(1)).unwrap();
     }
 }
 
@@ -223,14 +223,14 @@ fn an_output_matrix_unties_the_embedding() {
     draft.push("output.weight", &[32, 3], WeightKind::Q8_0);
     let weights = parse(&draft.bytes()).unwrap().weights;
     assert!(!weights.config.tied_embeddings);
-    Decoder::new(weights, &Pool::new(1)).unwrap();
+    Transformer::new(weights, &Pool::new(1)).unwrap();
 }
 
 /// Changes a good file; reading it, or building the model of it, must fail with an error that names the culprit.
 fn refused(culprit: &str, change: impl FnOnce(&mut Draft)) {
     let mut draft = Draft::tiny(WeightKind::Q4_1);
     change(&mut draft);
-    let built = parse(&draft.bytes()).and_then(|gguf| Decoder::new(gguf.weights, &Pool::new(1)));
+    let built = parse(&draft.bytes()).and_then(|gguf| Transformer::new(gguf.weights, &Pool::new(1)));
     let Err(error) = built else { panic!("{culprit}: the lie was believed") };
     let message = error.to_string();
     assert!(message.contains(culprit) && message.len() < 400, "{culprit}: {message}");
@@ -355,7 +355,7 @@ fn flipped_bits_do_no_harm() {
             assert!(held <= bytes.len(), "byte {at} bit {bit}: {held} bytes of tensors");
             // Building the model costs more; bits of the data change nothing about it.
             if n_read % 64 == 0 {
-                drop(Decoder::new(weights, &pool));
+                drop(Transformer::new(weights, &pool));
             }
         }
     }

@@ -11,9 +11,15 @@ type Tensors = BTreeMap<String, WeightTensor>;
 
 /// Buffers that some versions of transformers saved with the weights; the configuration says the same.
 const LEFTOVERS: [&str; 3] = [".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"];
-/// Where a model that sees keeps its eyes.
-const VISION: [&str; 4] =
-    ["vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."];
+/// Where models keep what is not needed for text, or not for embedding it: eyes, and a head for training.
+const UNUSED: [&str; 6] = [
+    "vision_tower.",
+    "multi_modal_projector.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+    "pooler.",
+    "bert.pooler.",
+];
 /// Where it keeps its language model, and what that is called alone.
 const LANGUAGE: [(&str, &str); 3] = [
     ("language_model.model.", "model."),
@@ -26,7 +32,7 @@ pub(super) fn from_files(architecture: Architecture, files: Tensors) -> Result<T
     let mut tensors = BTreeMap::new();
     for (name, tensor) in files {
         if LEFTOVERS.iter().any(|end| name.ends_with(end))
-            || VISION.iter().any(|start| name.starts_with(start))
+            || UNUSED.iter().any(|start| name.starts_with(start))
         {
             continue;
         }
@@ -101,6 +107,7 @@ fn our_name(architecture: Architecture, name: &str) -> String {
         Architecture::Gpt2 if !name.starts_with("transformer.") && !name.starts_with("lm_head.") => {
             format!("transformer.{name}")
         }
+        Architecture::Bert => name.strip_prefix("bert.").unwrap_or(name).to_owned(),
         _ => name.to_owned(),
     }
 }

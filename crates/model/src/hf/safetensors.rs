@@ -22,6 +22,8 @@ const N_TENSORS_MAX: usize = 1 << 18;
 const N_DIMS_MAX: usize = 8;
 const NAME_BYTES_MAX: usize = 512;
 const METADATA: &str = "__metadata__";
+/// Integers that old versions of transformers saved with BERT: 0, 1, 2, …
+const POSITION_IDS: &str = ".position_ids";
 
 /// One entry of the header.
 #[derive(Deserialize)]
@@ -35,7 +37,8 @@ struct Entry {
 /// A tensor whose place in the file has been checked.
 struct Placed {
     name: String,
-    kind: WeightKind,
+    /// `None` for what is no weight, and is passed over.
+    kind: Option<WeightKind>,
     dims: Vec<usize>,
     /// From the first byte after the header.
     start: u64,
@@ -69,8 +72,8 @@ pub(super) fn read(source: &Source, file: &str) -> Result<BTreeMap<String, Weigh
         }
     })?;
     let data_at = 8 + header_bytes;
-    let tensors = placed.into_iter().map(|Placed { name, kind, dims, start, .. }| {
-        (name, WeightTensor::stored(kind, dims, source.clone(), data_at + start))
+    let tensors = placed.into_iter().filter_map(|Placed { name, kind, dims, start, .. }| {
+        Some((name, WeightTensor::stored(kind?, dims, source.clone(), data_at + start)))
     });
     Ok(tensors.collect())
 }
@@ -125,9 +128,10 @@ fn place(name: &str, value: Value, data_bytes: u64) -> std::result::Result<Place
     }
     let entry: Entry = serde_json::from_value(value).map_err(|err| err.to_string())?;
     let kind = match entry.dtype.as_str() {
-        "F32" => WeightKind::F32,
-        "F16" => WeightKind::F16,
-        "BF16" => WeightKind::Bf16,
+        "F32" => Some(WeightKind::F32),
+        "F16" => Some(WeightKind::F16),
+        "BF16" => Some(WeightKind::Bf16),
+        "I64" if name.ends_with(POSITION_IDS) => None,
         other => {
             return Err(format!("dtype {:?} is not supported", other.chars().take(20).collect::<String>()));
         }
@@ -142,7 +146,8 @@ fn place(name: &str, value: Value, data_bytes: u64) -> std::result::Result<Place
     let dims: Option<Vec<usize>> = entry.shape.iter().map(|dim| usize::try_from(*dim).ok()).collect();
     let n_elems =
         dims.as_deref().and_then(|dims| dims.iter().try_fold(1_usize, |n, dim| n.checked_mul(*dim)));
-    let bytes = n_elems.and_then(|n_elems| kind.bytes(n_elems)).filter(|bytes| *bytes as u64 == end - start);
+    let bytes_of = |n_elems: usize| kind.map_or(n_elems.checked_mul(8), |kind| kind.bytes(n_elems));
+    let bytes = n_elems.and_then(bytes_of).filter(|bytes| *bytes as u64 == end - start);
     match (dims, bytes) {
         (Some(dims), Some(bytes)) => Ok(Placed { name: name.to_owned(), kind, dims, start, bytes }),
         _ => Err(format!(

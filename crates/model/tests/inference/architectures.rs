@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use model::{BLOCK_TOKENS, Decoder, KvType, Scratch, StepInput, load};
+use model::{BLOCK_TOKENS, KvType, Scratch, StepInput, Transformer, load};
 use tensor::Pool;
 
 const MODELS: [&str; 9] =
@@ -18,7 +18,7 @@ struct Expected {
     logits: Vec<Vec<f32>>,
 }
 
-fn dir(name: &str) -> PathBuf {
+pub(crate) fn dir(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/golden/models").join(name)
 }
 
@@ -36,7 +36,7 @@ fn expected(name: &str) -> Expected {
 }
 
 /// Logits after every token of `ids`, which come in chunks of these lengths (the last one again and again).
-fn logits(pool: &Pool, decoder: &Decoder, ids: &[u32], chunks: &[usize]) -> Vec<Vec<f32>> {
+fn logits(pool: &Pool, decoder: &Transformer, ids: &[u32], chunks: &[usize]) -> Vec<Vec<f32>> {
     let n_blocks = ids.len().div_ceil(BLOCK_TOKENS);
     let mut kv = decoder.new_kv(n_blocks, KvType::F32);
     let blocks: Vec<u32> = (0..n_blocks as u32).rev().collect();
@@ -63,7 +63,7 @@ fn logits_are_those_of_transformers() {
     let pool = Pool::new(2);
     for name in MODELS {
         let expected = expected(name);
-        let decoder = Decoder::new(load(&dir(name)).unwrap().weights, &pool).unwrap();
+        let decoder = Transformer::new(load(&dir(name)).unwrap().weights, &pool).unwrap();
         let whole = logits(&pool, &decoder, &expected.ids, &[90]);
         let mut worst = 0.0f32;
         for (position, expected) in expected.positions.iter().zip(&expected.logits) {
@@ -90,8 +90,8 @@ fn written_directories_are_read_again() {
         let [first, second] = [dir(name), out.path().to_owned()].map(|dir| load(&dir).unwrap().weights);
         assert_eq!(first.config, second.config, "{name}");
         assert_eq!(first.config.n_params(), n_params(&first), "{name}");
-        let [first, second] =
-            [first, second].map(|weights| logits(&pool, &Decoder::new(weights, &pool).unwrap(), &ids, &[90]));
+        let [first, second] = [first, second]
+            .map(|weights| logits(&pool, &Transformer::new(weights, &pool).unwrap(), &ids, &[90]));
         assert!(first == second, "{name}: other logits");
     }
 }
@@ -110,13 +110,13 @@ fn missing_and_foreign_tensors_are_named() {
             let mut weights = load(&dir(name)).unwrap().weights;
             let tensor = weights.tensors.remove(&missing).unwrap();
             weights.tensors.insert("foreign.weight".into(), tensor);
-            let error = Decoder::new(weights, &pool).err().expect(name).to_string();
+            let error = Transformer::new(weights, &pool).err().expect(name).to_string();
             assert!(error.contains(&missing), "{name} without {missing}: {error}");
         }
         let mut weights = load(&dir(name)).unwrap().weights;
         let tensor = weights.tensors.values().next().unwrap().clone();
         weights.tensors.insert("foreign.weight".into(), tensor);
-        let error = Decoder::new(weights, &pool).err().expect(name).to_string();
+        let error = Transformer::new(weights, &pool).err().expect(name).to_string();
         assert!(error.contains("foreign.weight"), "{name}: {error}");
     }
 }

@@ -1,10 +1,11 @@
 //! The cached forward pass against published models and reference outputs.
 
 mod architectures;
+mod embeddings;
 
 use std::path::{Path, PathBuf};
 
-use model::{BLOCK_TOKENS, Decoder, KvType, Scratch, StepInput, gguf};
+use model::{BLOCK_TOKENS, KvType, Scratch, StepInput, Transformer, gguf};
 use tensor::Pool;
 
 /// `../shared` beside the repository, or the path inside the repository.
@@ -19,7 +20,7 @@ fn find(relative: &str) -> Option<PathBuf> {
 /// One sequence, greedily continued.
 struct Session<'a> {
     pool: &'a Pool,
-    llama: &'a Decoder,
+    llama: &'a Transformer,
     kv: model::KvCache,
     scratch: Scratch,
     logits: Vec<f32>,
@@ -28,7 +29,7 @@ struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    fn new(pool: &'a Pool, llama: &'a Decoder, n_positions: usize, kv_type: KvType) -> Self {
+    fn new(pool: &'a Pool, llama: &'a Transformer, n_positions: usize, kv_type: KvType) -> Self {
         let n_blocks = n_positions.div_ceil(BLOCK_TOKENS);
         Self {
             pool,
@@ -77,7 +78,7 @@ fn smollm2_agrees_with_the_reference() {
         return;
     };
     let pool = Pool::new(2);
-    let llama = Decoder::new(gguf::read(&file).unwrap().weights, &pool).unwrap();
+    let llama = Transformer::new(gguf::read(&file).unwrap().weights, &pool).unwrap();
     let reference: serde_json::Value = serde_json::from_slice(&std::fs::read(reference).unwrap()).unwrap();
     for (kv_type, tolerance) in [(KvType::F32, 1e-3), (KvType::Bf16, 0.1)] {
         let mut worst = 0.0f64;
@@ -121,7 +122,7 @@ fn stories260k_tells_its_story() {
     let expected = documented[start..].split("\n```").next().unwrap();
     let pool = Pool::new(2);
     let weights = model::llama2c::read(&std::fs::read(file).unwrap()).unwrap();
-    let llama = Decoder::new(weights, &pool).unwrap();
+    let llama = Transformer::new(weights, &pool).unwrap();
     let mut session = Session::new(&pool, &llama, 257, KvType::F32);
     let mut ids = vec![1];
     while ids.len() < 257 {

@@ -1,7 +1,8 @@
 //! Attention of new tokens over the keys and values of their sequences, kept in blocks (paged, after Kwon et al. 2023).
 //!
 //! `out_hd = Σ_s softmax_s(scale · q_hd · k_sd) · v_sd` over the positions s up to the token's own, all of them or the
-//! last few ([`AttentionSpec::window`]); the h/g query heads of one key/value head read it together.
+//! last few ([`AttentionSpec::window`]), or over all of the row where a model reads both ways; the h/g query heads of one
+//! key/value head read it together.
 //!
 //! Order of the sums: positions are cut into groups of 256, counted from position 0 of the sequence, and these into spans
 //! of 64. In a group the softmax goes from span to span with a running maximum (as in FlashAttention, Dao et al. 2022);
@@ -35,16 +36,21 @@ pub struct AttentionSpec {
     pub scale: f32,
     /// A token at position p sees `p - window + 1 ..= p` (Gemma 3's local layers); `None`: all positions up to p.
     pub window: Option<usize>,
+    /// A token sees none of the positions after its own. Otherwise every token of a row sees all of them.
+    pub causal: bool,
 }
 
 impl AttentionSpec {
     /// Scores divided by √d, and no window.
     pub fn plain(head_width: usize) -> Self {
-        Self { scale: 1.0 / (head_width as f32).sqrt(), window: None }
+        Self { scale: 1.0 / (head_width as f32).sqrt(), window: None, causal: true }
     }
 
-    /// Positions the token at `position` sees.
-    fn visible(&self, position: usize) -> Range<usize> {
+    /// Positions the token at `position` of a row with `n_context` sees.
+    fn visible(&self, position: usize, n_context: usize) -> Range<usize> {
+        if !self.causal {
+            return 0..n_context;
+        }
         let end = position + 1;
         self.window.map_or(0, |window| end.saturating_sub(window))..end
     }
@@ -146,7 +152,7 @@ fn lay_out_tiles(tiles: &mut Vec<Tile>, rows: &[PagedRow<'_>], dims: KvDims, spe
         let n_queries = row.n_tokens * heads_per_kv;
         for first_query in (0..n_queries).step_by(QUERIES_MAX) {
             let n_queries = QUERIES_MAX.min(n_queries - first_query);
-            let visible = |query: usize| spec.visible(row.position(query / heads_per_kv));
+            let visible = |query: usize| spec.visible(row.position(query / heads_per_kv), row.n_context);
             let seen = visible(first_query).start..visible(first_query + n_queries - 1).end;
             let groups = seen.start / (GROUP_SPANS * SPAN)..seen.end.div_ceil(GROUP_SPANS * SPAN);
             for kv_head in 0..dims.n_kv_heads {
@@ -280,9 +286,10 @@ impl Job<'_> {
         let dims = self.cache.dims();
         let heads_per_kv = dims.n_heads / dims.n_kv_heads;
         let query = self.tile.first_query + i;
-        let position = self.rows[self.tile.row_idx].position(query / heads_per_kv);
+        let row = &self.rows[self.tile.row_idx];
+        let visible = self.spec.visible(row.position(query / heads_per_kv), row.n_context);
         let head = self.tile.kv_head * heads_per_kv + query % heads_per_kv;
-        (self.tile.first_token + query / heads_per_kv, head, self.spec.visible(position))
+        (self.tile.first_token + query / heads_per_kv, head, visible)
     }
 
     /// The queries as [`Attend::q_dq`]; the unused ones become 0.

@@ -36,7 +36,11 @@ impl Sequence {
             for h in 0..n_heads {
                 let g = h / (n_heads / n_kv_heads);
                 let score = |s: usize| dot(head(t, h), head(s, n_heads + g)) * f64::from(spec.scale);
-                let seen = spec.window.map_or(0, |window| (t + 1).saturating_sub(window))..=t;
+                let n = self.qkv.len() / width(self.dims);
+                let seen = match spec.causal {
+                    true => spec.window.map_or(0, |window| (t + 1).saturating_sub(window))..t + 1,
+                    false => 0..n,
+                };
                 let weights: Vec<f64> = seen.clone().map(|s| score(s).exp()).collect();
                 let total: f64 = weights.iter().sum();
                 out.extend((0..d).map(|i| {
@@ -91,7 +95,11 @@ fn run(
 /// All positions, and windows shorter and longer than a span.
 fn specs(dims: KvDims) -> [AttentionSpec; 3] {
     let plain = AttentionSpec::plain(dims.head_width);
-    [plain, AttentionSpec { window: Some(7), ..plain }, AttentionSpec { scale: 0.2, window: Some(90) }]
+    [
+        plain,
+        AttentionSpec { window: Some(7), ..plain },
+        AttentionSpec { scale: 0.2, window: Some(90), ..plain },
+    ]
 }
 
 fn shapes() -> [KvDims; 4] {
@@ -107,7 +115,8 @@ fn shapes() -> [KvDims; 4] {
 fn agrees_with_plain_attention() {
     for dims in shapes() {
         let sequences = [Sequence::new(1, 150, dims, (0..40).rev())];
-        for spec in specs(dims) {
+        let both_ways = AttentionSpec { causal: false, ..AttentionSpec::plain(dims.head_width) };
+        for spec in specs(dims).into_iter().chain([both_ways]) {
             let reference = sequences[0].reference(spec);
             for pool in every_pool() {
                 for (kv_type, tolerance) in [(KvType::F32, 1e-5), (KvType::Bf16, 5e-2), (KvType::Int8, 0.2)] {

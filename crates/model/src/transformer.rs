@@ -1,4 +1,4 @@
-//! [`Decoder`]: a model packed for inference. [`crate::Config`] and its [`crate::Block`] say what it is made of.
+//! [`Transformer`]: a model packed for inference. [`crate::Config`] and its [`crate::Block`] say what it is made of.
 
 use tensor::Pool;
 use tensor::packed::Packed;
@@ -7,6 +7,7 @@ use tensor::rope::RopeTable;
 
 pub use tensor::paged_attention::{BLOCK_TOKENS, KvCache, KvType};
 
+use crate::config::N_TOKEN_TYPES;
 use crate::names::{LayerPart, Part};
 use crate::weights::unreadable;
 use crate::{Config, Error, Result, Weights};
@@ -16,7 +17,7 @@ use crate::{Config, Error, Result, Weights};
 const CONTEXT_MAX: usize = 1 << 17;
 
 /// A model packed for inference.
-pub struct Decoder {
+pub struct Transformer {
     pub(crate) config: Config,
     pub(crate) embedding_vc: Packed,
     /// Learned positions, `[t, c]`; empty where positions are turned in.
@@ -60,7 +61,7 @@ pub(crate) struct Norm {
     pub(crate) bias_c: Option<Vec<f32>>,
 }
 
-impl Decoder {
+impl Transformer {
     /// Packs `weights`, each tensor read from its file piece by piece: hardly more than one copy is ever in memory.
     ///
     /// # Errors
@@ -68,21 +69,15 @@ impl Decoder {
     pub fn new(mut weights: Weights, pool: &Pool) -> Result<Self> {
         let config = weights.config.clone();
         config.check()?;
-        let (c, v) = (config.width, config.vocab);
         let mut loader = Loader { weights: &mut weights, config: &config, pool };
-        let embedding_vc = loader.matrix(Part::Embedding, 0, [v, c])?;
-        let positions_tc = match config.block().rotary {
-            true => Vec::new(),
-            false => loader.numbers(Part::Positions, ".weight", &[config.context_max, c])?,
-        };
+        let embedding_vc = loader.matrix(Part::Embedding, 0, [config.vocab, config.width])?;
+        let positions_tc = loader.positions()?;
         let layers = (0..config.n_layers).map(|l| loader.layer(l)).collect::<Result<_>>()?;
-        let norm = loader.norm(Part::FinalNorm, 0)?;
-        let head_name = format!("{}.weight", config.architecture.hf_module(Part::Head, 0));
-        let head_vc = match config.tied_embeddings {
-            // Some files name the tied matrix twice; the second is the same.
-            true => loader.weights.tensors.remove(&head_name).and(None),
-            false => Some(loader.matrix(Part::Head, 0, [v, c])?),
+        let norm = match config.block().normed_stream {
+            true => loader.norm(Part::Layer(LayerPart::FfPostNorm), config.n_layers - 1)?,
+            false => loader.norm(Part::FinalNorm, 0)?,
         };
+        let head_vc = loader.head()?;
         if let Some(name) = weights.tensors.into_keys().next() {
             return Err(Error::Tensor { name, problem: "is not part of this architecture".into() });
         }
@@ -163,27 +158,43 @@ impl Loader<'_> {
             true => Some([self.head_norm(L::QNorm, l)?, self.head_norm(L::KNorm, l)?]),
             false => None,
         };
-        let mut post_norm = |part| match block.post_norms {
-            true => self.norm(Part::Layer(part), l).map(Some),
-            false => Ok(None),
+        let [attention_norm, ff_norm] = self.norms(l)?;
+        let (attention_post_norm, ff_post_norm) = match block.post_norms {
+            true => (
+                Some(self.norm(Part::Layer(L::AttentionPostNorm), l)?),
+                Some(self.norm(Part::Layer(L::FfPostNorm), l)?),
+            ),
+            false => (None, None),
         };
-        let (attention_post_norm, ff_post_norm) =
-            (post_norm(L::AttentionPostNorm)?, post_norm(L::FfPostNorm)?);
         let window = config.window_of(l);
         let local_rope = config.window.as_ref().is_some_and(|window| window.rope_theta.is_some());
         Ok(Layer {
-            attention: AttentionSpec { scale: config.score_scale(), window },
+            attention: AttentionSpec { scale: config.score_scale(), window, causal: block.causal },
             rope_idx: usize::from(window.is_some() && local_rope),
-            attention_norm: self.norm(Part::Layer(L::AttentionNorm), l)?,
+            attention_norm,
             qkv: self.linear(l, qkv, c, block.qkv_bias)?,
             head_norms_d,
             output: self.linear(l, &[(L::Output, c)], q, block.bias)?,
             attention_post_norm,
-            ff_norm: self.norm(Part::Layer(L::FfNorm), l)?,
+            ff_norm,
             up: self.linear(l, up, c, block.bias)?,
             down: self.linear(l, &[(L::Down, c)], f, block.bias)?,
             ff_post_norm,
         })
+    }
+
+    /// Norms before attention and before feed-forward. Where norms follow the sums, the one before attention is the one
+    /// after the layer before, or after the embedding.
+    fn norms(&mut self, l: usize) -> Result<[Norm; 2]> {
+        use LayerPart as L;
+        if !self.config.block().normed_stream {
+            return Ok([self.norm(Part::Layer(L::AttentionNorm), l)?, self.norm(Part::Layer(L::FfNorm), l)?]);
+        }
+        let before = match l {
+            0 => self.norm(Part::EmbeddingNorm, 0)?,
+            _ => self.norm(Part::Layer(L::FfPostNorm), l - 1)?,
+        };
+        Ok([before, self.norm(Part::Layer(L::AttentionPostNorm), l)?])
     }
 
     /// A stack of matrices (role and outputs each) of `n_in` inputs.
@@ -219,8 +230,38 @@ impl Loader<'_> {
         self.weights.take_f32(&format!("{module}.weight"), &[self.config.head_width])
     }
 
-    fn numbers(&mut self, part: Part, suffix: &str, dims: &[usize]) -> Result<Vec<f32>> {
-        let name = format!("{}{suffix}", self.config.architecture.hf_module(part, 0));
-        self.weights.take_f32(&name, dims)
+    /// Learned positions, if the model has some, with what is added to every token.
+    fn positions(&mut self) -> Result<Vec<f32>> {
+        let Config { width: c, context_max: t, architecture, .. } = *self.config;
+        let block = self.config.block();
+        if block.rotary {
+            return Ok(Vec::new());
+        }
+        let mut take = |part, dims: &[usize]| {
+            self.weights.take_f32(&format!("{}.weight", architecture.hf_module(part, 0)), dims)
+        };
+        let mut positions_tc = take(Part::Positions, &[t, c])?;
+        if !block.causal {
+            // A text that stands alone is of the first type.
+            let types = take(Part::TokenTypes, &[N_TOKEN_TYPES, c])?;
+            for position_c in positions_tc.chunks_exact_mut(c) {
+                position_c.iter_mut().zip(&types).for_each(|(x, y)| *x += y);
+            }
+        }
+        Ok(positions_tc)
+    }
+
+    /// The output projection where it is a matrix of its own.
+    fn head(&mut self) -> Result<Option<Packed>> {
+        let Config { width: c, vocab: v, architecture, tied_embeddings, .. } = *self.config;
+        if !self.config.block().causal {
+            return Ok(None);
+        }
+        if tied_embeddings {
+            // Some files name the tied matrix twice; the second is the same.
+            self.weights.tensors.remove(&format!("{}.weight", architecture.hf_module(Part::Head, 0)));
+            return Ok(None);
+        }
+        self.matrix(Part::Head, 0, [v, c]).map(Some)
     }
 }
