@@ -31,9 +31,12 @@ enum What {
     Train,
     Engine,
     Serve,
+    Stall,
+    /// Half an hour; only when it is named.
+    Soak,
 }
 
-const ALL: [What; 8] = [
+const ALL: [What; 9] = [
     What::Limits,
     What::Matmul,
     What::Store,
@@ -42,6 +45,7 @@ const ALL: [What; 8] = [
     What::Train,
     What::Engine,
     What::Serve,
+    What::Stall,
 ];
 
 const TEXT: &str = "var/cache/sotu";
@@ -60,6 +64,8 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
             What::Train => train(root, args)?,
             What::Engine => engine(root, args)?,
             What::Serve => crate::bench_serve::run(root, CHAT_MODEL, args.llama_server.as_deref())?,
+            What::Stall => example(root, "engine", "bench_stall", &[CHAT_MODEL])?,
+            What::Soak => example(root, "engine", "soak", &[CHAT_MODEL])?,
         }
     }
     Ok(())

@@ -42,8 +42,10 @@ pub(crate) fn run(root: &Path, long: bool) -> Result<()> {
         steps.push((
             "long",
             Box::new(|| {
-                let args = ["nextest", "run", "--release", "--package", "loquat", "--features", "long"];
-                cargo(&[&args[..], &["--no-fail-fast"]].concat())
+                let packages = ["--package", "loquat", "--package", "engine"];
+                let features = ["--features", "loquat/long,engine/long"];
+                let args = [&["nextest", "run", "--release"][..], &packages, &features, &["--no-fail-fast"]];
+                cargo(&args.concat())
             }),
         ));
     }

@@ -103,7 +103,7 @@ fn eventually(what: &str, condition: impl Fn() -> bool) {
 fn guessing_ahead_changes_no_event() {
     let plain = start(repetitive(200, 0), EngineLimits::default());
     let expected: Vec<_> = (0..12).map(|i| events(plain.submit(request(i)).unwrap())).collect();
-    // Three tokens over the prompts' need: preemption comes into it, too.
+    // With few blocks preemption comes into it, too.
     for n_blocks in [200, 30] {
         let limits = |speculation| EngineLimits { speculation, ..EngineLimits::default() };
         let looking_up = start(slow(repetitive(n_blocks, 0)), limits(Speculation::PromptLookup { k_max: 8 }));
@@ -131,6 +131,7 @@ fn guessing_ahead_changes_no_event() {
             let stats = engine.stats();
             assert!(stats.accepted_tokens > 10, "{stats:?}");
             assert!(stats.draft_tokens > stats.accepted_tokens, "{stats:?}");
+            assert_eq!(stats.n_preemptions > 0, n_blocks < 200, "{stats:?}");
         }
     }
 }

@@ -1,11 +1,12 @@
-//! A real model behind the engine: the same tokens alone, in a batch, in chunks, after preemption and
-//! with a prefix hit. Skipped, loudly, where the model file has not been fetched.
+//! A real model behind the engine: the same tokens alone, in a batch of 32, in chunks, after preemption,
+//! with a prefix hit and with guesses. Skipped, loudly, where the model file has not been fetched.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use engine::{
-    Engine, EngineLimits, Event, FinishReason, ModelRunner, Request, Runner, Sampling, Stream, Usage,
+    Engine, EngineLimits, Event, FinishReason, ModelRunner, Request, Runner, RunnerError, Sampling,
+    Speculation, StepInput, Stream, Usage,
 };
 use model::{BLOCK_TOKENS, KvType, Transformer};
 use telemetry::Metrics;
@@ -49,16 +50,20 @@ fn runner(n_blocks: usize, kv_type: KvType) -> Option<ModelRunner> {
 
 const N_NEW: usize = 36;
 
-/// Prompts of different lengths, some greedy; all but the first are invented.
+/// Prompts of different lengths, some greedy; all but the first are invented. The second repeats itself,
+/// so that what follows can be looked up.
 fn request(i: u32) -> Request {
     let prompt = match i {
         0 => FRANCE.to_vec(),
-        i => (0..10 + 23 * i).map(|p| (p * 7919 + i * 131) % 49_152).collect(),
+        1 => FRANCE[20..].repeat(2),
+        i => (0..10 + 23 * (i % 4)).map(|p| (p * 7919 + i * 131) % 49_152).collect(),
     };
-    let temperature = if i.is_multiple_of(2) { 0.0 } else { 0.9 };
+    let temperature = if i.is_multiple_of(2) { 0.0 } else { 0.7 };
+    // Those that only make the batch large are short.
+    let n_new = if i < 4 { N_NEW } else { 8 };
     Request::new(
         prompt,
-        N_NEW,
+        n_new,
         Sampling { temperature, top_p: 0.95, seed: u64::from(i), ..Sampling::default() },
     )
 }
@@ -104,26 +109,79 @@ fn greedy_decoding_gives_the_reference_answer() {
     }
 }
 
+/// A draft model that is often wrong: its logits are turned by one id in every third step.
+struct Careless {
+    inner: ModelRunner,
+    logits_rv: Vec<f32>,
+    n_steps: usize,
+}
+
+impl Runner for Careless {
+    fn vocab(&self) -> usize {
+        self.inner.vocab()
+    }
+    fn n_blocks(&self) -> usize {
+        self.inner.n_blocks()
+    }
+    fn block_tokens(&self) -> usize {
+        self.inner.block_tokens()
+    }
+    fn context_max(&self) -> usize {
+        self.inner.context_max()
+    }
+    fn step(&mut self, input: &StepInput) -> Result<&[f32], RunnerError> {
+        self.n_steps += 1;
+        self.logits_rv.clear();
+        self.logits_rv.extend_from_slice(self.inner.step(input)?);
+        if self.n_steps.is_multiple_of(3) {
+            self.logits_rv.rotate_right(1);
+        }
+        Ok(&self.logits_rv)
+    }
+}
+
+/// Submits the first `n` requests at once and compares the first four with what they give alone.
+fn check_together(engine: &Engine, n: u32, expected: &[Vec<u32>], how: &str) {
+    let streams: Vec<_> = (0..n).map(|i| engine.submit(request(i)).unwrap()).collect();
+    let ids: Vec<_> = streams.into_iter().map(|stream| collect(stream).0).collect();
+    for (i, (ids, expected)) in ids.iter().zip(expected).enumerate() {
+        assert_eq!(ids, expected, "request {i} {how}");
+    }
+}
+
 #[test]
 fn schedules_change_nothing_about_the_tokens() {
-    let Some(alone) = runner(64, KvType::Bf16) else { return };
+    let Some(alone) = runner(256, KvType::Bf16) else { return };
+    let another = |n_blocks| Box::new(runner(n_blocks, KvType::Bf16).expect("it was there a moment ago"));
     let engine = start(Box::new(alone), EngineLimits { prefix_cache: false, ..EngineLimits::default() });
     let expected: Vec<_> = (0..4).map(|i| collect(engine.submit(request(i)).unwrap()).0).collect();
+    check_together(&engine, 32, &expected, "in a batch of 32");
     drop(engine);
 
     // The longest needs 79 + 36 tokens; together they need twice the pool, so some are preempted.
     // At most 24 tokens a step cut the longer prompts into chunks.
-    let tight = runner(128 / BLOCK_TOKENS, KvType::Bf16).expect("it was there a moment ago");
     let limits = EngineLimits { max_running: 4, max_batch_tokens: 24, ..EngineLimits::default() };
-    let engine = start(Box::new(tight), limits);
-    let streams: Vec<_> = (0..4).map(|i| engine.submit(request(i)).unwrap()).collect();
-    for (i, stream) in streams.into_iter().enumerate() {
-        assert_eq!(collect(stream).0, expected[i], "request {i} in a batch");
-    }
+    let engine = start(another(128 / BLOCK_TOKENS), limits);
+    check_together(&engine, 4, &expected, "preempted");
     assert!(engine.stats().n_preemptions > 0, "nothing was preempted: {:?}", engine.stats());
-
     collect(engine.submit(request(3)).unwrap());
     let (ids, again) = collect(engine.submit(request(3)).unwrap());
-    assert!(again.cached > 0, "{again:?}");
+    // All but the last token: the last block is filled in part, and copied.
+    assert_eq!(again.cached, again.prompt - 1);
     assert_eq!(ids, expected[3], "after a prefix hit");
+    drop(engine);
+
+    let limits = |speculation| EngineLimits { speculation, ..EngineLimits::default() };
+    let engine = start(another(64), limits(Speculation::PromptLookup { k_max: 8 }));
+    check_together(&engine, 4, &expected, "with prompt look-up");
+    assert!(engine.stats().draft_tokens > 0, "nothing was guessed: {:?}", engine.stats());
+    drop(engine);
+
+    let careless = Careless { inner: *another(64), logits_rv: Vec::new(), n_steps: 0 };
+    let metrics = Metrics::new().engine("smollm2", 2048);
+    let limits = limits(Speculation::Draft { k_max: 4 });
+    let engine = Engine::start_with_draft(another(64), Box::new(careless), limits, metrics);
+    check_together(&engine, 4, &expected, "with a draft model");
+    let stats = engine.stats();
+    assert!(stats.accepted_tokens > 0 && stats.accepted_tokens < stats.draft_tokens, "{stats:?}");
 }
