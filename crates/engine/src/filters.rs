@@ -71,7 +71,7 @@ impl Candidates {
             self.keep_best(f64::from(sampling.top_p) * mass(&self.kept));
         }
         if sampling.typical_p < 1.0 {
-            self.keep_typical(sampling.typical_p);
+            self.keep_typical(scale, sampling.typical_p);
         }
     }
 
@@ -157,10 +157,12 @@ impl Candidates {
 
     /// Meister et al., "Locally Typical Sampling", 2023: prefers tokens whose surprise -ln p is near the expected one,
     /// the entropy, over likelier ones.
-    fn keep_typical(&mut self, typical_p: f32) {
+    fn keep_typical(&mut self, scale: Scale, typical_p: f32) {
         let sum = mass(&self.kept);
-        let surprise = |c: &Candidate| (sum / f64::from(c.weight)).ln();
-        let entropy = self.kept.iter().map(|c| f64::from(c.weight) / sum * surprise(c)).sum::<f64>();
+        let log_sum = sum.ln();
+        // -ln p = ln sum - ln weight, and a weight is the exponential of its scaled distance from the largest logit.
+        let surprise = |c: &Candidate| log_sum - f64::from((c.rank - scale.max) * scale.factor);
+        let entropy = self.kept.iter().map(|c| f64::from(c.weight) * surprise(c)).sum::<f64>() / sum;
         self.kept.iter_mut().for_each(|c| c.rank = -(surprise(c) - entropy).abs() as f32);
         self.keep_best(f64::from(typical_p) * sum);
     }
