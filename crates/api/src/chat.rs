@@ -11,13 +11,14 @@ use tokenizer::Tokenizer;
 
 use crate::body;
 use crate::choice::{Finish, Piece};
-use crate::error::{ApiError, Result, echo};
+use crate::error::{ApiError, Result};
 use crate::generate::{self, Chunks, Head, UsageBody, Whole, event};
 use crate::json::Fields;
 use crate::models;
 use crate::prompt;
 use crate::sampling::{Options, Prompt};
 use crate::state::{AppState, KeyOwner, ServedModel};
+use crate::structured;
 
 pub(crate) async fn create(
     State(state): State<AppState>,
@@ -32,8 +33,9 @@ pub(crate) async fn create(
         let prompt = prompt::read_messages(fields, &model)?;
         Ok((model, options, prompt))
     };
-    let (model, options, prompt): (Arc<ServedModel>, Options, Prompt) =
+    let (model, mut options, prompt): (Arc<ServedModel>, Options, Prompt) =
         body::read(&state, request, work).await?;
+    structured::constrain(&state, &model, &mut options).await?;
     let choices = generate::submit(&model, &options, &[prompt], &owner.id, state.limits.sequences_max)?;
     let head = Head {
         id: generate::random_id("chatcmpl")?,
@@ -84,13 +86,6 @@ fn refuse_unsupported(fields: Fields) -> Result<()> {
     for name in ["tools", "functions"] {
         if fields.list(name)?.is_some_and(|list| !list.is_empty()) {
             return Err(ApiError::invalid(name, "this server does not support tools yet"));
-        }
-    }
-    if let Some(format) = fields.object("response_format")? {
-        let kind = format.text("type")?.unwrap_or_default();
-        if kind != "text" {
-            let why = format!("only the type `text` is supported yet, got `{}`", echo(kind));
-            return Err(ApiError::invalid("response_format", why));
         }
     }
     let modalities = fields.list("modalities")?.unwrap_or_default();

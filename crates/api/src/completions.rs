@@ -19,6 +19,7 @@ use crate::models;
 use crate::prompt;
 use crate::sampling::{Options, Prompt};
 use crate::state::{AppState, KeyOwner, ServedModel};
+use crate::structured;
 
 /// New tokens when the client does not say; OpenAI's default.
 const MAX_TOKENS_DEFAULT: usize = 16;
@@ -44,8 +45,9 @@ pub(crate) async fn create(
         let prompts = prompt::read_prompts(fields, &model)?;
         Ok((model, options, extras, prompts))
     };
-    let (model, options, extras, prompts): (Arc<ServedModel>, Options, Extras, Vec<Prompt>) =
+    let (model, mut options, extras, prompts): (Arc<ServedModel>, Options, Extras, Vec<Prompt>) =
         body::read(&state, request, work).await?;
+    structured::constrain(&state, &model, &mut options).await?;
     let choices = generate::submit(&model, &options, &prompts, &owner.id, state.limits.sequences_max)?;
     let head = Head {
         id: generate::random_id("cmpl")?,

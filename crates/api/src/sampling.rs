@@ -1,11 +1,12 @@
 //! The fields chat and text completions share, read and checked.
 
-use engine::{Request, STOP_IDS_MAX, Sampling};
+use engine::{Constraint, Request, STOP_IDS_MAX, Sampling};
 use serde_json::Value;
 
 use crate::error::{ApiError, Result};
 use crate::json::{Fields, expected};
 use crate::state::ServedModel;
+use crate::structured::{self, Structure};
 
 /// Strings of `stop`.
 const STOPS_MAX: usize = 4;
@@ -33,6 +34,9 @@ pub(crate) struct Options {
     pub(crate) logprobs: Option<usize>,
     /// The same for the prompt's tokens.
     pub(crate) prompt_logprobs: Option<usize>,
+    /// What the answers must look like, and, once it is compiled, what holds them to it.
+    pub(crate) structure: Option<Structure>,
+    pub(crate) constraint: Option<Box<dyn Constraint>>,
     pub(crate) stream: bool,
     pub(crate) include_usage: bool,
 }
@@ -52,6 +56,8 @@ impl Options {
             sampling: read_sampling(fields, model)?,
             logprobs: None,
             prompt_logprobs: None,
+            structure: structured::read(fields)?,
+            constraint: None,
             stream,
             include_usage: read_include_usage(fields, stream)?,
         })
@@ -74,6 +80,7 @@ impl Options {
             request.ignore_eos = self.ignore_eos;
             request.logprobs = self.logprobs;
             request.prompt_logprobs = self.prompt_logprobs;
+            request.constraint = self.constraint.clone();
             request.tenant = tenant.to_owned();
             request
         };
@@ -128,6 +135,7 @@ fn read_sampling(fields: Fields, model: &ServedModel) -> Result<Sampling> {
         top_k,
         top_p: if top_p == 0.0 { 1.0 } else { top_p },
         min_p: fields.float("min_p", 0.0..=1.0)?.unwrap_or(0.0),
+        typical_p: fields.float("typical_p", f64::from(f32::MIN_POSITIVE)..=1.0)?.unwrap_or(1.0),
         seed: match fields.integer("seed", i64::MIN..=i64::MAX)? {
             Some(seed) => seed as u64,
             None => random_seed()?,

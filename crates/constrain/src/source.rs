@@ -14,6 +14,9 @@ const CHOICES_MAX: usize = 4096;
 /// Brackets inside brackets: their parsers are recursive.
 const NESTING_MAX: usize = 128;
 
+/// Digits that matter of a `multipleOf`: as many states as its value without the point have to be made.
+const MULTIPLE_MAX: u64 = 10_000;
+
 /// White space between the parts of a JSON text: none, one space, or a new line and its indentation. Bounded, because
 /// a small model that may write white space for ever does.
 const JSON_SPACE: &str = r"( |\n{1,2}[ \t]{0,20})";
@@ -51,6 +54,7 @@ impl Source {
             Source::JsonObject => Ok(json_grammar(&json!({"type": "object"}))),
             Source::JsonSchema(schema) => {
                 bound(schema.to_string().len(), TEXT_BYTES_MAX, "bytes")?;
+                check_multiples(schema)?;
                 Ok(json_grammar(schema))
             }
             Source::Regex(regex) => {
@@ -62,6 +66,11 @@ impl Source {
             Source::Lark(grammar) => {
                 bound(grammar.len(), TEXT_BYTES_MAX, "bytes")?;
                 check_nesting(grammar)?;
+                if grammar.contains("multipleOf") {
+                    return Err(CompileError::Invalid(
+                        "`multipleOf` is not allowed inside of a grammar".into(),
+                    ));
+                }
                 Ok(TopLevelGrammar::from_lark(grammar.clone()))
             }
         }
@@ -110,4 +119,22 @@ fn check_nesting(text: &str) -> Result<(), CompileError> {
         }
     }
     Ok(())
+}
+
+fn check_multiples(schema: &Value) -> Result<(), CompileError> {
+    if let Some(number) = schema.get("multipleOf").filter(|value| value.is_number()) {
+        let digits: String = number.to_string().chars().filter(char::is_ascii_digit).collect();
+        if number.to_string().contains('e') || digits.parse::<u64>().map_or(true, |n| n > MULTIPLE_MAX) {
+            let why = format!(
+                "`multipleOf` can have a value of at most {MULTIPLE_MAX}, its point left out, got {number}"
+            );
+            return Err(CompileError::Invalid(why));
+        }
+    }
+    let inner: Box<dyn Iterator<Item = &Value>> = match schema {
+        Value::Array(values) => Box::new(values.iter()),
+        Value::Object(map) => Box::new(map.values()),
+        _ => Box::new(std::iter::empty()),
+    };
+    inner.into_iter().try_for_each(check_multiples)
 }

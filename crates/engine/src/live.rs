@@ -169,7 +169,7 @@ impl Live {
         match self.request.constraint.as_mut()?.commit(id) {
             Ok(Continuation::Open) => None,
             Ok(Continuation::Complete) => Some(FinishReason::Stop),
-            Err(why) => Some(FinishReason::Error(why)),
+            Err(why) => Some(FinishReason::Constraint(why)),
         }
     }
 
@@ -268,6 +268,6 @@ fn in_metrics(reason: &FinishReason) -> telemetry::FinishReason {
         FinishReason::Stop => telemetry::FinishReason::Stop,
         FinishReason::Length => telemetry::FinishReason::Length,
         FinishReason::Cancelled | FinishReason::Deadline => telemetry::FinishReason::Abort,
-        FinishReason::Error(_) => telemetry::FinishReason::Error,
+        FinishReason::Constraint(_) | FinishReason::Error(_) => telemetry::FinishReason::Error,
     }
 }

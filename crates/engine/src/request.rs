@@ -146,6 +146,8 @@ pub enum FinishReason {
     Cancelled,
     /// The request's deadline passed.
     Deadline,
+    /// The request's constraint gave up; the text says why.
+    Constraint(String),
     /// The model failed on this step; the text says how.
     Error(String),
 }

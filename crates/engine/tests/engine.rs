@@ -444,7 +444,7 @@ fn a_constraint_steers_and_ends_the_output() {
     assert_eq!(run(short(&[&[3, 5], &[3, 6], &[3]])).0, [5, 6]);
     // A constraint that gives up ends its own sequence, nobody else's.
     let (ids, reason, _) = run(constrained(&[open, &[66], open]));
-    assert_eq!((ids.len(), reason), (2, FinishReason::Error("66 is too much".into())));
+    assert_eq!((ids.len(), reason), (2, FinishReason::Constraint("66 is too much".into())));
     assert_eq!(run(constrained(&[open])).1, FinishReason::Stop);
 }
 

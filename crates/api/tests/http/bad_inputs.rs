@@ -74,6 +74,8 @@ async fn sampling_fields_out_of_range_are_refused_by_name() {
         (json!({"top_k": -5}), "top_k"),
         (json!({"top_k": 1u64 << 40}), "top_k"),
         (json!({"min_p": 1.1}), "min_p"),
+        (json!({"typical_p": 0}), "typical_p"),
+        (json!({"typical_p": 1.5}), "typical_p"),
         (json!({"presence_penalty": 2.5}), "presence_penalty"),
         (json!({"frequency_penalty": -2.5}), "frequency_penalty"),
         (json!({"repetition_penalty": 0}), "repetition_penalty"),
@@ -138,7 +140,6 @@ async fn what_only_chats_can_get_wrong() {
         (json!({"max_completion_tokens": 1u64 << 31}), "max_completion_tokens"),
         (json!({"tools": [{"type": "function"}]}), "tools"),
         (json!({"functions": [{}]}), "functions"),
-        (json!({"response_format": {"type": "json_object"}}), "response_format"),
         (json!({"modalities": ["audio"]}), "modalities"),
     ] {
         refused(&server, CHAT, change, param).await;

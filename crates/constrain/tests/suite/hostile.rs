@@ -46,7 +46,6 @@ fn what_means_nothing_is_refused() {
     let bad = [
         regex("("),
         regex("[z-a]"),
-        regex("a{1000000000}"),
         regex("(?<=a)b"),
         regex(r"(a)\1"),
         regex("x".repeat(100_000)),
@@ -63,6 +62,10 @@ fn what_means_nothing_is_refused() {
         Source::JsonSchema(json!({"$ref": "#/$defs/missing"})),
         Source::JsonSchema(json!({"$ref": "http://169.254.169.254/schema"})),
         Source::JsonSchema(json!({"type": "integer", "minimum": 5, "maximum": 4})),
+        Source::JsonSchema(json!({"items": [{"multipleOf": 999_983}]})),
+        Source::JsonSchema(json!({"multipleOf": 0.123_456_7})),
+        Source::JsonSchema(json!({"multipleOf": 1e300})),
+        lark("start: %json {\"type\": \"integer\", \"multipleOf\": 999983}"),
         Source::JsonSchema(json!(false)),
         Source::JsonSchema(json!("text")),
         Source::JsonSchema(json!({"enum": vec!["long text"; 50_000]})),
@@ -97,6 +100,7 @@ fn what_is_heavy_is_bounded() {
         .collect::<serde_json::Map<_, _>>()
         .into();
     let heavy = [
+        regex("a{1000000000}"),
         regex("(a+)+$"),
         regex("(a{1000}){1000}"),
         regex("(a?){3000}a{3000}"),
@@ -116,7 +120,7 @@ fn what_is_heavy_is_bounded() {
         Source::JsonSchema(json!({"type": "string", "maxLength": 1_000_000_000})),
         Source::JsonSchema(json!({"type": "array", "minItems": 1_000_000, "items": {"type": "string"}})),
         Source::JsonSchema(json!({"type": "integer", "minimum": -1e300, "maximum": 1e300})),
-        Source::JsonSchema(json!({"type": "integer", "multipleOf": 999_983})),
+        Source::JsonSchema(json!({"type": "integer", "multipleOf": 9_973})),
         Source::JsonSchema(json!({"type": "string", "pattern": "^(([a-z])+.)+[A-Z]([a-z])+$"})),
     ];
     for source in &heavy {
@@ -128,13 +132,13 @@ fn what_is_heavy_is_bounded() {
 }
 
 #[test]
-fn ten_thousand_grammars_leave_a_bounded_cache() {
+fn a_thousand_grammars_leave_a_bounded_cache() {
     let model = Model::new();
-    for i in 0..10_000 {
+    for i in 0..1000 {
         let source = regex(format!("a{{{}}}b{i}", i % 10));
         drop(model.grammars.compile(&source).unwrap());
     }
     assert_eq!(model.grammars.n_cached(), 64);
-    assert!(model.grammars.cached(&regex("a{9}b9999")).is_some());
+    assert!(model.grammars.cached(&regex("a{9}b999")).is_some());
     assert!(model.grammars.cached(&regex("a{0}b0")).is_none());
 }
