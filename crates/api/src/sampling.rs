@@ -1,6 +1,6 @@
 //! The fields chat and text completions share, read and checked.
 
-use engine::{Constraint, Request, STOP_IDS_MAX, Sampling};
+use engine::{Constraint, Request, STOP_IDS_MAX, Sampling, TOP_LOGPROBS_MAX};
 use serde_json::Value;
 
 use crate::error::{ApiError, Result};
@@ -32,7 +32,7 @@ pub(crate) struct Options {
     pub(crate) sampling: Sampling,
     /// Top log-probabilities per token, if any were asked for.
     pub(crate) logprobs: Option<usize>,
-    /// The same for the prompt's tokens.
+    /// The same for the prompt's tokens, because they are echoed or were asked for by themselves.
     pub(crate) prompt_logprobs: Option<usize>,
     /// What the answers must look like, and, once it is compiled, what holds them to it.
     pub(crate) structure: Option<Structure>,
@@ -55,7 +55,7 @@ impl Options {
             ignore_eos: fields.flag("ignore_eos")?,
             sampling: read_sampling(fields, model)?,
             logprobs: None,
-            prompt_logprobs: None,
+            prompt_logprobs: read_prompt_logprobs(fields, stream)?,
             structure: structured::read(fields)?,
             constraint: None,
             stream,
@@ -217,6 +217,15 @@ fn read_logit_bias(fields: Fields, model: &ServedModel) -> Result<Vec<(u32, f32)
         out.push((id, bias as f32));
     }
     Ok(out)
+}
+
+/// vLLM's way to score a prompt: a list beside the answer.
+fn read_prompt_logprobs(fields: Fields, stream: bool) -> Result<Option<usize>> {
+    let wanted = fields.count("prompt_logprobs", 0..=TOP_LOGPROBS_MAX)?;
+    if wanted.is_some() && stream {
+        return Err(ApiError::invalid("prompt_logprobs", "only allowed when `stream` is false"));
+    }
+    Ok(wanted)
 }
 
 fn read_include_usage(fields: Fields, stream: bool) -> Result<bool> {
