@@ -28,6 +28,8 @@ pub(crate) struct Options {
     /// The request's own and the model's.
     pub(crate) stop_ids: Vec<u32>,
     pub(crate) ignore_eos: bool,
+    /// At most 0: who asks may let others go first, not himself.
+    pub(crate) priority: i8,
     /// The seed in it is the first answer's; the next ones count up from it.
     pub(crate) sampling: Sampling,
     /// Top log-probabilities per token, if any were asked for.
@@ -53,6 +55,8 @@ impl Options {
             stops: read_stops(fields)?,
             stop_ids: read_stop_ids(fields, model)?,
             ignore_eos: fields.flag("ignore_eos")?,
+            // vLLM's, where lower goes first.
+            priority: -(fields.integer("priority", 0..=127)?.unwrap_or(0) as i8),
             sampling: read_sampling(fields, model)?,
             logprobs: None,
             prompt_logprobs: read_prompt_logprobs(fields, stream)?,
@@ -78,6 +82,7 @@ impl Options {
             request.min_tokens = self.min_tokens;
             request.stop_ids = self.stop_ids.clone();
             request.ignore_eos = self.ignore_eos;
+            request.priority = self.priority;
             request.logprobs = self.logprobs;
             request.prompt_logprobs = self.prompt_logprobs;
             request.constraint = self.constraint.clone();

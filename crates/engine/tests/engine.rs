@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use engine::{
     Constraint, Continuation, Engine, EngineLimits, Event, FakeRunner, FinishReason, Health, Request, Runner,
-    RunnerError, Sampling, StepInput, Stream, SubmitError, Usage,
+    RunnerError, Sampling, Speculation, StepInput, Stream, SubmitError, Usage,
 };
 use telemetry::Metrics;
 
@@ -458,11 +458,14 @@ fn constrained_output_is_the_same_beside_others_and_after_preemption() {
         Request { constraint, ..request(&prompt, 30) }
     };
     let expected: Vec<_> = (0..8).map(|i| alone(make(i)).0).collect();
-    // 64 blocks of 4 tokens do not hold the eight at once.
-    let engine =
-        start(fake(), EngineLimits { max_batch_tokens: 12, max_running: 12, ..EngineLimits::default() });
-    let streams: Vec<_> = (0..8).map(|i| engine.submit(make(i)).unwrap()).collect();
-    let outputs: Vec<_> = streams.into_iter().map(|stream| collect(stream).0).collect();
-    assert_eq!(outputs, expected);
-    assert!(outputs.iter().step_by(2).flatten().all(|id| many.contains(id)));
+    for speculation in [Speculation::Off, Speculation::PromptLookup { k_max: 4 }] {
+        // 64 blocks of 4 tokens do not hold the eight at once.
+        let limits =
+            EngineLimits { max_batch_tokens: 12, max_running: 12, speculation, ..EngineLimits::default() };
+        let engine = start(fake(), limits);
+        let streams: Vec<_> = (0..8).map(|i| engine.submit(make(i)).unwrap()).collect();
+        let outputs: Vec<_> = streams.into_iter().map(|stream| collect(stream).0).collect();
+        assert_eq!(outputs, expected, "{speculation:?}");
+        assert!(outputs.iter().step_by(2).flatten().all(|id| many.contains(id)));
+    }
 }

@@ -75,6 +75,8 @@ async fn sampling_fields_out_of_range_are_refused_by_name() {
         (json!({"top_k": 1u64 << 40}), "top_k"),
         (json!({"min_p": 1.1}), "min_p"),
         (json!({"typical_p": 0}), "typical_p"),
+        (json!({"priority": -1}), "priority"),
+        (json!({"priority": 128}), "priority"),
         (json!({"prompt_logprobs": 21}), "prompt_logprobs"),
         (json!({"prompt_logprobs": -1}), "prompt_logprobs"),
         (json!({"prompt_logprobs": 1, "stream": true}), "prompt_logprobs"),
