@@ -4,7 +4,9 @@ Usage: openai_sdk.py BASE_URL KEY CHAT_MODEL [BASE_MODEL]   (or LOQUAT_URL, LOQU
 BASE_URL ends in /v1. Every check prints one line; the exit code is the number of failed checks.
 """
 
+import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -146,6 +148,119 @@ def logprobs_come_along():
     first = answer.choices[0].logprobs.content[0]
     assert len(first.top_logprobs) == 3 and first.logprob <= 0
     assert first.top_logprobs[0].token == first.token
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "minLength": 1, "maxLength": 16},
+        "sky": {"enum": ["clear", "clouds", "rain"]},
+        "degrees": {"type": "integer", "minimum": -40, "maximum": 50},
+        "alerts": {"type": "array", "items": {"type": "string", "maxLength": 12}, "maxItems": 2},
+    },
+    "required": ["city", "sky", "degrees", "alerts"],
+    "additionalProperties": False,
+}
+
+
+def check_weather(text):
+    value = json.loads(text)
+    assert set(value) == set(SCHEMA["required"]), text
+    assert 1 <= len(value["city"]) <= 16 and value["sky"] in ("clear", "clouds", "rain"), text
+    assert type(value["degrees"]) is int and -40 <= value["degrees"] <= 50, text
+    assert len(value["alerts"]) <= 2 and all(len(alert) <= 12 for alert in value["alerts"]), text
+
+
+@check
+def json_schemas_hold_at_any_temperature():
+    question = [{"role": "user", "content": "What is the weather in Paris? Answer in JSON."}]
+    response_format = {"type": "json_schema", "json_schema": {"name": "weather", "strict": True, "schema": SCHEMA}}
+    options = dict(model=CHAT, messages=question, temperature=1, max_tokens=200, response_format=response_format)
+    texts = []
+    for seed in range(4):
+        answer = client().chat.completions.create(n=5, seed=seed * 5, **options)
+        assert [choice.index for choice in answer.choices] == list(range(5))
+        assert all(choice.finish_reason == "stop" for choice in answer.choices), answer
+        texts += [choice.message.content for choice in answer.choices]
+    assert len(texts) == 20 and len(set(texts)) > 5
+    for text in texts:
+        check_weather(text)
+    stream = client().chat.completions.create(stream=True, **options)
+    check_weather("".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices))
+
+
+@check
+def other_structures_hold():
+    def ask(**extra):
+        options = dict(model=CHAT, messages=QUESTION, temperature=1, max_tokens=40, extra_body=extra)
+        return client().chat.completions.create(**options).choices[0].message.content
+
+    assert ask(structured_outputs={"choice": ["red", "green"]}) in ("red", "green")
+    assert re.fullmatch("[0-9]{4}-[01][0-9]", ask(guided_regex="[0-9]{4}-[01][0-9]"))
+    assert re.fullmatch("[0-9]+[+-][0-9]+", ask(guided_grammar='start: N ("+" | "-") N\nN: /[0-9]{1,3}/'))
+    json_object = dict(model=CHAT, messages=QUESTION, max_tokens=60, response_format={"type": "json_object"})
+    assert client().chat.completions.create(**json_object).choices[0].message.content.startswith("{")
+
+
+@check
+def several_answers_share_a_prompt():
+    options = dict(model=CHAT, messages=QUESTION, max_tokens=12, temperature=1, seed=1)
+    one = client().chat.completions.create(**options)
+    three = client().chat.completions.create(n=3, **options)
+    assert three.usage.prompt_tokens == one.usage.prompt_tokens
+    assert three.choices[0].message.content == one.choices[0].message.content
+    texts, usage = {}, None
+    for chunk in client().chat.completions.create(n=3, stream=True, stream_options={"include_usage": True}, **options):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
+    assert [texts[i] for i in range(3)] == [choice.message.content for choice in three.choices]
+    assert usage.completion_tokens == three.usage.completion_tokens
+
+
+@check
+def the_best_of_several_is_sent():
+    options = dict(model=BASE or CHAT, prompt="My fellow", max_tokens=6, temperature=1, seed=2, logprobs=1)
+    everything = client().completions.create(n=4, **options)
+    best = client().completions.create(best_of=4, **options)
+
+    def mean(choice):
+        scores = choice.logprobs.token_logprobs
+        return sum(scores) / max(len(scores), 1)
+
+    assert best.choices[0].text == max(everything.choices, key=mean).text
+    assert best.usage.completion_tokens == everything.usage.completion_tokens
+
+
+@check
+def scoring_a_prompt_is_what_generating_it_was():
+    options = dict(model=BASE or CHAT, temperature=0, logprobs=1)
+    whole = client().completions.create(prompt="My fellow Americans", max_tokens=8, echo=True, **options).choices[0]
+    ids_of_prompt = len([offset for offset in whole.logprobs.text_offset if offset < len("My fellow Americans")])
+    scored = client().completions.create(prompt=whole.text, max_tokens=0, echo=True, **options).choices[0]
+    if scored.logprobs.tokens == whole.logprobs.tokens:
+        pairs = zip(scored.logprobs.token_logprobs[1:], whole.logprobs.token_logprobs[1:])
+        assert all(abs(a - b) < 0.05 for a, b in pairs), (scored, whole)
+    assert scored.text == whole.text and ids_of_prompt > 1
+    beside = dict(model=BASE or CHAT, prompt="My fellow Americans", max_tokens=1, temperature=0)
+    listed = client().completions.create(extra_body={"prompt_logprobs": 1}, **beside).choices[0].prompt_logprobs
+    for position, entry in list(enumerate(listed))[1:]:
+        own = whole.logprobs.token_logprobs[position]
+        assert any(abs(item["logprob"] - own) < 0.05 for item in entry.values()), (position, entry, own)
+
+
+@check
+def sampling_fields_are_taken():
+    extra = dict(top_k=20, min_p=0.02, typical_p=0.95, repetition_penalty=1.05, min_tokens=3, priority=1)
+    answer = client().chat.completions.create(
+        model=CHAT, messages=QUESTION, max_tokens=8, logit_bias={"5": -100}, presence_penalty=0.2, extra_body=extra
+    )
+    assert answer.usage.completion_tokens >= 3
+    exact = dict(model=CHAT, messages=QUESTION, max_tokens=40, extra_body={"ignore_eos": True})
+    assert client().chat.completions.create(**exact).usage.completion_tokens == 40
+    for field, value in [("typical_p", 0), ("guided_regex", "("), ("prompt_logprobs", 21), ("top_k", -5)]:
+        call = lambda: client().chat.completions.create(model=CHAT, messages=QUESTION, extra_body={field: value})
+        assert raises(openai.BadRequestError, call).param == field
 
 
 @check

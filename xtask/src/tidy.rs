@@ -21,7 +21,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("train", &["data", "model", "tensor", "comm", "store", "tokenizer"]),
     ("engine", &["model", "tensor", "telemetry"]),
     ("control", &["telemetry"]),
-    ("api", &["engine", "tokenizer", "telemetry"]),
+    ("constrain", &["engine", "tokenizer"]),
+    ("api", &["constrain", "engine", "tokenizer", "telemetry"]),
     (
         "loquat",
         &[

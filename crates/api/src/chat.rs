@@ -5,19 +5,21 @@ use axum::extract::{Extension, Request, State};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use std::sync::Arc;
 use tokenizer::Tokenizer;
 
 use crate::body;
 use crate::choice::{Finish, Piece};
-use crate::error::{ApiError, Result, echo};
-use crate::generate::{self, Chunks, Head, UsageBody, Whole, event};
+use crate::error::{ApiError, Result};
+use crate::generate::{self, Chunks, Envelope, Head, UsageBody, Whole, event};
 use crate::json::Fields;
+use crate::logprobs::of_prompt;
 use crate::models;
 use crate::prompt;
 use crate::sampling::{Options, Prompt};
 use crate::state::{AppState, KeyOwner, ServedModel};
+use crate::structured;
 
 pub(crate) async fn create(
     State(state): State<AppState>,
@@ -32,9 +34,11 @@ pub(crate) async fn create(
         let prompt = prompt::read_messages(fields, &model)?;
         Ok((model, options, prompt))
     };
-    let (model, options, prompt): (Arc<ServedModel>, Options, Prompt) =
+    let (model, mut options, prompt): (Arc<ServedModel>, Options, Prompt) =
         body::read(&state, request, work).await?;
-    let choices = generate::submit(&model, &options, &[prompt], &owner.id, state.limits.sequences_max)?;
+    structured::constrain(&state, &model, &mut options).await?;
+    let prompts = [prompt];
+    let choices = generate::submit(&model, &options, &prompts, &owner.id, state.limits.sequences_max)?;
     let head = Head {
         id: generate::random_id("chatcmpl")?,
         object: if options.stream { "chat.completion.chunk" } else { "chat.completion" },
@@ -48,7 +52,7 @@ pub(crate) async fn create(
         return Ok(generate::stream(chunks, choices, &options, state.limits.keep_alive));
     }
     let answers = generate::collect(choices).await?;
-    Ok(whole(&head, &model.tokenizer, answers, options.logprobs.is_some()))
+    Ok(whole(&head, &model.tokenizer, answers, &Wanted { options: &options, prompt: &prompts[0] }))
 }
 
 fn read_options(fields: Fields, model: &ServedModel) -> Result<Options> {
@@ -86,13 +90,6 @@ fn refuse_unsupported(fields: Fields) -> Result<()> {
             return Err(ApiError::invalid(name, "this server does not support tools yet"));
         }
     }
-    if let Some(format) = fields.object("response_format")? {
-        let kind = format.text("type")?.unwrap_or_default();
-        if kind != "text" {
-            let why = format!("only the type `text` is supported yet, got `{}`", echo(kind));
-            return Err(ApiError::invalid("response_format", why));
-        }
-    }
     let modalities = fields.list("modalities")?.unwrap_or_default();
     if modalities.iter().any(|m| m.as_str() != Some("text")) || fields.get("audio").is_some() {
         return Err(ApiError::invalid("modalities", "this server answers in text only"));
@@ -115,7 +112,27 @@ struct Message {
     refusal: Value,
 }
 
-fn whole(head: &Head, tokenizer: &Tokenizer, answers: Vec<Whole>, logprobs: bool) -> Response {
+/// What a whole answer is made for.
+struct Wanted<'a> {
+    options: &'a Options,
+    prompt: &'a Prompt,
+}
+
+#[derive(Serialize)]
+struct WholeBody<'a> {
+    #[serde(flatten)]
+    envelope: Envelope<'a, ChatChoice>,
+    /// vLLM's: for the prompt as a whole, so not in the choices.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<Vec<Option<Map<String, Value>>>>,
+}
+
+fn whole(head: &Head, tokenizer: &Tokenizer, answers: Vec<Whole>, wanted: &Wanted) -> Response {
+    let Wanted { options, prompt } = wanted;
+    let logprobs = options.logprobs.is_some();
+    let scored = answers.first().zip(options.prompt_logprobs);
+    let prompt_logprobs =
+        scored.map(|(first, n_top)| of_prompt(tokenizer, &prompt.tokens, &first.prompt, n_top));
     let mut usage = UsageBody::default();
     let mut choices = Vec::with_capacity(answers.len());
     for (index, answer) in answers.into_iter().enumerate() {
@@ -127,7 +144,8 @@ fn whole(head: &Head, tokenizer: &Tokenizer, answers: Vec<Whole>, logprobs: bool
             finish_reason: answer.finish,
         });
     }
-    Json(head.envelope(&choices, Some(usage))).into_response()
+    let envelope = head.envelope(&choices, Some(usage));
+    Json(WholeBody { envelope, prompt_logprobs }).into_response()
 }
 
 struct ChatChunks {

@@ -6,7 +6,8 @@ use engine::{Event, FinishReason, Logprobs};
 use serde::Serialize;
 use tokenizer::{StreamDecoder, Tokenizer};
 
-use crate::error::{ApiError, Result};
+use crate::error::{ApiError, Result, echo};
+use crate::sampling::Options;
 use crate::stop::StopMatcher;
 
 /// One running sequence. Dropping it frees its place in the engine at the next step.
@@ -22,6 +23,8 @@ pub(crate) struct Choice {
     n_decoded: usize,
     n_passed: usize,
     usage: engine::Usage,
+    /// The field that said what the answer must look like.
+    structure_param: &'static str,
 }
 
 /// What became known since the last piece.
@@ -63,18 +66,19 @@ impl Choice {
     pub(crate) fn new(
         stream: engine::Stream,
         tokenizer: &Tokenizer,
-        stops: Vec<String>,
+        options: &Options,
         n_prompt: usize,
     ) -> Choice {
         Choice {
             stream: Some(stream),
             tokenizer: tokenizer.clone(),
             decoder: tokenizer.decoder(),
-            stops: StopMatcher::new(stops),
+            stops: StopMatcher::new(options.stops.clone()),
             pending: VecDeque::new(),
             n_decoded: 0,
             n_passed: 0,
             usage: engine::Usage { prompt: n_prompt, ..engine::Usage::default() },
+            structure_param: options.structure.as_ref().map_or("structured_outputs", |s| s.param),
         }
     }
 
@@ -125,6 +129,7 @@ impl Choice {
             FinishReason::Length => Finish::Length,
             FinishReason::Cancelled => return Err(ApiError::Draining),
             FinishReason::Deadline => return Err(ApiError::internal("the engine's deadline passed")),
+            FinishReason::Constraint(why) => return Err(ApiError::invalid(self.structure_param, echo(&why))),
             FinishReason::Error(why) => return Err(ApiError::Internal(why)),
         };
         let passed = self.stops.push(&self.decoder.finish());

@@ -7,6 +7,7 @@ use axum::extract::{Extension, Request, State};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use serde::Serialize;
+use serde_json::{Map, Value};
 use tokenizer::Tokenizer;
 
 use crate::body;
@@ -14,11 +15,12 @@ use crate::choice::{Finish, Piece};
 use crate::error::{ApiError, Result};
 use crate::generate::{self, Chunks, Head, UsageBody, Whole, event};
 use crate::json::Fields;
-use crate::logprobs::TextLogprobs;
+use crate::logprobs::{TextLogprobs, of_prompt};
 use crate::models;
 use crate::prompt;
 use crate::sampling::{Options, Prompt};
 use crate::state::{AppState, KeyOwner, ServedModel};
+use crate::structured;
 
 /// New tokens when the client does not say; OpenAI's default.
 const MAX_TOKENS_DEFAULT: usize = 16;
@@ -29,6 +31,8 @@ struct Extras {
     /// Of `options.n` answers per prompt, this many are sent.
     n_sent: usize,
     logprobs: bool,
+    /// Most likely tokens for each of the prompt, listed beside the answer.
+    prompt_logprobs: Option<usize>,
 }
 
 pub(crate) async fn create(
@@ -44,8 +48,9 @@ pub(crate) async fn create(
         let prompts = prompt::read_prompts(fields, &model)?;
         Ok((model, options, extras, prompts))
     };
-    let (model, options, extras, prompts): (Arc<ServedModel>, Options, Extras, Vec<Prompt>) =
+    let (model, mut options, extras, prompts): (Arc<ServedModel>, Options, Extras, Vec<Prompt>) =
         body::read(&state, request, work).await?;
+    structured::constrain(&state, &model, &mut options).await?;
     let choices = generate::submit(&model, &options, &prompts, &owner.id, state.limits.sequences_max)?;
     let head = Head {
         id: generate::random_id("cmpl")?,
@@ -71,16 +76,21 @@ fn read_options(fields: Fields, model: &ServedModel) -> Result<(Options, Extras)
     options.n = read_best_of(fields, &options)?;
     let wanted = fields.count("logprobs", 0..=5)?;
     options.logprobs = wanted.or((options.n > n_sent).then_some(0));
-    let least = if echo { 0 } else { 1 };
+    let prompt_logprobs = options.prompt_logprobs;
+    let least = if echo || prompt_logprobs.is_some() { 0 } else { 1 };
     let max_tokens = fields.count("max_tokens", least..=usize::MAX)?;
     options.max_tokens = Some(max_tokens.unwrap_or(MAX_TOKENS_DEFAULT.min(model.context_max())));
     options.prompt_logprobs = match wanted {
+        Some(_) if echo && prompt_logprobs.is_some() => {
+            let why = "`echo` with `logprobs` says the same, ask for one of them";
+            return Err(ApiError::invalid("prompt_logprobs", why));
+        }
         Some(top) if echo => Some(top),
         // Nothing to generate and nothing to score: the cheapest thing the engine takes.
-        _ if max_tokens == Some(0) => Some(0),
-        _ => None,
+        _ if max_tokens == Some(0) => Some(prompt_logprobs.unwrap_or(0)),
+        _ => prompt_logprobs,
     };
-    Ok((options, Extras { echo, n_sent, logprobs: wanted.is_some() }))
+    Ok((options, Extras { echo, n_sent, logprobs: wanted.is_some(), prompt_logprobs }))
 }
 
 fn read_best_of(fields: Fields, options: &Options) -> Result<usize> {
@@ -104,6 +114,20 @@ struct TextChoice {
     index: usize,
     logprobs: Option<TextLogprobs>,
     finish_reason: Option<Finish>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<Vec<Option<Map<String, Value>>>>,
+}
+
+impl TextChoice {
+    /// Part of a streamed answer.
+    fn piece(
+        index: usize,
+        text: String,
+        logprobs: Option<TextLogprobs>,
+        finish_reason: Option<Finish>,
+    ) -> TextChoice {
+        TextChoice { text, index, logprobs, finish_reason, prompt_logprobs: None }
+    }
 }
 
 struct Writer {
@@ -146,11 +170,14 @@ impl Writer {
             logprobs.extend(&self.tokenizer, &answer.tokens, echoed.len());
             logprobs
         });
+        let prompt_logprobs = self.extras.prompt_logprobs;
         TextChoice {
             text: echoed.to_owned() + &answer.text,
             index,
             logprobs,
             finish_reason: Some(answer.finish),
+            prompt_logprobs: prompt_logprobs
+                .map(|n_top| of_prompt(&self.tokenizer, &prompt.tokens, &answer.prompt, n_top)),
         }
     }
 
@@ -176,7 +203,7 @@ impl Chunks for Writer {
             return None;
         }
         let text = self.prompt_of(index).text.clone();
-        Some(self.chunk(TextChoice { text, index, logprobs: None, finish_reason: None }))
+        Some(self.chunk(TextChoice::piece(index, text, None, None)))
     }
 
     fn piece(&mut self, index: usize, piece: Piece) -> Vec<Bytes> {
@@ -189,12 +216,7 @@ impl Chunks for Writer {
             let mut logprobs = TextLogprobs::default();
             logprobs.extend_prompt(&self.tokenizer, &prompt.tokens, &piece.prompt);
             let text = prompt.text.clone();
-            return vec![self.chunk(TextChoice {
-                text,
-                index,
-                logprobs: Some(logprobs),
-                finish_reason: None,
-            })];
+            return vec![self.chunk(TextChoice::piece(index, text, Some(logprobs), None))];
         }
         let offset = if self.extras.echo { prompt.text.len() } else { 0 };
         let logprobs = self.extras.logprobs.then(|| {
@@ -203,7 +225,7 @@ impl Chunks for Writer {
             logprobs
         });
         let finish_reason = piece.end.map(|end| end.reason);
-        vec![self.chunk(TextChoice { text: piece.text, index, logprobs, finish_reason })]
+        vec![self.chunk(TextChoice::piece(index, piece.text, logprobs, finish_reason))]
     }
 
     fn usage(&mut self, usage: UsageBody) -> Bytes {

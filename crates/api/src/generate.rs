@@ -119,7 +119,7 @@ pub(crate) fn submit(
     for prompt in prompts {
         for request in options.requests(model, prompt, tenant)? {
             let stream = model.engine.submit(request).map_err(|e| refusal(e, options, prompt.param))?;
-            choices.push(Choice::new(stream, &model.tokenizer, options.stops.clone(), prompt.tokens.len()));
+            choices.push(Choice::new(stream, &model.tokenizer, options, prompt.tokens.len()));
         }
     }
     Ok(choices)

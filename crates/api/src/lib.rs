@@ -34,6 +34,7 @@ mod serve;
 mod stall;
 mod state;
 mod stop;
+mod structured;
 
 pub use error::ApiError;
 pub use limits::Limits;

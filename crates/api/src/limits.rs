@@ -25,6 +25,9 @@ pub struct Limits {
     pub connections_max: usize,
     /// Sequences one request may ask for: prompts times `n`.
     pub sequences_max: usize,
+    /// Grammars compiled at the same time, and how long a request waits for its turn and for its grammar.
+    pub n_compiling: usize,
+    pub compile_time_max: Duration,
     /// A stream that is silent for this long gets a comment, so that proxies do not close it.
     pub keep_alive: Duration,
     /// How long running requests may finish after the shutdown signal.
@@ -49,6 +52,8 @@ impl Default for Limits {
             write_stall_max: Duration::from_secs(60),
             connections_max: 4096,
             sequences_max: 256,
+            n_compiling: 2,
+            compile_time_max: Duration::from_secs(5),
             keep_alive: Duration::from_secs(15),
             drain_time_max: Duration::from_secs(30),
             hosts: Vec::new(),

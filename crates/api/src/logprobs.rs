@@ -2,7 +2,7 @@
 
 use engine::Logprobs;
 use serde::Serialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use tokenizer::Tokenizer;
 
 use crate::choice::Token;
@@ -102,6 +102,29 @@ impl TextLogprobs {
             top
         }));
     }
+}
+
+/// vLLM's `prompt_logprobs`: for every token of the prompt but the first, its own log-probability and the `n_top` most
+/// likely tokens', by id.
+pub(crate) fn of_prompt(
+    tokenizer: &Tokenizer,
+    ids: &[u32],
+    logprobs: &[Option<Logprobs>],
+    n_top: usize,
+) -> Vec<Option<Map<String, Value>>> {
+    let entry = |id: u32, logprob: f32, rank: Option<usize>| {
+        let text = token_text(tokenizer.token_bytes(id));
+        (id.to_string(), json!({"logprob": finite(logprob), "rank": rank, "decoded_token": text}))
+    };
+    let one = |(&id, logprobs): (&u32, &Option<Logprobs>)| {
+        let Logprobs { logprob, top } = logprobs.as_ref()?;
+        let top = top.iter().take(n_top).zip(1..);
+        let mut map: Map<_, _> = top.map(|(&(id, logprob), rank)| entry(id, logprob, Some(rank))).collect();
+        let (key, own) = entry(id, *logprob, None);
+        map.entry(key).or_insert(own);
+        Some(map)
+    };
+    ids.iter().zip(logprobs).map(one).collect()
 }
 
 /// A token as text; one that is not whole characters is written as OpenAI does, `bytes:\xe2\x96`.

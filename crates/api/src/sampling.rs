@@ -1,11 +1,12 @@
 //! The fields chat and text completions share, read and checked.
 
-use engine::{Request, STOP_IDS_MAX, Sampling};
+use engine::{Constraint, Request, STOP_IDS_MAX, Sampling, TOP_LOGPROBS_MAX};
 use serde_json::Value;
 
 use crate::error::{ApiError, Result};
 use crate::json::{Fields, expected};
 use crate::state::ServedModel;
+use crate::structured::{self, Structure};
 
 /// Strings of `stop`.
 const STOPS_MAX: usize = 4;
@@ -27,12 +28,17 @@ pub(crate) struct Options {
     /// The request's own and the model's.
     pub(crate) stop_ids: Vec<u32>,
     pub(crate) ignore_eos: bool,
+    /// At most 0: who asks may let others go first, not himself.
+    pub(crate) priority: i8,
     /// The seed in it is the first answer's; the next ones count up from it.
     pub(crate) sampling: Sampling,
     /// Top log-probabilities per token, if any were asked for.
     pub(crate) logprobs: Option<usize>,
-    /// The same for the prompt's tokens.
+    /// The same for the prompt's tokens, because they are echoed or were asked for by themselves.
     pub(crate) prompt_logprobs: Option<usize>,
+    /// What the answers must look like, and, once it is compiled, what holds them to it.
+    pub(crate) structure: Option<Structure>,
+    pub(crate) constraint: Option<Box<dyn Constraint>>,
     pub(crate) stream: bool,
     pub(crate) include_usage: bool,
 }
@@ -49,9 +55,13 @@ impl Options {
             stops: read_stops(fields)?,
             stop_ids: read_stop_ids(fields, model)?,
             ignore_eos: fields.flag("ignore_eos")?,
+            // vLLM's, where lower goes first.
+            priority: -(fields.integer("priority", 0..=127)?.unwrap_or(0) as i8),
             sampling: read_sampling(fields, model)?,
             logprobs: None,
-            prompt_logprobs: None,
+            prompt_logprobs: read_prompt_logprobs(fields, stream)?,
+            structure: structured::read(fields)?,
+            constraint: None,
             stream,
             include_usage: read_include_usage(fields, stream)?,
         })
@@ -72,8 +82,10 @@ impl Options {
             request.min_tokens = self.min_tokens;
             request.stop_ids = self.stop_ids.clone();
             request.ignore_eos = self.ignore_eos;
+            request.priority = self.priority;
             request.logprobs = self.logprobs;
             request.prompt_logprobs = self.prompt_logprobs;
+            request.constraint = self.constraint.clone();
             request.tenant = tenant.to_owned();
             request
         };
@@ -128,6 +140,7 @@ fn read_sampling(fields: Fields, model: &ServedModel) -> Result<Sampling> {
         top_k,
         top_p: if top_p == 0.0 { 1.0 } else { top_p },
         min_p: fields.float("min_p", 0.0..=1.0)?.unwrap_or(0.0),
+        typical_p: fields.float("typical_p", f64::from(f32::MIN_POSITIVE)..=1.0)?.unwrap_or(1.0),
         seed: match fields.integer("seed", i64::MIN..=i64::MAX)? {
             Some(seed) => seed as u64,
             None => random_seed()?,
@@ -209,6 +222,15 @@ fn read_logit_bias(fields: Fields, model: &ServedModel) -> Result<Vec<(u32, f32)
         out.push((id, bias as f32));
     }
     Ok(out)
+}
+
+/// vLLM's way to score a prompt: a list beside the answer.
+fn read_prompt_logprobs(fields: Fields, stream: bool) -> Result<Option<usize>> {
+    let wanted = fields.count("prompt_logprobs", 0..=TOP_LOGPROBS_MAX)?;
+    if wanted.is_some() && stream {
+        return Err(ApiError::invalid("prompt_logprobs", "only allowed when `stream` is false"));
+    }
+    Ok(wanted)
 }
 
 fn read_include_usage(fields: Fields, stream: bool) -> Result<bool> {

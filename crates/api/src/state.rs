@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use constrain::Grammars;
 use engine::Engine;
 use serde::Serialize;
 use telemetry::Metrics;
@@ -28,6 +29,8 @@ pub struct AppState {
     /// One permit per large body in memory, and one per large body in work.
     pub(crate) large_bodies: Arc<Semaphore>,
     pub(crate) heavy: Arc<Semaphore>,
+    /// One permit per grammar being compiled.
+    pub(crate) compiling: Arc<Semaphore>,
 }
 
 /// What the binary hands over.
@@ -51,6 +54,7 @@ impl AppState {
             metrics: parts.metrics,
             large_bodies: Arc::new(Semaphore::new(parts.limits.n_large_bodies)),
             heavy: Arc::new(Semaphore::new(parts.limits.n_heavy)),
+            compiling: Arc::new(Semaphore::new(parts.limits.n_compiling)),
             limits: Arc::new(parts.limits),
             lifecycle: Lifecycle::default(),
             now_unix_s: parts.now_unix_s,
@@ -117,6 +121,8 @@ pub struct ServedModel {
     pub stop_ids: Vec<u32>,
     /// Trained on plain text only: the console offers to continue a text instead of a chat.
     pub is_base: bool,
+    /// What clients ask answers to look like, compiled for this vocabulary.
+    pub(crate) grammars: Arc<Grammars>,
     /// Bytes of the longest token: a text longer than this times the context cannot fit.
     pub(crate) token_bytes_max: usize,
 }
@@ -139,6 +145,7 @@ impl ServedModel {
         let ids = 0..tokenizer.vocab_size() as u32;
         let token_bytes_max = ids.map(|id| tokenizer.token_bytes(id).len()).max().unwrap_or(1).max(1);
         let is_base = template.is_none();
+        let grammars = Arc::new(Grammars::new(&tokenizer, engine.vocab(), &stop_ids));
         let template = template.unwrap_or_else(ChatTemplate::plain);
         ServedModel {
             id: id.to_owned(),
@@ -148,6 +155,7 @@ impl ServedModel {
             template,
             stop_ids,
             is_base,
+            grammars,
             token_bytes_max,
         }
     }

@@ -4,7 +4,7 @@
 //! of computed tokens catching up with a number of known ones; prefill, chunked prefill, prefix
 //! hits, resumption after preemption, speculation and decoding are all that one thing.
 //!
-//! What it is not: it knows no text (stop strings and chat templates are the API's), no HTTP, no
+//! What it is not: it knows no text (stop strings, grammars and chat templates are the API's), no HTTP, no
 //! kernels (a [`Runner`] computes).
 //!
 //! Where to start: [`Engine::submit`] in `engine.rs` is the way in, `worker.rs` is the loop,
@@ -16,9 +16,11 @@
 
 mod blocks;
 mod clock;
+mod constraint;
 mod draft;
 mod engine;
 mod fake;
+mod filters;
 mod live;
 mod model_runner;
 mod pacer;
@@ -41,6 +43,7 @@ mod tenants;
 mod waiting;
 mod worker;
 
+pub use constraint::{Constraint, Continuation};
 pub use engine::{Engine, EngineLimits, Health, Stats};
 pub use fake::FakeRunner;
 pub use model::{BlockCopy, StepInput, StepRow};

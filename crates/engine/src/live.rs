@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use telemetry::{EngineMetrics, RequestEnd};
 
+use crate::constraint::{Continuation, allows_others};
 use crate::engine::{Stats, Submission};
 use crate::request::{Event, FinishReason, Logprobs, Request, TokenId, Usage};
 use crate::sampler::{Draw, SampleError, Sampler, TokenCounts};
@@ -112,7 +113,7 @@ impl Live {
         for (i, logits_v) in logits_rv.chunks_exact(vocab).skip(first).enumerate() {
             let id = self.draw(sampler, logits_v)?;
             progress.tokens.push(id);
-            progress.end = self.end_after(id);
+            progress.end = self.end_after(id).or_else(|| self.constrain(id));
             if progress.end.is_some() || row.draft.get(i) != Some(&id) {
                 break;
             }
@@ -123,10 +124,13 @@ impl Live {
     /// What the sequence would draw from a draft model's logits, `n_ahead` tokens from now: with the
     /// random number of that position, so that models which agree guess right at any temperature.
     pub(crate) fn guess(&self, sampler: &mut Sampler, logits_v: &[f32], n_ahead: usize) -> Option<TokenId> {
+        // What a constraint allows is known for the next token only.
+        let constraint = self.request.constraint.as_ref().filter(|_| n_ahead == 0);
         let drawn = sampler.draw(&Draw {
             logits_v,
             sampling: &self.request.sampling,
             counts: &self.counts,
+            allowed: constraint.map(|constraint| constraint.allowed()),
             banned: &[],
             position: (self.usage.completion + n_ahead) as u64,
             logprobs: None,
@@ -138,11 +142,14 @@ impl Live {
     /// Draws the next token and sends it, unless it is a stop id.
     fn draw(&mut self, sampler: &mut Sampler, logits_v: &[f32]) -> Result<TokenId, SampleError> {
         let request = &self.request;
-        let is_short = self.usage.completion < request.min_tokens;
+        let allowed = request.constraint.as_ref().map(|constraint| constraint.allowed());
+        let is_short = self.usage.completion < request.min_tokens
+            && allowed.is_none_or(|bits| allows_others(bits, &request.stop_ids));
         let drawn = sampler.draw(&Draw {
             logits_v,
             sampling: &request.sampling,
             counts: &self.counts,
+            allowed,
             banned: if is_short { &request.stop_ids } else { &[] },
             position: self.usage.completion as u64,
             logprobs: request.logprobs,
@@ -153,6 +160,17 @@ impl Live {
             self.sender.send(Event::Token { id: drawn.id, logprobs: drawn.logprobs });
         }
         Ok(drawn.id)
+    }
+
+    /// Tells the constraint what was drawn, so that what may follow is known before the next step. Runs on the threads
+    /// that draw, after the token was sent: all constrained sequences of a step share them, and nobody waits for it but
+    /// the next step. At 128 cores this belongs beside the forward pass, on threads of its own.
+    fn constrain(&mut self, id: TokenId) -> Option<FinishReason> {
+        match self.request.constraint.as_mut()?.commit(id) {
+            Ok(Continuation::Open) => None,
+            Ok(Continuation::Complete) => Some(FinishReason::Stop),
+            Err(why) => Some(FinishReason::Constraint(why)),
+        }
     }
 
     fn is_stop(&self, id: TokenId) -> bool {
@@ -250,6 +268,6 @@ fn in_metrics(reason: &FinishReason) -> telemetry::FinishReason {
         FinishReason::Stop => telemetry::FinishReason::Stop,
         FinishReason::Length => telemetry::FinishReason::Length,
         FinishReason::Cancelled | FinishReason::Deadline => telemetry::FinishReason::Abort,
-        FinishReason::Error(_) => telemetry::FinishReason::Error,
+        FinishReason::Constraint(_) | FinishReason::Error(_) => telemetry::FinishReason::Error,
     }
 }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::constraint::Constraint;
+
 /// Index into the model's vocabulary.
 pub type TokenId = u32;
 
@@ -18,7 +20,7 @@ pub struct Request {
     pub sampling: Sampling,
     /// New tokens at most. 0 is allowed only with `prompt_logprobs` (scoring).
     pub max_tokens: usize,
-    /// Stop ids cannot be sampled before this many new tokens.
+    /// Stop ids cannot be sampled before this many new tokens, unless a constraint leaves nothing else.
     pub min_tokens: usize,
     /// Generating one of these ends the sequence; the id itself is not sent as a token.
     pub stop_ids: Vec<TokenId>,
@@ -28,6 +30,8 @@ pub struct Request {
     pub logprobs: Option<usize>,
     /// `Some(k)`: one [`Event::PromptLogprobs`] before the first token.
     pub prompt_logprobs: Option<usize>,
+    /// What the output must look like, at its beginning; `None` leaves it free.
+    pub constraint: Option<Box<dyn Constraint>>,
     /// Cached prompt blocks are shared only between requests of one tenant; "" is a tenant, too.
     pub tenant: String,
     /// Higher goes first, in the queue and when memory is short. Changes when tokens come, never which.
@@ -48,6 +52,7 @@ impl Request {
             ignore_eos: false,
             logprobs: None,
             prompt_logprobs: None,
+            constraint: None,
             tenant: String::new(),
             priority: 0,
             deadline: None,
@@ -55,8 +60,8 @@ impl Request {
     }
 }
 
-/// How the next token is drawn from the logits. Applied in this order: logit bias, penalties,
-/// temperature, min-p, top-k, top-p (the order of Hugging Face's and vLLM's samplers).
+/// How the next token is drawn from the logits. Applied in this order: the request's constraint, logit bias, penalties,
+/// temperature, min-p, top-k, top-p, typical-p (the order of Hugging Face's and vLLM's samplers).
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
     /// 0 is greedy: the most likely token, the lowest id among equals.
@@ -67,6 +72,9 @@ pub struct Sampling {
     pub top_p: f32,
     /// Drop tokens less likely than this share of the most likely one's probability, in [0, 1].
     pub min_p: f32,
+    /// Keep the most typical tokens (those whose surprise is nearest to the distribution's entropy) whose probabilities
+    /// sum to at least this, in (0, 1].
+    pub typical_p: f32,
     /// Random numbers are a pure function of this seed and the position in the output.
     /// The caller draws one when its user gave none.
     pub seed: u64,
@@ -87,6 +95,7 @@ impl Default for Sampling {
             top_k: 0,
             top_p: 1.0,
             min_p: 0.0,
+            typical_p: 1.0,
             seed: 0,
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
@@ -137,6 +146,8 @@ pub enum FinishReason {
     Cancelled,
     /// The request's deadline passed.
     Deadline,
+    /// The request's constraint gave up; the text says why.
+    Constraint(String),
     /// The model failed on this step; the text says how.
     Error(String),
 }
@@ -219,6 +230,7 @@ fn check_sampling(sampling: &Sampling, vocab: usize) -> Result<(), SubmitError> 
     in_range("temperature", sampling.temperature, 0.0, 100.0)?;
     in_range("top_p", sampling.top_p, f32::MIN_POSITIVE, 1.0)?;
     in_range("min_p", sampling.min_p, 0.0, 1.0)?;
+    in_range("typical_p", sampling.typical_p, f32::MIN_POSITIVE, 1.0)?;
     in_range("presence_penalty", sampling.presence_penalty, -2.0, 2.0)?;
     in_range("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0)?;
     in_range("repetition_penalty", sampling.repetition_penalty, 0.01, 100.0)?;
@@ -266,6 +278,7 @@ mod tests {
         assert!(refused(|r| r.sampling.temperature = -1.0).starts_with("temperature"));
         assert!(refused(|r| r.sampling.top_p = 0.0).starts_with("top_p"));
         assert!(refused(|r| r.sampling.min_p = 1.5).starts_with("min_p"));
+        assert!(refused(|r| r.sampling.typical_p = 0.0).starts_with("typical_p"));
         assert!(refused(|r| r.sampling.repetition_penalty = 0.0).starts_with("repetition"));
         assert!(refused(|r| r.sampling.logit_bias = vec![(10, 1.0)]).starts_with("logit_bias"));
         assert!(refused(|r| r.sampling.logit_bias = vec![(1, 101.0)]).starts_with("logit_bias"));

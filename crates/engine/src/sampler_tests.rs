@@ -29,26 +29,34 @@ fn reference(logits_v: &[f32], sampling: &Sampling) -> Vec<(TokenId, f64)> {
         cumulative >= f64::from(sampling.top_p)
     });
     kept.truncate(first_past.map_or(kept.len(), |i| i + 1));
+    if sampling.typical_p < 1.0 {
+        kept = typical(kept, f64::from(sampling.typical_p));
+    }
     let sum: f64 = kept.iter().map(|k| k.1).sum();
     kept.iter().map(|&(id, weight)| (id, weight / sum)).collect()
 }
 
-fn draw(logits_v: &[f32], sampling: &Sampling, position: u64) -> Result<TokenId, SampleError> {
-    let counts = TokenCounts::default();
-    let draw = Draw { logits_v, sampling, counts: &counts, banned: &[], position, logprobs: None };
-    Sampler::default().draw(&draw).map(|drawn| drawn.id)
+/// Sorted by |-ln p - H|, until the probabilities reach `typical_p`.
+fn typical(mut kept: Vec<(TokenId, f64)>, typical_p: f64) -> Vec<(TokenId, f64)> {
+    let sum: f64 = kept.iter().map(|k| k.1).sum();
+    kept.iter_mut().for_each(|k| k.1 /= sum);
+    let entropy: f64 = kept.iter().map(|k| -k.1 * k.1.ln()).sum();
+    let distance = |p: f64| (-p.ln() - entropy).abs();
+    kept.sort_by(|a, b| distance(a.1).total_cmp(&distance(b.1)));
+    let mut cumulative = 0.0;
+    let first_past = kept.iter().position(|k| {
+        cumulative += k.1;
+        cumulative >= typical_p
+    });
+    kept.truncate(first_past.map_or(kept.len(), |i| i + 1));
+    kept
 }
 
-#[test]
-fn exp_is_exact_to_2_ulp() {
-    for i in 0..87_000 {
-        let x = -(i as f32) / 1000.0;
-        let (ours, exact) = (f64::from(exp_negative(x)), f64::from(x).exp());
-        let ulp = f64::from(f32::EPSILON) * exact;
-        assert!((ours - exact).abs() <= 2.0 * ulp, "e^{x}: {ours} instead of {exact}");
-    }
-    assert_eq!(exp_negative(0.0), 1.0);
-    assert_eq!((exp_negative(-1000.0), exp_negative(f32::NEG_INFINITY)), (0.0, 0.0));
+fn draw(logits_v: &[f32], sampling: &Sampling, position: u64) -> Result<TokenId, SampleError> {
+    let counts = TokenCounts::default();
+    let draw =
+        Draw { logits_v, sampling, counts: &counts, allowed: None, banned: &[], position, logprobs: None };
+    Sampler::default().draw(&draw).map(|drawn| drawn.id)
 }
 
 #[test]
@@ -60,6 +68,7 @@ fn the_filters_keep_exactly_what_sorting_keeps() {
         min_p,
         ..Sampling::default()
     };
+    let typical = |typical_p, sampling: Sampling| Sampling { typical_p, ..sampling };
     let cases = [
         sampling(1.0, 5, 1.0, 0.0),
         sampling(1.0, 0, 0.9, 0.0),
@@ -70,18 +79,24 @@ fn the_filters_keep_exactly_what_sorting_keeps() {
         sampling(1.0, 50, 0.8, 0.01),
         sampling(1.0, 1, 1.0, 0.0),
         sampling(0.3, 100_000, 0.9, 0.3),
+        sampling(1.2, 0, 0.7, 0.001),
+        sampling(1.0, 0, 1.0, 1.0),
+        typical(0.2, sampling(1.0, 0, 1.0, 0.0)),
+        typical(0.9, sampling(0.8, 0, 1.0, 0.0)),
+        typical(0.5, sampling(1.0, 30, 0.95, 0.0)),
+        typical(0.5, sampling(1.3, 0, 0.9, 0.0)),
     ];
     for (i, sampling) in cases.iter().enumerate() {
         for (seed, vocab) in [(1, 10), (2, 1000), (3, 1003)] {
             let logits_v = logits(seed, vocab, 1.0 + i as f32 * 0.3);
-            let max = finite_max(&logits_v).unwrap();
-            let mut weights_v = Vec::new();
-            let sum = weigh(&mut weights_v, &logits_v, max, 1.0 / sampling.temperature);
-            let mut candidates = Vec::new();
-            filter(&mut candidates, &weights_v, sum, sampling);
-            candidates.sort_unstable_by(best_first);
-            let ids: Vec<_> = candidates.iter().map(|c| c.id).collect();
-            let expected: Vec<_> = reference(&logits_v, sampling).iter().map(|k| k.0).collect();
+            let max = largest(&logits_v).unwrap().logit;
+            let scale = Scale { max, factor: 1.0 / sampling.temperature };
+            let mut sampler = Sampler::default();
+            let whole = sampler.weigh(&logits_v, scale);
+            sampler.candidates.filter(&logits_v, scale, sampling, whole);
+            let ids = sampler.candidates.ids();
+            let mut expected: Vec<_> = reference(&logits_v, sampling).iter().map(|k| k.0).collect();
+            expected.sort_unstable();
             assert_eq!(ids, expected, "case {i}, vocabulary {vocab}");
         }
     }
@@ -90,8 +105,10 @@ fn the_filters_keep_exactly_what_sorting_keeps() {
 #[test]
 fn draws_follow_the_distribution() {
     let logits_v = logits(5, 300, 1.0);
-    for (temperature, top_k, top_p) in [(1.0, 0, 1.0), (0.8, 20, 1.0), (1.3, 0, 0.7)] {
-        let sampling = Sampling { temperature, top_k, top_p, seed: 11, ..Sampling::default() };
+    for (temperature, top_k, top_p, typical_p) in
+        [(1.0, 0, 1.0, 1.0), (0.8, 20, 1.0, 1.0), (1.3, 0, 0.7, 1.0), (1.0, 0, 1.0, 0.6)]
+    {
+        let sampling = Sampling { temperature, top_k, top_p, typical_p, seed: 11, ..Sampling::default() };
         let n_draws = 20_000;
         let mut n_drawn = vec![0.0f64; logits_v.len()];
         for position in 0..n_draws {
@@ -129,8 +146,15 @@ fn a_draw_depends_on_seed_and_position_only() {
         let sampling = with_seed(1);
         let counts = TokenCounts::default();
         let logits_v = &logits_v;
-        let draw =
-            Draw { logits_v, sampling: &sampling, counts: &counts, banned: &[], position, logprobs: Some(3) };
+        let draw = Draw {
+            logits_v,
+            sampling: &sampling,
+            counts: &counts,
+            allowed: None,
+            banned: &[],
+            position,
+            logprobs: Some(3),
+        };
         assert_eq!(busy.draw(&draw).unwrap().id, ids[position as usize]);
     }
     let others: Vec<_> = (0..40).map(|p| draw(&logits_v, &with_seed(2), p).unwrap()).collect();
@@ -143,6 +167,41 @@ fn greedy_takes_the_first_of_the_largest() {
     (logits_v[70], logits_v[40]) = (3.0, 3.0);
     assert_eq!(draw(&logits_v, &Sampling::greedy(), 0), Ok(40));
     assert_eq!(draw(&[f32::NEG_INFINITY, -5.0], &Sampling::greedy(), 0), Ok(1));
+    // A temperature whose inverse is no number any more is as good as none.
+    let coldest = Sampling { temperature: f32::from_bits(1), ..Sampling::default() };
+    assert_eq!(draw(&logits_v, &coldest, 0), Ok(40));
+}
+
+#[test]
+fn only_what_a_constraint_allows_is_drawn() {
+    let logits_v = logits(6, 100, 1.0);
+    let bits = [1 << 7, 0, 1 << 1 | 1 << 30];
+    let counts = TokenCounts::default();
+    let by = |sampling: &Sampling, banned: &[TokenId], position| {
+        let draw = Draw {
+            logits_v: &logits_v,
+            sampling,
+            counts: &counts,
+            allowed: Some(&bits),
+            banned,
+            position,
+            logprobs: Some(2),
+        };
+        Sampler::default().draw(&draw)
+    };
+    for sampling in [
+        Sampling::greedy(),
+        Sampling { temperature: 2.0, ..Sampling::default() },
+        Sampling { top_k: 3, typical_p: 0.9, ..Sampling::default() },
+        Sampling { logit_bias: vec![(9, 100.0)], ..Sampling::default() },
+    ] {
+        (0..100).for_each(|p| assert!([7, 65, 94].contains(&by(&sampling, &[], p).unwrap().id)));
+        assert_eq!(by(&sampling, &[7, 94], 0).unwrap().id, 65);
+        assert_eq!(by(&sampling, &[7, 65, 94], 0), Err(SampleError::NothingLeft));
+    }
+    // What is reported is the model's own opinion, not the grammar's.
+    let top = by(&Sampling::greedy(), &[], 0).unwrap().logprobs.unwrap().top;
+    assert_eq!(top, Sampler::default().logprobs(&logits_v, 0, 2).unwrap().top);
 }
 
 #[test]
@@ -172,7 +231,7 @@ fn bias_penalties_and_bans_move_the_logits_they_name() {
         let sampling = &sampling;
         adjust(
             &mut adjusted_v,
-            &Draw { logits_v, sampling, counts: &counts, banned, position: 0, logprobs: None },
+            &Draw { logits_v, sampling, counts: &counts, allowed: None, banned, position: 0, logprobs: None },
         );
         assert_eq!(adjusted_v, expected);
     };

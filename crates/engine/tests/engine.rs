@@ -6,8 +6,8 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use engine::{
-    Engine, EngineLimits, Event, FakeRunner, FinishReason, Health, Request, Runner, RunnerError, Sampling,
-    StepInput, Stream, SubmitError, Usage,
+    Constraint, Continuation, Engine, EngineLimits, Event, FakeRunner, FinishReason, Health, Request, Runner,
+    RunnerError, Sampling, Speculation, StepInput, Stream, SubmitError, Usage,
 };
 use telemetry::Metrics;
 
@@ -377,4 +377,95 @@ fn what_cannot_fit_is_refused_at_submission() {
     assert_eq!(refused, Some(SubmitError::TooLong { n_prompt: 200, max_tokens: 57, context_max: 256 }));
     let (ids, reason, _) = collect(engine.submit(request(&[1; 200], 56)).unwrap());
     assert_eq!((ids.len(), reason), (56, FinishReason::Length));
+}
+
+/// Allows `script[i]` as the output's token `i`, then nothing.
+#[derive(Clone, Debug)]
+struct Script {
+    script: Vec<Vec<u32>>,
+    at: usize,
+    bits: Vec<u32>,
+}
+
+impl Script {
+    fn new(script: &[&[u32]]) -> Box<Script> {
+        let mut new = Script { script: script.iter().map(|ids| ids.to_vec()).collect(), at: 0, bits: vec![] };
+        new.look();
+        Box::new(new)
+    }
+
+    fn look(&mut self) {
+        self.bits = vec![0; VOCAB.div_ceil(32)];
+        let allowed = self.script.get(self.at).into_iter().flatten();
+        allowed.for_each(|&id| self.bits[id as usize / 32] |= 1 << (id % 32));
+    }
+}
+
+impl Constraint for Script {
+    fn allowed(&self) -> &[u32] {
+        &self.bits
+    }
+    fn commit(&mut self, id: u32) -> Result<Continuation, String> {
+        if id == 66 {
+            return Err("66 is too much".into());
+        }
+        assert!(self.script[self.at].contains(&id), "{id} is not allowed at {}", self.at);
+        self.at += 1;
+        self.look();
+        Ok(if self.at == self.script.len() { Continuation::Complete } else { Continuation::Open })
+    }
+    fn fork(&self) -> Box<dyn Constraint> {
+        Box::new(self.clone())
+    }
+}
+
+#[test]
+fn a_constraint_steers_and_ends_the_output() {
+    let engine = start(fake(), EngineLimits::default());
+    let constrained = |script: &[&[u32]]| Request {
+        constraint: Some(Script::new(script)),
+        stop_ids: vec![3],
+        ..request(&[1, 2, 3], 10)
+    };
+    let run = |request: Request| collect(engine.submit(request).unwrap());
+    let open: &[u32] = &[10, 40, 96];
+    // Complete: it ends without a stop id.
+    let (ids, reason, usage) = run(constrained(&[open, &[5], open]));
+    assert_eq!((ids.len(), reason, usage.completion), (3, FinishReason::Stop, 3));
+    assert!(open.contains(&ids[0]) && ids[1] == 5 && open.contains(&ids[2]));
+    // A copy starts from the beginning, not from where another request left it.
+    let again = constrained(&[open, &[5], open]);
+    assert_eq!(run(again.clone()).0, run(again).0);
+    // A stop id the grammar allows ends it as ever, and max_tokens does, too.
+    assert_eq!(run(constrained(&[open, &[3], open])).1, FinishReason::Stop);
+    assert_eq!(run(Request { max_tokens: 2, ..constrained(&[open, open, open]) }).1, FinishReason::Length);
+    // min_tokens holds as long as anything else is allowed.
+    let short = |script| Request { min_tokens: 4, ..constrained(script) };
+    assert_eq!(run(short(&[&[3, 5], &[3, 6], &[3]])).0, [5, 6]);
+    // A constraint that gives up ends its own sequence, nobody else's.
+    let (ids, reason, _) = run(constrained(&[open, &[66], open]));
+    assert_eq!((ids.len(), reason), (2, FinishReason::Constraint("66 is too much".into())));
+    assert_eq!(run(constrained(&[open])).1, FinishReason::Stop);
+}
+
+#[test]
+fn constrained_output_is_the_same_beside_others_and_after_preemption() {
+    let many: Vec<u32> = (0..VOCAB as u32).filter(|id| id % 3 == 0).collect();
+    let make = |i: u32| {
+        let prompt: Vec<u32> = (0..3 + i * 5).map(|p| (p * 31 + i) % VOCAB as u32).collect();
+        let script = vec![many.as_slice(); 8 + i as usize];
+        let constraint: Option<Box<dyn Constraint>> = i.is_multiple_of(2).then(|| Script::new(&script) as _);
+        Request { constraint, ..request(&prompt, 30) }
+    };
+    let expected: Vec<_> = (0..8).map(|i| alone(make(i)).0).collect();
+    for speculation in [Speculation::Off, Speculation::PromptLookup { k_max: 4 }] {
+        // 64 blocks of 4 tokens do not hold the eight at once.
+        let limits =
+            EngineLimits { max_batch_tokens: 12, max_running: 12, speculation, ..EngineLimits::default() };
+        let engine = start(fake(), limits);
+        let streams: Vec<_> = (0..8).map(|i| engine.submit(make(i)).unwrap()).collect();
+        let outputs: Vec<_> = streams.into_iter().map(|stream| collect(stream).0).collect();
+        assert_eq!(outputs, expected, "{speculation:?}");
+        assert!(outputs.iter().step_by(2).flatten().all(|id| many.contains(id)));
+    }
 }

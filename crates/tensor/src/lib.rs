@@ -36,6 +36,7 @@ pub mod gelu;
 pub mod head_norm;
 pub mod layernorm;
 pub mod limits;
+pub mod logits;
 pub mod matmul;
 pub mod packed;
 pub mod paged_attention;

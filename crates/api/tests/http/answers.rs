@@ -252,6 +252,30 @@ async fn logprobs_belong_to_the_text_that_is_sent() {
 }
 
 #[tokio::test]
+async fn prompts_are_scored_beside_the_answer() {
+    let server = server();
+    let text = json!({"model": "random", "prompt": "abc", "max_tokens": 0, "prompt_logprobs": 2});
+    let body = post(&server, "/v1/completions", text).await.json();
+    let scores = body["choices"][0]["prompt_logprobs"].as_array().unwrap_or_else(|| panic!("{body}"));
+    assert_eq!((scores.len(), &scores[0], &body["choices"][0]["text"]), (3, &Value::Null, &json!("")));
+    let second = scores[1].as_object().unwrap();
+    let rank =
+        |wanted: u64| second.values().find(|v| v["rank"] == wanted).unwrap()["logprob"].as_f64().unwrap();
+    assert!(rank(1) >= rank(2) && second.len() <= 3);
+    // The same numbers that `echo` gives.
+    let text = json!({"model": "random", "prompt": "abc", "max_tokens": 0, "echo": true, "logprobs": 2});
+    let echoed = post(&server, "/v1/completions", text).await.json();
+    let own = second["98"].clone();
+    assert_eq!(
+        (&own["logprob"], &own["decoded_token"]),
+        (&echoed["choices"][0]["logprobs"]["token_logprobs"][1], &json!("b"))
+    );
+    let request = with(chat("x"), json!({"prompt_logprobs": 0, "n": 2}));
+    let body = post(&server, "/v1/chat/completions", request).await.json();
+    assert_eq!(body["prompt_logprobs"].as_array().unwrap().len() as u64, body["usage"]["prompt_tokens"]);
+}
+
+#[tokio::test]
 async fn best_of_sends_the_likeliest() {
     let request = json!({"model": "random", "prompt": "x", "max_tokens": 8, "seed": 1, "ignore_eos": true, "logprobs": 0});
     let server = server();

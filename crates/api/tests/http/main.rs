@@ -6,3 +6,4 @@ mod client;
 mod connections;
 mod fake;
 mod specification;
+mod structured;
