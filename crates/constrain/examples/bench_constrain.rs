@@ -139,7 +139,7 @@ fn report(free: &[Stats], mixed: &[Stats]) {
 
 fn start(loaded: model::Loaded, n_threads: usize) -> Result<Engine, Failure> {
     let pool = Arc::new(Pool::new(n_threads));
-    let llama = model::Llama::new(loaded.weights, &pool)?;
+    let llama = model::Transformer::new(loaded.weights, &pool)?;
     let limits = EngineLimits { max_running: STREAMS, ..EngineLimits::default() };
     let kv_bytes = STREAMS * 16 * llama.kv_block_bytes(model::KvType::Bf16);
     let runner = ModelRunner::new(llama, pool, model::KvType::Bf16, kv_bytes, limits.max_running)?;
