@@ -42,7 +42,7 @@ fn main() -> Result<(), Failure> {
 
 fn start(path: &Path, n_threads: usize, n_streams: usize, n_prompt: usize) -> Result<Engine, Failure> {
     let pool = Arc::new(Pool::new(n_threads));
-    let llama = model::Llama::new(model::load(path)?.weights, &pool)?;
+    let llama = model::Transformer::new(model::load(path)?.weights, &pool)?;
     println!("{}, {n_threads} threads, {}", path.display(), tensor::cpu::describe());
     let limits = EngineLimits { prefix_cache: false, ..EngineLimits::default() };
     let n_tokens =

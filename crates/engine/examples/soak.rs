@@ -58,7 +58,7 @@ fn main() -> Result<(), Failure> {
 
 fn start(path: &Path) -> Result<Engine, Failure> {
     let pool = Arc::new(Pool::new(2));
-    let llama = model::Llama::new(model::load(path)?.weights, &pool)?;
+    let llama = model::Transformer::new(model::load(path)?.weights, &pool)?;
     let limits = EngineLimits {
         max_running: 16,
         queue_max_requests: 24,
