@@ -69,7 +69,7 @@ fn ids(value: &serde_json::Value) -> Vec<u32> {
 }
 
 /// The Q4_1 file with exact arithmetic: llama.cpp's F32 run of the same weights gives the same ids, and the same
-/// log-probabilities to 1e-3 with an F32 cache. With a bf16 cache the deviation is printed.
+/// log-probabilities to 1e-3 with an F32 cache. With bf16 and int8 caches the deviation is printed.
 #[test]
 fn smollm2_agrees_with_the_reference() {
     let (Some(file), Some(reference)) =
@@ -80,8 +80,8 @@ fn smollm2_agrees_with_the_reference() {
     let pool = Pool::new(2);
     let llama = Transformer::new(gguf::read(&file).unwrap().weights, &pool).unwrap();
     let reference: serde_json::Value = serde_json::from_slice(&std::fs::read(reference).unwrap()).unwrap();
-    for (kv_type, tolerance) in [(KvType::F32, 1e-3), (KvType::Bf16, 0.1)] {
-        let mut worst = 0.0f64;
+    for (kv_type, tolerance) in [(KvType::F32, 1e-3), (KvType::Bf16, 0.1), (KvType::Int8, 0.5)] {
+        let mut errors = Vec::new();
         for entry in reference["entries"].as_array().unwrap() {
             let (prompt, output) = (ids(&entry["prompt_ids"]), ids(&entry["output_ids"]));
             let mut session = Session::new(&pool, &llama, prompt.len() + output.len(), kv_type);
@@ -94,13 +94,20 @@ fn smollm2_agrees_with_the_reference() {
                 for top in token["top"].as_array().unwrap() {
                     let (top_id, expected) = (top[0].as_u64().unwrap() as u32, top[1].as_f64().unwrap());
                     let error = (log_prob(logits, top_id) - expected).abs();
-                    worst = worst.max(error);
+                    errors.push(error);
                     assert!(error < tolerance, "{kv_type:?}, token {i} of {:?}: {error}", entry["prompt"]);
                 }
                 next = vec![id];
             }
         }
-        eprintln!("log-probabilities are within {worst:.2e} of the reference with a {kv_type:?} cache");
+        errors.sort_by(f64::total_cmp);
+        let at = |share: f64| errors[((errors.len() - 1) as f64 * share) as usize];
+        eprintln!(
+            "{kv_type:?} cache: log-probabilities are {:.1e} / {:.1e} / {:.1e} (median, 95 %, all) off the reference",
+            at(0.5),
+            at(0.95),
+            at(1.0)
+        );
     }
 }
 

@@ -6,7 +6,7 @@ use crate::simd::{Simd, dispatch};
 use std::ops::Range;
 
 /// Positions whose softmax is taken at once.
-pub(super) const SPAN: usize = 4 * BLOCK_TOKENS;
+pub(super) const SPAN: usize = 8 * BLOCK_TOKENS;
 const SPAN_BLOCKS: usize = SPAN / BLOCK_TOKENS;
 
 /// Queries that read keys and values together: two sweeps of 12 over a span that is in L1 or L2 by then.
@@ -33,9 +33,9 @@ pub(super) struct Attend<'a> {
 /// Softmax so far of each query, and its weighted values, not yet divided by the sum of the weights.
 #[derive(Clone, Default)]
 pub(super) struct Part {
-    /// Largest score.
+    /// Largest score, divided by ln 2: weights are powers of 2.
     pub(super) max: [f32; QUERIES_MAX],
-    /// Sum of e^(score - max).
+    /// Sum of 2^(score - max).
     pub(super) sum: [f32; QUERIES_MAX],
     /// `[QUERIES_MAX][d]`, d rounded up to registers.
     pub(super) out_qd: Vec<f32>,
@@ -79,9 +79,14 @@ fn attend_spans<S: Simd, E: Cached>(s: S, task: &Attend<'_>, kv: HeadKv<'_, E>, 
         scores(s, task, &span, &mut weights);
         for i in 0..task.n {
             let visible = in_span(task.visible[i].start)..in_span(task.visible[i].end);
-            let state = (&mut part.max[i], &mut part.sum[i]);
-            keep[i] = softmax(s, &mut weights[i], visible, task.scale, state);
-            span.scale_values(s, &mut weights[i]);
+            let weights = &mut weights[i][..n_blocks * BLOCK_TOKENS];
+            hide(weights, &visible, f32::NEG_INFINITY);
+            keep[i] = match visible.is_empty() {
+                true => 1.0,
+                false => softmax(s, weights, task.scale, (&mut part.max[i], &mut part.sum[i])),
+            };
+            hide(weights, &visible, 0.0);
+            span.scale_values(s, weights);
         }
         add_values(s, task, &span, (&weights, &keep), &mut part.out_qd);
     }
@@ -98,7 +103,7 @@ struct Span<'a, E> {
 impl<E: Cached> Span<'_, E> {
     /// Scores are of the stored numbers; the keys' own factors make them those of the keys.
     #[inline(always)]
-    fn scale_keys<S: Simd>(&self, s: S, scores: &mut [f32; SPAN]) {
+    fn scale_keys<S: Simd>(&self, s: S, scores: &mut [f32]) {
         if E::SCALED {
             for (scores, &block) in scores.chunks_exact_mut(BLOCK_TOKENS).zip(self.blocks) {
                 scale_each(s, scores, self.kv.block_scales(block).0);
@@ -108,7 +113,7 @@ impl<E: Cached> Span<'_, E> {
 
     /// The values' own factors become part of their weights.
     #[inline(always)]
-    fn scale_values<S: Simd>(&self, s: S, weights: &mut [f32; SPAN]) {
+    fn scale_values<S: Simd>(&self, s: S, weights: &mut [f32]) {
         if E::SCALED {
             for (weights, &block) in weights.chunks_exact_mut(BLOCK_TOKENS).zip(self.blocks) {
                 scale_each(s, weights, self.kv.block_scales(block).1);
@@ -128,19 +133,16 @@ fn scale_each<S: Simd>(s: S, x: &mut [f32], factors: &[f32]) {
 /// queries share a load, and `R · C` sums hide the latency of a multiply-add. Groups may reach past the last query, but
 /// not past QUERIES_MAX. A query's sum is the same in all of them.
 macro_rules! in_groups {
-    ($n:expr, $lanes:expr, |$i:ident| $f:ident::<S, E, _, _>($($arg:expr),*)) => {{
+    ($n:expr, $registers:expr, |$i:ident| $f:ident::<S, E, _, _>($($arg:expr),*)) => {{
         let mut $i = 0;
         while $i < $n {
-            $i += match ($n - $i, $lanes) {
-                (4.., 8) => { $f::<S, E, 2, 6>($($arg),*); 6 }
-                (3, 8) => { $f::<S, E, 4, 3>($($arg),*); 3 }
-                (_, 8) => { $f::<S, E, 4, 2>($($arg),*); 2 }
-                (9.., _) => { $f::<S, E, 2, 12>($($arg),*); 12 }
-                (7.., _) => { $f::<S, E, 2, 8>($($arg),*); 8 }
-                (5.., _) => { $f::<S, E, 4, 6>($($arg),*); 6 }
-                (4, _) => { $f::<S, E, 4, 4>($($arg),*); 4 }
-                (3, _) => { $f::<S, E, 4, 3>($($arg),*); 3 }
-                (_, _) => { $f::<S, E, 4, 2>($($arg),*); 2 }
+            $i += match ($n - $i, $registers) {
+                (10.., 32) => { $f::<S, E, 2, 12>($($arg),*); 12 }
+                (4.., 32) => { $f::<S, E, 4, 6>($($arg),*); 6 }
+                (_, 32) => { $f::<S, E, 4, 3>($($arg),*); 3 }
+                (4.., 16) => { $f::<S, E, 2, 6>($($arg),*); 6 }
+                (_, 16) => { $f::<S, E, 4, 3>($($arg),*); 3 }
+                _ => { $f::<S, E, 2, 2>($($arg),*); 2 }
             };
         }
     }};
@@ -148,7 +150,7 @@ macro_rules! in_groups {
 
 #[inline(always)]
 fn scores<S: Simd, E: Cached>(s: S, task: &Attend<'_>, span: &Span<'_, E>, weights: &mut Weights) {
-    in_groups!(task.n, S::LANES, |i| scores_of::<S, E, _, _>(s, task, span, i, weights));
+    in_groups!(task.n, S::REGISTERS, |i| scores_of::<S, E, _, _>(s, task, span, i, weights));
 }
 
 /// q · k of `C` queries from `i` on.
@@ -188,42 +190,55 @@ fn scores_of<S: Simd, E: Cached, const R: usize, const C: usize>(
     }
 }
 
-/// Turns the scores in `visible` into e^(score · scale - max), max being the largest so far, and the rest into 0. Adds
-/// them to the sum; returns the factor of what was summed before.
+/// Fills what is not `visible`.
 #[inline(always)]
-fn softmax<S: Simd>(
-    s: S,
-    weights: &mut [f32; SPAN],
-    visible: Range<usize>,
-    scale: f32,
-    (max, sum): (&mut f32, &mut f32),
-) -> f32 {
-    if visible.is_empty() {
-        weights.fill(0.0);
-        return 1.0;
-    }
-    let hidden = [0..visible.start, visible.end..SPAN];
-    hidden.iter().for_each(|hidden| weights[hidden.clone()].fill(f32::NEG_INFINITY));
-    let scale_s = s.splat(scale);
-    let mut largest = s.splat(f32::NEG_INFINITY);
-    for w in weights.chunks_exact_mut(S::LANES) {
-        let scaled = s.mul(s.load(w), scale_s);
-        largest = s.max(largest, scaled);
+fn hide(weights: &mut [f32], visible: &Range<usize>, with: f32) {
+    weights[..visible.start].fill(with);
+    weights[visible.end..].fill(with);
+}
+
+/// Turns scores into 2^(score · scale - max), max being the largest so far. Adds them to the sum; returns the factor of
+/// what was summed before.
+///
+/// A hidden score counts as 2^-126, which vanishes beside the 1 of the largest, in whatever register it stands.
+#[inline(always)]
+fn softmax<S: Simd>(s: S, weights: &mut [f32], scale: f32, (max, sum): (&mut f32, &mut f32)) -> f32 {
+    // Two chains each: a whole row of a block is two registers of AVX2, two blocks are two of AVX-512.
+    let scale = s.splat(scale * std::f32::consts::LOG2_E);
+    let mut largest = [s.splat(f32::NEG_INFINITY); 2];
+    for (i, w) in weights.chunks_exact_mut(S::LANES).enumerate() {
+        let scaled = s.mul(s.load(w), scale);
+        largest[i % 2] = s.max(largest[i % 2], scaled);
         s.store(w, scaled);
     }
-    let new = max.max(s.max_lane(largest));
+    let new = max.max(s.max_lane(s.max(largest[0], largest[1])));
     let new_s = s.splat(new);
-    for w in weights.chunks_exact_mut(S::LANES) {
-        s.store(w, s.exp(s.sub(s.load(w), new_s)));
+    let mut total = [s.zero(); 2];
+    for (i, w) in weights.chunks_exact_mut(S::LANES).enumerate() {
+        let weight = exp2(s, s.sub(s.load(w), new_s));
+        total[i % 2] = s.add(total[i % 2], weight);
+        s.store(w, weight);
     }
-    hidden.iter().for_each(|hidden| weights[hidden.clone()].fill(0.0));
-    let mut total = s.zero();
-    for w in weights.chunks_exact(S::LANES) {
-        total = s.add(total, s.load(w));
-    }
-    let keep = if new == *max { 1.0 } else { (*max - new).exp() };
-    (*max, *sum) = (new, *sum * keep + s.sum(total));
+    let keep = if new == *max { 1.0 } else { (*max - new).exp2() };
+    (*max, *sum) = (new, *sum * keep + s.sum(s.add(total[0], total[1])));
     keep
+}
+
+/// 2^x for x <= 0, within 2 ulp above 2^-126 and nearly 0 below: n + r = x with |r| <= 1/2, a degree-6 polynomial
+/// (Taylor: the first term left out is (ln 2 / 2)^7 / 7! = 1.2e-7) for 2^r, and n put into the exponent.
+#[inline(always)]
+fn exp2<S: Simd>(s: S, x: S::F) -> S::F {
+    /// (ln 2)^k / k! for k from 6 to 0.
+    const TERMS: [f32; 7] =
+        [1.540_353e-4, 1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 0.240_226_5, std::f32::consts::LN_2, 1.0];
+    let x = s.max(x, s.splat(-126.0));
+    let n = s.to_i(x);
+    let r = s.sub(x, s.to_f(n));
+    let mut p = s.splat(TERMS[0]);
+    for term in &TERMS[1..] {
+        p = s.fma(p, r, s.splat(*term));
+    }
+    s.bits_to_f(s.add_i(s.bits_to_i(p), s.shl_i::<23>(n)))
 }
 
 #[inline(always)]
@@ -234,7 +249,13 @@ fn add_values<S: Simd, E: Cached>(
     (weights, keep): (&Weights, &[f32; QUERIES_MAX]),
     out_qd: &mut [f32],
 ) {
-    in_groups!(task.n, S::LANES, |i| values_of::<S, E, _, _>(s, task.d, span, (i, weights, keep), out_qd));
+    in_groups!(task.n, S::REGISTERS, |i| values_of::<S, E, _, _>(
+        s,
+        task.d,
+        span,
+        (i, weights, keep),
+        out_qd
+    ));
 }
 
 /// out = out · keep + Σ weight · v for `C` queries from `i` on.

@@ -5,7 +5,7 @@
 //! key/value head read it together.
 //!
 //! Order of the sums: positions are cut into groups of 256, counted from position 0 of the sequence, and these into spans
-//! of 64. In a group the softmax goes from span to span with a running maximum (as in FlashAttention, Dao et al. 2022);
+//! of 128. In a group the softmax goes from span to span with a running maximum (as in FlashAttention, Dao et al. 2022);
 //! the groups are merged one after another. So a token's result depends on its sequence alone: not on the step it was
 //! computed in, what else was in it, or the threads. Test: `results_do_not_depend_on_the_step`.
 
@@ -27,7 +27,7 @@ use std::ops::Range;
 use kernels::{Attend, Merge, Part, QUERIES_MAX, SPAN, attend, merge};
 
 /// Spans of a group: 256 positions, 64 KiB of bf16 keys and values 64 wide, some 5 us to read.
-const GROUP_SPANS: usize = 4;
+const GROUP_SPANS: usize = 2;
 
 /// What a layer's attention is, beside its numbers.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -313,7 +313,7 @@ impl Job<'_> {
             return; // the query sees nothing of the group
         }
         let (old, new) = (total.max[i], total.max[i].max(max));
-        let factor = |max: f32| if max == new { 1.0 } else { (max - new).exp() };
+        let factor = |max: f32| if max == new { 1.0 } else { (max - new).exp2() };
         let (keep, take) = (factor(old), factor(max));
         (total.max[i], total.sum[i]) = (new, total.sum[i] * keep + sum * take);
         let width = padded(part_d.len());

@@ -137,28 +137,66 @@ fn agrees_with_plain_attention() {
 
 #[test]
 fn results_do_not_depend_on_the_step() {
-    for dims in shapes() {
+    for (dims, kv_type) in shapes().into_iter().flat_map(|dims| [(dims, KvType::Bf16), (dims, KvType::Int8)])
+    {
+        // Long enough for two groups.
         let sequences = [
-            Sequence::new(1, 200, dims, (0..20).map(|b| 2 * b)),
+            Sequence::new(1, 290, dims, (0..20).map(|b| 2 * b)),
             Sequence::new(2, 70, dims, (0..20).map(|b| 39 - 2 * b)),
         ];
+        let one_by_one: Vec<_> = (0..290).map(|t| vec![(0, t..t + 1)]).collect();
+        let mut mixed = vec![vec![(1, 0..1), (0, 0..65)], vec![(0, 65..67), (1, 1..64)], vec![(0, 67..200)]];
+        mixed.extend((200..206).map(|t| vec![(0, t..t + 1), (1, t - 136..t - 135)]));
+        mixed.extend([vec![(0, 206..250)], vec![(0, 250..290)]]);
         for (spec, pool) in
             specs(dims).into_iter().flat_map(|spec| every_pool().map(move |pool| (spec, pool)))
         {
             let single = Pool::with_level(1, pool.level());
-            let how = (KvType::Bf16, spec);
-            let alone = run(&single, how, &sequences, &[vec![(0, 0..200)], vec![(1, 0..70)]]);
-            let one_by_one: Vec<_> = (0..200).map(|t| vec![(0, t..t + 1)]).collect();
-            let mut mixed =
-                vec![vec![(1, 0..1), (0, 0..65)], vec![(0, 65..67), (1, 1..64)], vec![(0, 67..131)]];
-            mixed.extend((131..200).map(|t| match t {
-                131..137 => vec![(0, t..t + 1), (1, t - 67..t - 66)],
-                _ => vec![(0, t..t + 1)],
-            }));
-            let case = format!("{dims:?}, {spec:?}, {:?}, {}", pool.level(), pool.n_threads());
+            let how = (kv_type, spec);
+            let alone = run(&single, how, &sequences, &[vec![(0, 0..290)], vec![(1, 0..70)]]);
+            let case = format!("{dims:?}, {how:?}, {:?}, {}", pool.level(), pool.n_threads());
             assert_eq!(run(&pool, how, &sequences, &one_by_one)[0], alone[0], "one by one, {case}");
             assert_eq!(run(&pool, how, &sequences, &mixed), alone, "mixed, {case}");
         }
+    }
+}
+
+/// Two continuations of one beginning, of which the second writes into a copy of the first's last block.
+#[test]
+fn a_copied_block_is_a_fork() {
+    let dims = shapes()[1];
+    let (pool, spec) = (Pool::new(2), AttentionSpec::plain(dims.head_width));
+    let first = Sequence::new(1, 40, dims, [5, 3, 1].into_iter());
+    let mut second = Sequence::new(2, 40, dims, [5, 7, 2].into_iter());
+    second.qkv[..20 * width(dims)].copy_from_slice(&first.qkv[..20 * width(dims)]);
+    for kv_type in [KvType::Int8, KvType::Bf16, KvType::F32] {
+        let alone = &run(&pool, (kv_type, spec), std::slice::from_ref(&second), &[vec![(0, 0..40)]])[0];
+        let mut cache = KvCache::new(dims, kv_type, 8);
+        let mut feed = |cache: &mut KvCache, seq: &Sequence, range: Range<usize>| {
+            let mut qkv = seq.qkv[range.start * width(dims)..range.end * width(dims)].to_vec();
+            let row = PagedRow { n_tokens: range.len(), n_context: range.end, blocks: &seq.blocks };
+            let table = RopeTable::new(64, dims.head_width, BASE);
+            let mut out = vec![f32::NAN; range.len() * dims.n_heads * dims.head_width];
+            for layer in 0..dims.n_layers {
+                let mut qkv = qkv.clone();
+                cache.append(&pool, layer, &mut qkv, &[row], Some(&table));
+            }
+            cache.append(&pool, 1, &mut qkv, &[row], Some(&table));
+            paged_attention(
+                &pool,
+                &mut out,
+                &qkv,
+                (cache, 1, spec),
+                &[row],
+                &mut AttentionScratch::default(),
+            );
+            out
+        };
+        feed(&mut cache, &first, 0..20);
+        cache.copy_block(3, 7, 4);
+        feed(&mut cache, &first, 20..40);
+        let out = feed(&mut cache, &second, 20..40);
+        assert_eq!(out, alone[20 * dims.n_heads * dims.head_width..], "{kv_type:?}");
     }
 }
 
@@ -205,7 +243,7 @@ fn rows_that_do_not_fit_are_refused() {
 #[test]
 fn left_over_values_are_not_read() {
     let dims = shapes()[2];
-    let how = (KvType::F32, AttentionSpec::plain(dims.head_width));
+    let how = (KvType::Bf16, AttentionSpec::plain(dims.head_width));
     let clean = Sequence::new(5, 20, dims, 0..2);
     let mut dirty = Sequence::new(6, 32, dims, 0..2);
     dirty.qkv.fill(f32::NAN);

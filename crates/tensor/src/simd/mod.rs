@@ -51,6 +51,8 @@ use half::{bf16, f16};
 pub trait Simd: Copy + Send + Sync + 'static {
     /// f32 lanes per register.
     const LANES: usize;
+    /// Vector registers a kernel may plan its sums for.
+    const REGISTERS: usize;
     /// LANES × f32.
     type F: Copy;
     /// LANES × i32.

@@ -22,6 +22,8 @@ fn both(a: [i16; 2], b: [i16; 2], f: impl Fn(i16, i16) -> i16) -> [i16; 2] {
 
 impl<const N: usize> Simd for Portable<N> {
     const LANES: usize = N;
+    /// Few: a register is several of the machine's here, and code for many takes the compiler minutes.
+    const REGISTERS: usize = 8;
     type F = [f32; N];
     type I = [i32; N];
     type H = [[i16; 2]; N];

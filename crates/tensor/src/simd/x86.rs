@@ -106,6 +106,7 @@ unsafe fn store_transposed(rows: [__m256; 8], dst: *mut f32, stride: usize) {
 
 impl Simd for Avx2 {
     const LANES: usize = 8;
+    const REGISTERS: usize = 16;
     type F = __m256;
     type I = __m256i;
     type H = __m256i;
@@ -239,6 +240,7 @@ impl Simd for Avx2 {
 
 impl Simd for Avx512 {
     const LANES: usize = 16;
+    const REGISTERS: usize = 32;
     type F = __m512;
     type I = __m512i;
     type H = __m512i;
