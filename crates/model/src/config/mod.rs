@@ -6,6 +6,7 @@
 
 mod block;
 mod json;
+mod json_rope;
 mod rope;
 #[cfg(test)]
 pub(crate) mod tests;

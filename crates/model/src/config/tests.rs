@@ -141,3 +141,74 @@ fn junk_is_an_error() {
         assert!(Config::from_json(bytes).is_err());
     }
 }
+
+fn gemma() -> Value {
+    // The keys that decide, as Gemma 3 270M publishes them.
+    json!({
+        "model_type": "gemma3_text", "attention_bias": false, "attn_logit_softcapping": null, "bos_token_id": 2,
+        "eos_token_id": 1, "final_logit_softcapping": null, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 640, "intermediate_size": 2048, "max_position_embeddings": 32768, "num_attention_heads": 4,
+        "num_hidden_layers": 18, "num_key_value_heads": 1, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6,
+        "rope_local_base_freq": 10000.0, "rope_scaling": null, "rope_theta": 1000000.0, "sliding_window": 512,
+        "_sliding_window_pattern": 6, "vocab_size": 262144
+    })
+}
+
+#[test]
+fn gemma_says_its_windows_in_many_ways() {
+    let config = parse(&gemma()).unwrap();
+    assert_eq!(config.n_params(), 268_098_176); // the published count
+    assert!(config.tied_embeddings);
+    let local: Vec<usize> = (0..18).filter(|l| config.window_of(*l).is_none()).collect();
+    assert_eq!(local, [5, 11, 17]);
+    assert_eq!((config.window_of(0), config.score_scale()), (Some(512), 1.0 / 16.0));
+    let mut newer = gemma();
+    let types: Vec<&str> =
+        (1..=18).map(|l| if l % 6 == 0 { "full_attention" } else { "sliding_attention" }).collect();
+    newer["layer_types"] = json!(types);
+    newer["rope_parameters"] = json!({
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    });
+    let mut seeing = gemma();
+    seeing.as_object_mut().unwrap().retain(|key, _| !key.ends_with("_token_id"));
+    let seeing = json!({"model_type": "gemma3", "text_config": seeing, "vision_config": {}, "bos_token_id": 2,
+                        "eos_token_id": [1, 106]});
+    assert_eq!(parse(&newer).unwrap(), config);
+    assert_eq!(parse(&seeing).unwrap(), Config { eos: vec![1, 106], ..config });
+}
+
+#[test]
+fn what_other_architectures_do_not_do_here_is_refused_by_name() {
+    let check = |mut value: Value, key: &str, bad: Value| {
+        value[key] = bad.clone();
+        let error = parse(&value).expect_err(&format!("{key} = {bad}")).to_string();
+        assert!(error.contains(key), "{key}: {error}");
+    };
+    check(gemma(), "attn_logit_softcapping", json!(50.0));
+    check(gemma(), "final_logit_softcapping", json!(30.0));
+    check(gemma(), "use_bidirectional_attention", json!(true));
+    check(gemma(), "query_pre_attn_scalar", json!(0));
+    check(gemma(), "rope_local_base_freq", json!(-1.0));
+    check(gemma(), "sliding_window", json!(0));
+    check(gemma(), "layer_types", json!(["chunked_attention"]));
+    check(gemma(), "layer_types", json!(["sliding_attention"]));
+    check(gemma(), "sliding_window_pattern", json!(0));
+    check(gemma(), "rope_parameters", json!({"sliding_attention": {"rope_type": "linear", "factor": 2.0}}));
+    let gpt2 = json!({"model_type": "gpt2", "n_layer": 2, "n_embd": 48, "n_head": 4, "vocab_size": 100});
+    assert_eq!(parse(&gpt2).unwrap().ff_width, 192);
+    check(gpt2.clone(), "scale_attn_by_inverse_layer_idx", json!(true));
+    check(gpt2.clone(), "scale_attn_weights", json!(false));
+    check(gpt2.clone(), "add_cross_attention", json!(true));
+    let bert = json!({"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 4,
+                      "intermediate_size": 96, "vocab_size": 100});
+    assert!(!parse(&bert).unwrap().block().causal);
+    check(bert.clone(), "position_embedding_type", json!("relative_key"));
+    check(bert.clone(), "type_vocab_size", json!(1));
+    check(bert.clone(), "is_decoder", json!(true));
+    for value in [gemma(), gpt2, bert] {
+        let error = parse(&value).unwrap().check_trainable().unwrap_err().to_string();
+        assert!(error.contains("cannot be trained"), "{error}");
+    }
+    assert!(parse(&smol()).unwrap().check_trainable().is_ok());
+}
