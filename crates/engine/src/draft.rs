@@ -1,12 +1,13 @@
 //! A draft model: a second runner that guesses ahead, with keys and values of its own.
 
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use model::StepInput;
 
 use crate::blocks::{BlockId, BlockPool};
 use crate::request::TokenId;
-use crate::runner::{Runner, RunnerError};
+use crate::runner::{Runner, RunnerError, panic_text};
 use crate::sequence::SequenceId;
 use crate::speculation::{DRAFT_TOKENS_MAX, Draw, Wish};
 
@@ -41,23 +42,26 @@ impl DraftModel {
     }
 
     /// A draft for each wish: as long as asked for, or empty where the model has not caught up yet or
-    /// has no room. Should the model fail, nothing is lost but the drafts.
-    pub(crate) fn propose(&mut self, wishes: &[Wish], draw: &mut Draw) -> Vec<Vec<TokenId>> {
+    /// has no room.
+    ///
+    /// # Errors
+    /// If the model fails or panics. What it holds cannot be trusted any more.
+    pub(crate) fn propose(
+        &mut self,
+        wishes: &[Wish],
+        draw: &mut Draw,
+    ) -> Result<Vec<Vec<TokenId>>, RunnerError> {
         let making = |wish| Making { wish, draft: Vec::new(), is_over: false };
         let mut drafts: Vec<_> = wishes.iter().map(making).collect();
-        self.catch_up(&mut drafts);
-        for n_drafted in 0.. {
+        self.catch_up(&mut drafts)?;
+        for n_drafted in 0..DRAFT_TOKENS_MAX {
             drafts.iter_mut().for_each(|making| making.is_over |= making.draft.len() >= making.wish.n_max);
             if drafts.iter().all(|making| making.is_over) {
                 break;
             }
-            if self.extend(&mut drafts, n_drafted, draw).is_err() {
-                self.forget_all();
-                drafts.iter_mut().for_each(|making| making.draft.clear());
-                break;
-            }
+            self.extend(&mut drafts, n_drafted, draw)?;
         }
-        drafts.into_iter().map(|making| making.draft).collect()
+        Ok(drafts.into_iter().map(|making| making.draft).collect())
     }
 
     pub(crate) fn forget(&mut self, id: SequenceId) {
@@ -65,13 +69,8 @@ impl DraftModel {
         drafting.blocks.into_iter().for_each(|block| self.pool.release(block));
     }
 
-    fn forget_all(&mut self) {
-        let ids: Vec<_> = self.sequences.keys().copied().collect();
-        ids.into_iter().for_each(|id| self.forget(id));
-    }
-
     /// Makes room, and computes what lies far behind. Ends every draft that cannot begin in this call.
-    fn catch_up(&mut self, drafts: &mut [Making]) {
+    fn catch_up(&mut self, drafts: &mut [Making]) -> Result<(), RunnerError> {
         let mut n_left = CATCH_UP_TOKENS_MAX;
         let mut input = StepInput::default();
         for making in drafts.iter_mut().filter(|making| making.wish.n_max > 0) {
@@ -93,10 +92,10 @@ impl DraftModel {
                 input.push_row(&tokens[start..start + n_tokens], start, &drafting.blocks, 0);
             }
         }
-        if !input.rows.is_empty() && self.runner.step(&input).is_err() {
-            self.forget_all();
-            drafts.iter_mut().for_each(|making| making.is_over = true);
+        if !input.rows.is_empty() {
+            step(&mut *self.runner, &input)?;
         }
+        Ok(())
     }
 
     fn reserve(&mut self, id: SequenceId, n_positions: usize) -> bool {
@@ -133,7 +132,7 @@ impl DraftModel {
                 );
             }
         }
-        let logits_rv = self.runner.step(&input)?;
+        let logits_rv = step(&mut *self.runner, &input)?;
         let open = drafts.iter_mut().filter(|making| !making.is_over);
         for (making, logits_v) in open.zip(logits_rv.chunks_exact(vocab)) {
             match draw(making.wish.id, n_drafted, logits_v) {
@@ -143,4 +142,18 @@ impl DraftModel {
         }
         Ok(())
     }
+}
+
+/// One step whose panic is an error like any other, and whose logits are as many as were asked for.
+fn step<'a>(runner: &'a mut dyn Runner, input: &StepInput) -> Result<&'a [f32], RunnerError> {
+    let expected = input.n_logits() * runner.vocab();
+    let outcome = catch_unwind(AssertUnwindSafe(move || {
+        let runner = runner; // Moved in, so that the logits may leave the closure.
+        runner.step(input)
+    }));
+    let logits_rv = outcome.map_err(|panic| RunnerError(panic_text(&*panic).to_owned()))??;
+    if logits_rv.len() != expected {
+        return Err(RunnerError(format!("{} logits instead of {expected}", logits_rv.len())));
+    }
+    Ok(logits_rv)
 }

@@ -90,6 +90,8 @@ pub struct Stats {
     /// Tokens guessed ahead and verified, and those of them that were right.
     pub draft_tokens: u64,
     pub accepted_tokens: u64,
+    /// Why the draft model failed, if it did; since then nothing is guessed.
+    pub draft_failure: Option<String>,
     pub n_steps: u64,
     pub n_failed_steps: u64,
     /// Wall time of whole steps, and of their parts.

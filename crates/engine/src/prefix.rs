@@ -127,7 +127,7 @@ impl PrefixIndex {
 }
 
 /// Length of the longest common prefix.
-pub(crate) fn n_common(a: &[TokenId], b: &[TokenId]) -> usize {
+fn n_common(a: &[TokenId], b: &[TokenId]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 

@@ -37,3 +37,9 @@ pub trait Runner: Send {
         None
     }
 }
+
+/// The message of a panic, as far as it had one.
+pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
+}

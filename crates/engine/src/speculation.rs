@@ -6,6 +6,7 @@ use std::collections::HashMap;
 
 use crate::draft::DraftModel;
 use crate::request::TokenId;
+use crate::runner::RunnerError;
 use crate::sequence::SequenceId;
 
 /// Guesses a sequence may have in one step.
@@ -63,20 +64,27 @@ impl Speculator {
     }
 
     /// A draft, maybe empty, for each wish. Guesses less likely than `acceptance_min` are not made.
+    ///
+    /// # Errors
+    /// If the draft model fails. From then on nothing is guessed.
     pub(crate) fn propose(
         &mut self,
         wishes: &mut [Wish],
         acceptance_min: f64,
         draw: &mut Draw,
-    ) -> Vec<Vec<TokenId>> {
+    ) -> Result<Vec<Vec<TokenId>>, RunnerError> {
         for wish in &mut *wishes {
             let acceptance = self.acceptance.entry(wish.id).or_default();
             wish.n_max = wish.n_max.min(self.k_max).min(acceptance.draft_len(acceptance_min));
         }
-        match &mut self.model {
-            Some(model) => model.propose(wishes, draw),
-            None => wishes.iter().map(|wish| look_up(wish.tokens, wish.n_max)).collect(),
+        let Some(model) = &mut self.model else {
+            return Ok(wishes.iter().map(|wish| look_up(wish.tokens, wish.n_max)).collect());
+        };
+        let drafts = model.propose(wishes, draw);
+        if drafts.is_err() {
+            self.k_max = 0;
         }
+        drafts
     }
 
     /// Of a draft's `n_draft` tokens the first `n_accepted` were right.

@@ -51,11 +51,13 @@ impl Waiting {
         self.n_admissions % OLDEST_EVERY == OLDEST_EVERY - 1
     }
 
-    /// Who of `ready` comes next; they are in order of age.
+    /// Who of `ready` is admitted next; they are in order of age.
     pub(crate) fn pick(&self, ready: &[SequenceId], tenants: &Tenants) -> Option<SequenceId> {
-        if self.is_turn_of_oldest() {
-            return ready.first().copied();
-        }
+        if self.is_turn_of_oldest() { ready.first().copied() } else { self.first(ready, tenants) }
+    }
+
+    /// Who of `ready` comes first but for the turns of the oldest.
+    pub(crate) fn first(&self, ready: &[SequenceId], tenants: &Tenants) -> Option<SequenceId> {
         let key = |id: &SequenceId| {
             let entry = &self.entries[id];
             (Reverse(entry.priority), tenants.n_served(&entry.tenant), *id)

@@ -15,7 +15,7 @@ use crate::engine::{EngineLimits, Phase, Shared, Stats, Submission};
 use crate::live::{Live, Progress};
 use crate::pacer::Pacer;
 use crate::request::FinishReason;
-use crate::runner::{Models, Runner};
+use crate::runner::{Models, Runner, panic_text};
 use crate::sampler::Sampler;
 use crate::scheduler::{Limits, Plan, PlanRow, Scheduler};
 use crate::sequence::{Sequence, SequenceId};
@@ -220,11 +220,27 @@ impl Worker {
         let drafts = self.speculator.propose(&mut wishes, acceptance_min, &mut draw);
         let ids: Vec<_> = wishes.iter().map(|wish| wish.id).collect();
         self.samplers.lock().unwrap_or_else(PoisonError::into_inner).push(sampler);
+        let drafts = drafts.unwrap_or_else(|error| {
+            self.stats.draft_failure = Some(error.to_string());
+            Vec::new()
+        });
         let n_guesses = drafts.iter().map(Vec::len).sum();
         ids.into_iter().zip(drafts).for_each(|(id, draft)| self.scheduler.set_draft(id, draft));
         let time = clock::now() - start;
         self.pacer.observe_guesses(n_guesses, time);
         self.stats.draft_time += time;
+    }
+
+    /// Of a row's draft as many guesses were right as it has further tokens.
+    fn note_draft(&mut self, row: &PlanRow, n_tokens: usize) {
+        if row.draft.is_empty() {
+            return;
+        }
+        let n_accepted = n_tokens.saturating_sub(1);
+        self.speculator.learn(row.id, row.draft.len(), n_accepted);
+        self.metrics.drafted(row.draft.len(), n_accepted);
+        self.stats.draft_tokens += row.draft.len() as u64;
+        self.stats.accepted_tokens += n_accepted as u64;
     }
 
     /// Runs the model, then draws and sends every caught-up sequence's next token.
@@ -247,25 +263,23 @@ impl Worker {
         self.pool.run_chunks(&mut turns, 1, |_, turn| {
             turn.iter_mut().for_each(|turn| turn.take(samplers));
         });
-        let mut ended = Vec::new();
+        let mut outcomes = Vec::with_capacity(turns.len());
         for Turn { live, row, progress, .. } in turns {
             live.note_progress(row, &self.metrics, &mut self.stats, computed);
+            outcomes.push(progress);
+        }
+        for (row, progress) in plan.rows.iter().zip(&outcomes) {
             if !progress.tokens.is_empty() {
                 self.scheduler.accept(row.id, &progress.tokens);
             }
-            if !row.draft.is_empty() {
-                let n_accepted = progress.tokens.len().saturating_sub(1);
-                self.speculator.learn(row.id, row.draft.len(), n_accepted);
-                self.metrics.drafted(row.draft.len(), n_accepted);
-                self.stats.draft_tokens += row.draft.len() as u64;
-                self.stats.accepted_tokens += n_accepted as u64;
-            }
-            ended.extend(progress.end.map(|reason| (row.id, reason)));
+            self.note_draft(row, progress.tokens.len());
         }
         let now = clock::now();
         self.stats.model_time += computed - planned;
         self.stats.sample_time += now - computed;
-        ended.into_iter().for_each(|(id, reason)| self.finish(id, reason, now));
+        for (row, progress) in plan.rows.iter().zip(outcomes) {
+            progress.end.into_iter().for_each(|reason| self.finish(row.id, reason, now));
+        }
         Ok(())
     }
 
@@ -387,10 +401,4 @@ fn deal<'a>(
         Turn { live, row, logits_rv, progress: Progress::default() }
     };
     plan.rows.iter().map(turn).collect()
-}
-
-/// The message of a panic, as far as it had one.
-fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
 }

@@ -155,6 +155,26 @@ fn guesses_save_steps_and_are_counted() {
 }
 
 #[test]
+fn a_draft_model_that_fails_costs_only_the_guesses() {
+    let expected = events(start(repetitive(64, 0), EngineLimits::default()).submit(request(1)).unwrap());
+    let mut n_steps = 0;
+    let failing = Before {
+        inner: repetitive(64, 0),
+        before: move || {
+            n_steps += 1;
+            assert!(n_steps < 4, "the draft tripped");
+        },
+    };
+    let limits = EngineLimits { speculation: Speculation::Draft { k_max: 8 }, ..EngineLimits::default() };
+    let metrics = Metrics::new().engine("test", 512);
+    let engine =
+        Engine::start_with_draft(Box::new(slow(repetitive(64, 0))), Box::new(failing), limits, metrics);
+    assert_eq!(events(engine.submit(request(1)).unwrap()), expected);
+    let why = engine.stats().draft_failure.expect("it failed");
+    assert!(why.contains("the draft tripped"), "{why}");
+}
+
+#[test]
 fn siblings_submitted_together_compute_their_prompt_once() {
     let metrics = Metrics::new();
     let (permit, runner) = gated(64);

@@ -4,7 +4,6 @@ use model::BlockCopy;
 
 use super::{Admission, Plan, Scheduler};
 use crate::blocks::BlockId;
-use crate::prefix::n_common;
 use crate::sequence::{Sequence, SequenceId};
 
 /// What the cache holds of a waiting sequence's tokens. The last known token is always computed.
@@ -21,9 +20,9 @@ impl Scheduler {
         self.waiting.ids().filter(|&id| !self.is_deferred(id)).collect()
     }
 
-    /// Preempts running sequences of lower priority for the next waiting one, if that gives it room.
+    /// Preempts running sequences of lower priority for the first waiting one, if that gives it room.
     pub(super) fn make_way(&mut self, ready: &[SequenceId], plan: &mut Plan) {
-        let Some(next) = self.waiting.pick(ready, &self.tenants) else { return };
+        let Some(next) = self.waiting.first(ready, &self.tenants) else { return };
         let priority = self.sequences[&next].priority;
         let n_higher = self.running.partition_point(|id| self.sequences[id].priority >= priority);
         if n_higher == self.running.len() || n_higher == self.limits.max_running {
@@ -83,10 +82,13 @@ impl Scheduler {
         }
         let wanted = &sequence.tokens[..sequence.tokens.len() - 1];
         self.running.iter().map(|id| &self.sequences[id]).any(|other| {
+            let (start, end) = (other.n_computed, other.n_computed + self.limits.block_tokens);
             other.n_pending() > 1
                 && other.tenant() == sequence.tenant()
                 && other.priority >= sequence.priority
-                && n_common(&other.tokens, wanted) >= other.n_computed + self.limits.block_tokens
+                // The part to come first: it is short, and differs as soon as the shared part is computed.
+                && wanted.get(start..end).is_some_and(|part| other.tokens.get(start..end) == Some(part))
+                && wanted[..start] == other.tokens[..start]
         })
     }
 
