@@ -20,6 +20,7 @@ use crate::prompt;
 use crate::sampling::{Options, Prompt};
 use crate::state::{AppState, KeyOwner, ServedModel};
 use crate::structured;
+use crate::tools::{self, Call, ToolCall, Tools};
 
 pub(crate) async fn create(
     State(state): State<AppState>,
@@ -30,11 +31,12 @@ pub(crate) async fn create(
     let work = move |map| {
         let fields = Fields(&map);
         let model = models::named(&models, fields)?;
-        let options = read_options(fields, &model)?;
-        let prompt = prompt::read_messages(fields, &model)?;
-        Ok((model, options, prompt))
+        let (options, tools) = read_options(fields, &model)?;
+        let declared = tools.as_ref().map_or(&[][..], |tools| &tools.declared);
+        let prompt = prompt::read_messages(fields, &model, declared)?;
+        Ok((model, options, prompt, tools.map_or(Call::None, |tools| tools.call)))
     };
-    let (model, mut options, prompt): (Arc<ServedModel>, Options, Prompt) =
+    let (model, mut options, prompt, call): (Arc<ServedModel>, Options, Prompt, Call) =
         body::read(&state, request, work).await?;
     structured::constrain(&state, &model, &mut options).await?;
     let prompts = [prompt];
@@ -47,17 +49,36 @@ pub(crate) async fn create(
         include_usage: options.include_usage,
     };
     if options.stream {
-        let chunks =
-            ChatChunks { head, tokenizer: model.tokenizer.clone(), logprobs: options.logprobs.is_some() };
+        let chunks = ChatChunks {
+            head,
+            tokenizer: model.tokenizer.clone(),
+            logprobs: options.logprobs.is_some(),
+            call,
+            held: vec![String::new(); options.n],
+        };
         return Ok(generate::stream(chunks, choices, &options, state.limits.keep_alive));
     }
     let answers = generate::collect(choices).await?;
-    Ok(whole(&head, &model.tokenizer, answers, &Wanted { options: &options, prompt: &prompts[0] }))
+    Ok(whole(
+        &head,
+        &model.tokenizer,
+        answers,
+        &Wanted { options: &options, prompt: &prompts[0], call: &call },
+    ))
 }
 
-fn read_options(fields: Fields, model: &ServedModel) -> Result<Options> {
+fn read_options(fields: Fields, model: &ServedModel) -> Result<(Options, Option<Tools>)> {
     refuse_unsupported(fields)?;
     let mut options = Options::read(fields, model)?;
+    let (tools, structure) = tools::read(fields)?.unzip();
+    if let Some(structure) = structure.flatten()
+        && let Some(other) = options.structure.replace(structure)
+    {
+        return Err(ApiError::invalid(
+            other.param,
+            "the answer is a function's call already, see `tool_choice`",
+        ));
+    }
     let old = fields.count("max_tokens", 1..=usize::MAX)?;
     let new = fields.count("max_completion_tokens", 1..=usize::MAX)?;
     if old.is_some() && new.is_some() && old != new {
@@ -71,7 +92,7 @@ fn read_options(fields: Fields, model: &ServedModel) -> Result<Options> {
     options.logprobs = read_logprobs(fields)?;
     // A base model does not end its turn, it goes on with the next one.
     options.stops.extend(model.template.stop().map(str::to_owned));
-    Ok(options)
+    Ok((options, tools))
 }
 
 fn read_logprobs(fields: Fields) -> Result<Option<usize>> {
@@ -85,11 +106,6 @@ fn read_logprobs(fields: Fields) -> Result<Option<usize>> {
 
 /// Fields that change what the answer means are refused rather than ignored.
 fn refuse_unsupported(fields: Fields) -> Result<()> {
-    for name in ["tools", "functions"] {
-        if fields.list(name)?.is_some_and(|list| !list.is_empty()) {
-            return Err(ApiError::invalid(name, "this server does not support tools yet"));
-        }
-    }
     let modalities = fields.list("modalities")?.unwrap_or_default();
     if modalities.iter().any(|m| m.as_str() != Some("text")) || fields.get("audio").is_some() {
         return Err(ApiError::invalid("modalities", "this server answers in text only"));
@@ -108,14 +124,32 @@ struct ChatChoice {
 #[derive(Serialize)]
 struct Message {
     role: &'static str,
-    content: String,
+    content: Option<String>,
     refusal: Value,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tool_calls: Option<[ToolCall; 1]>,
+}
+
+impl Message {
+    fn new(text: String, call: Option<ToolCall>) -> Message {
+        let content = call.is_none().then_some(text);
+        Message { role: "assistant", content, refusal: Value::Null, tool_calls: call.map(|call| [call]) }
+    }
+}
+
+/// OpenAI's word for the end of an answer that calls a function: a call of one the client named just stops.
+fn finish(call: &Call, reason: Finish) -> Finish {
+    match (call, reason) {
+        (Call::Any, Finish::Stop) => Finish::ToolCalls,
+        _ => reason,
+    }
 }
 
 /// What a whole answer is made for.
 struct Wanted<'a> {
     options: &'a Options,
     prompt: &'a Prompt,
+    call: &'a Call,
 }
 
 #[derive(Serialize)]
@@ -128,7 +162,7 @@ struct WholeBody<'a> {
 }
 
 fn whole(head: &Head, tokenizer: &Tokenizer, answers: Vec<Whole>, wanted: &Wanted) -> Response {
-    let Wanted { options, prompt } = wanted;
+    let Wanted { options, prompt, call } = wanted;
     let logprobs = options.logprobs.is_some();
     let scored = answers.first().zip(options.prompt_logprobs);
     let prompt_logprobs =
@@ -140,18 +174,29 @@ fn whole(head: &Head, tokenizer: &Tokenizer, answers: Vec<Whole>, wanted: &Wante
         choices.push(ChatChoice {
             index,
             logprobs: logprobs.then(|| crate::logprobs::ChatLogprobs::new(tokenizer, &answer.tokens)),
-            message: Message { role: "assistant", content: answer.text, refusal: Value::Null },
-            finish_reason: answer.finish,
+            finish_reason: finish(call, answer.finish),
+            message: {
+                let called = ToolCall::parse(call, call_id(head, index), &answer.text);
+                Message::new(answer.text, called)
+            },
         });
     }
     let envelope = head.envelope(&choices, Some(usage));
     Json(WholeBody { envelope, prompt_logprobs }).into_response()
 }
 
+/// Unique in its conversation, which is all that clients ask of it.
+fn call_id(head: &Head, index: usize) -> String {
+    format!("call_{}{index}", head.id.trim_start_matches("chatcmpl-"))
+}
+
 struct ChatChunks {
     head: Head,
     tokenizer: Tokenizer,
     logprobs: bool,
+    call: Call,
+    /// Of each answer that may call any function: its text so far. Which one it calls is sent first.
+    held: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -168,9 +213,35 @@ struct Delta {
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tool_calls: Option<[ToolCall; 1]>,
+}
+
+impl Delta {
+    fn content(text: String) -> Delta {
+        Delta { content: Some(text), ..Delta::default() }
+    }
+
+    fn call(call: ToolCall) -> Delta {
+        Delta { tool_calls: Some([call]), ..Delta::default() }
+    }
 }
 
 impl ChatChunks {
+    /// What a piece of text says, if it can be said yet.
+    fn delta(&mut self, index: usize, text: String, is_last: bool) -> Option<Delta> {
+        match &self.call {
+            Call::None => Some(Delta::content(text)),
+            Call::Of(_) => Some(Delta::call(ToolCall::more(text))),
+            Call::Any => {
+                self.held[index].push_str(&text);
+                let text = is_last.then(|| std::mem::take(&mut self.held[index]))?;
+                let call = ToolCall::parse(&self.call, call_id(&self.head, index), &text);
+                Some(call.map_or_else(|| Delta::content(text), |call| Delta::call(call.in_stream())))
+            }
+        }
+    }
+
     fn chunk(&self, choice: ChunkChoice) -> Bytes {
         event(&self.head.envelope(&[choice], None))
     }
@@ -178,16 +249,24 @@ impl ChatChunks {
 
 impl Chunks for ChatChunks {
     fn first(&mut self, index: usize) -> Option<Bytes> {
-        let delta = Delta { role: Some("assistant"), content: Some(String::new()) };
+        let mut delta = match &self.call {
+            Call::Of(name) => {
+                let call = ToolCall::new(call_id(&self.head, index), name, "");
+                Delta::call(call.in_stream())
+            }
+            _ => Delta::content(String::new()),
+        };
+        delta.role = Some("assistant");
         Some(self.chunk(ChunkChoice { index, delta, logprobs: None, finish_reason: None }))
     }
 
     fn piece(&mut self, index: usize, piece: Piece) -> Vec<Bytes> {
         let mut chunks = Vec::with_capacity(2);
-        if !piece.text.is_empty() || !piece.tokens.is_empty() {
-            let logprobs =
-                self.logprobs.then(|| crate::logprobs::ChatLogprobs::new(&self.tokenizer, &piece.tokens));
-            let delta = Delta { role: None, content: Some(piece.text) };
+        let says_something =
+            !piece.text.is_empty() || !piece.tokens.is_empty() || !self.held[index].is_empty();
+        let logprobs =
+            self.logprobs.then(|| crate::logprobs::ChatLogprobs::new(&self.tokenizer, &piece.tokens));
+        if says_something && let Some(delta) = self.delta(index, piece.text, piece.end.is_some()) {
             chunks.push(self.chunk(ChunkChoice { index, delta, logprobs, finish_reason: None }));
         }
         if let Some(end) = piece.end {
@@ -196,7 +275,7 @@ impl Chunks for ChatChunks {
                 index,
                 delta,
                 logprobs: None,
-                finish_reason: Some(end.reason),
+                finish_reason: Some(finish(&self.call, end.reason)),
             }));
         }
         chunks

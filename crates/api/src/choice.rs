@@ -55,10 +55,11 @@ pub(crate) struct End {
 
 /// OpenAI's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub(crate) enum Finish {
     Stop,
     Length,
+    ToolCalls,
 }
 
 impl Choice {

@@ -35,6 +35,7 @@ mod stall;
 mod state;
 mod stop;
 mod structured;
+mod tools;
 
 pub use error::ApiError;
 pub use limits::Limits;

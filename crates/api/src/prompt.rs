@@ -1,6 +1,7 @@
 //! From what a client sends to the ids the model goes on from.
 
 use serde_json::{Map, Value, json};
+use tokenizer::ChatInput;
 
 use crate::error::{ApiError, Result, echo};
 use crate::json::{Fields, expected};
@@ -11,8 +12,8 @@ use crate::state::ServedModel;
 const MESSAGES_MAX: usize = 4096;
 const ROLES: &[&str] = &["system", "developer", "user", "assistant", "tool", "function"];
 
-/// The messages of a chat, laid out by the model's template, ready for the assistant's turn.
-pub(crate) fn read_messages(fields: Fields, model: &ServedModel) -> Result<Prompt> {
+/// The messages of a chat, laid out by the model's template with the functions it may call, ready for the assistant's turn.
+pub(crate) fn read_messages(fields: Fields, model: &ServedModel, tools: &[Value]) -> Result<Prompt> {
     let messages = fields.list("messages")?;
     let messages = messages.ok_or_else(|| ApiError::invalid("messages", "it is required"))?;
     if messages.is_empty() {
@@ -25,13 +26,33 @@ pub(crate) fn read_messages(fields: Fields, model: &ServedModel) -> Result<Promp
     for (index, message) in messages.iter().enumerate() {
         clean.push(read_message(index, message)?);
     }
+    if !model.template.source().contains("tool_calls") {
+        spell_calls(&mut clean);
+    }
+    if !tools.is_empty() && !model.template.source().contains("tools") {
+        describe_tools(&mut clean, tools);
+    }
     let n_bytes: usize = clean.iter().filter_map(|m| m["content"].as_str()).map(str::len).sum();
     refuse_hopeless(n_bytes, model, "messages")?;
-    let tokens = model.template.encode(&model.tokenizer, &clean, true).map_err(|e| {
+    let input = ChatInput { messages: &clean, tools, add_generation_prompt: true, ..ChatInput::default() };
+    let tokens = model.template.encode_input(&model.tokenizer, &input).map_err(|e| {
         // The template's own refusals ("roles must alternate") are meant for whoever wrote the messages.
         ApiError::invalid("messages", echo(&e.to_string()))
     })?;
     Ok(Prompt { tokens, text: String::new(), param: "messages" })
+}
+
+/// For templates that know no functions: the system's message says what they are.
+fn describe_tools(messages: &mut Vec<Value>, tools: &[Value]) {
+    let functions: Vec<String> = tools.iter().map(|tool| tool["function"].to_string()).collect();
+    let about = format!("You can call these functions with arguments in JSON:\n{}", functions.join("\n"));
+    match messages.first_mut().filter(|first| first["role"] == "system") {
+        Some(system) => {
+            let said = system["content"].as_str().unwrap_or_default();
+            system["content"] = format!("{said}\n\n{about}").into();
+        }
+        None => messages.insert(0, json!({"role": "system", "content": about})),
+    }
 }
 
 fn read_message(index: usize, message: &Value) -> Result<Value> {
@@ -49,7 +70,42 @@ fn read_message(index: usize, message: &Value) -> Result<Value> {
     if let Some(name) = object.get("name").filter(|name| !name.is_null()) {
         clean["name"] = name.as_str().ok_or_else(|| expected(at(".name"), "a string", name))?.into();
     }
+    if let Some(calls) = object.get("tool_calls").filter(|calls| !calls.is_null()) {
+        clean["tool_calls"] = read_calls(calls, &at(".tool_calls"))?;
+    }
+    if let Some(id) = object.get("tool_call_id").filter(|id| !id.is_null()) {
+        clean["tool_call_id"] =
+            id.as_str().ok_or_else(|| expected(at(".tool_call_id"), "a string", id))?.into();
+    }
     Ok(clean)
+}
+
+/// Earlier calls. Arguments become objects again, where they are, because that is what templates write out.
+fn read_calls(calls: &Value, at: &str) -> Result<Value> {
+    let list = calls.as_array().ok_or_else(|| expected(at, "an array", calls))?;
+    let mut clean = Vec::with_capacity(list.len());
+    for (index, call) in list.iter().enumerate() {
+        let function = &call["function"];
+        let (Some(name), Some(arguments)) = (function["name"].as_str(), function["arguments"].as_str())
+        else {
+            let why = "expected a name and arguments, both strings";
+            return Err(ApiError::invalid(format!("{at}[{index}].function"), why));
+        };
+        let arguments = serde_json::from_str(arguments).unwrap_or_else(|_| Value::from(arguments));
+        clean.push(
+            json!({"id": call["id"], "type": "function", "function": {"name": name, "arguments": arguments}}),
+        );
+    }
+    Ok(clean.into())
+}
+
+/// For templates that know no calls: what was called, as text.
+fn spell_calls(messages: &mut [Value]) {
+    for message in messages.iter_mut().filter(|message| message["content"] == "") {
+        let calls = message["tool_calls"].as_array().into_iter().flatten();
+        let texts: Vec<String> = calls.map(|call| call["function"].to_string()).collect();
+        message["content"] = texts.join("\n").into();
+    }
 }
 
 /// A string, or an array of text parts, which are joined by line ends.

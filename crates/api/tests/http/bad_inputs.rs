@@ -143,7 +143,6 @@ async fn what_only_chats_can_get_wrong() {
         (json!({"logprobs": 1}), "logprobs"),
         (json!({"max_tokens": 1, "max_completion_tokens": 2}), "max_tokens"),
         (json!({"max_completion_tokens": 1u64 << 31}), "max_completion_tokens"),
-        (json!({"tools": [{"type": "function"}]}), "tools"),
         (json!({"functions": [{}]}), "functions"),
         (json!({"modalities": ["audio"]}), "modalities"),
     ] {

@@ -7,3 +7,4 @@ mod connections;
 mod fake;
 mod specification;
 mod structured;
+mod tools;
