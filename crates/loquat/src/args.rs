@@ -1,8 +1,14 @@
 //! The command line, in the order of the way from text to a chat answer.
 
+mod tools;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+
+pub(crate) use tools::{
+    Bench, Chat, EvalCommand, Export, ExportFormat, ModelCommand, Output, Perplexity, Quantize,
+};
 
 /// The infrastructure behind a ChatGPT, whole, in one program.
 #[derive(Parser)]
@@ -33,7 +39,16 @@ pub(crate) enum Command {
     Up(Up),
     /// From text to a served chat model in one go; what ./run calls.
     Demo(Demo),
-    /// Models that are kept here.
+    /// Chat with a model in the terminal: a file, a directory, a name kept here, or a running server.
+    Chat(Chat),
+    /// How fast a model runs here, and how close that is to what the machine can do at most.
+    Bench(Bench),
+    /// How good a model is.
+    Eval {
+        #[command(subcommand)]
+        command: EvalCommand,
+    },
+    /// Models: look at them, fetch, keep, convert and remove them.
     Model {
         #[command(subcommand)]
         command: ModelCommand,
@@ -138,6 +153,13 @@ pub(crate) struct Listen {
     pub(crate) kv_mib: usize,
 }
 
+impl Listen {
+    /// For a server that only this process uses.
+    pub(crate) fn local(threads: Option<usize>, kv_mib: usize) -> Listen {
+        Listen { host: "127.0.0.1".to_owned(), port: 0, threads, kv_mib }
+    }
+}
+
 #[derive(Args)]
 pub(crate) struct Serve {
     /// A .gguf file, a Hugging Face directory or the name of a model kept here.
@@ -177,19 +199,6 @@ pub(crate) struct Demo {
     pub(crate) checkpoint_every: u64,
     #[command(flatten)]
     pub(crate) listen: Listen,
-}
-
-#[derive(Subcommand)]
-pub(crate) enum ModelCommand {
-    List,
-    /// Keep a .gguf file or a Hugging Face directory under a name, to be served by `up`.
-    Add {
-        name: String,
-        path: PathBuf,
-    },
-    Rm {
-        name: String,
-    },
 }
 
 #[derive(Subcommand)]

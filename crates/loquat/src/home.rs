@@ -47,6 +47,11 @@ impl Home {
         self.path.join("models")
     }
 
+    /// Where what comes from a hub lies until it is whole.
+    pub(crate) fn downloads(&self) -> PathBuf {
+        self.path.join("downloads")
+    }
+
     /// The arguments that make a child process use this home.
     pub(crate) fn as_args(&self) -> Vec<String> {
         let mut args = vec!["--home".to_owned(), self.path.display().to_string()];

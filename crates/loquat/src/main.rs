@@ -9,9 +9,12 @@ mod commands;
 mod follow;
 mod home;
 mod http;
+mod hub;
+mod machine;
 mod runs;
 mod service;
 mod serving;
+mod session;
 mod signals;
 mod view;
 
@@ -50,6 +53,9 @@ fn run(loquat: &Loquat) -> Result<ExitCode> {
         Command::Serve(args) => commands::up::serve(&home, args),
         Command::Up(args) => commands::up::up(&home, args),
         Command::Demo(args) => commands::demo::run(&home, args),
+        Command::Chat(args) => commands::chat::run(&home, args),
+        Command::Bench(args) => commands::bench::run(&home, args),
+        Command::Eval { command } => commands::eval::run(&home, command),
         Command::Model { command } => commands::model::run(&home, command),
         Command::Job { command } => commands::job::run(&home, command),
         Command::Key { command } => commands::key::run(&home, command),

@@ -177,9 +177,7 @@ impl ModelKeeper {
         };
         let bundle = Bundle::open(&self.store, prefix)?;
         let bundle = bundle.with_context(|| format!("there is no model at {prefix} in the store"))?;
-        let dir = self.models_dir.join(name);
-        bundle.download_to(&dir)?;
-        Ok(dir)
+        crate::commands::model::bring(&bundle, &self.models_dir.join(name))
     }
 }
 

@@ -29,8 +29,8 @@ impl Share {
 /// Loads a .gguf file or a Hugging Face directory and starts its engine.
 pub(crate) fn load(id: &str, path: &Path, share: Share, metrics: &Metrics) -> Result<ServedModel> {
     let loaded = model::load(path).with_context(|| format!("cannot load the model {}", path.display()))?;
-    let tokenizer =
-        tokenizer(&loaded).with_context(|| format!("cannot load the tokenizer of {}", path.display()))?;
+    let tokenizer = tokenizer(&loaded.tokenizer)
+        .with_context(|| format!("cannot load the tokenizer of {}", path.display()))?;
     let vocab = loaded.weights.config.vocab;
     if tokenizer.vocab_size() > vocab {
         bail!("{}: the tokenizer has {} ids, the model {vocab}", path.display(), tokenizer.vocab_size());
@@ -53,8 +53,9 @@ fn start_engine(id: &str, loaded: Loaded, share: Share, metrics: &Metrics) -> Re
     Ok(Engine::start(Box::new(runner), limits, metrics.engine(id, context_max)))
 }
 
-fn tokenizer(loaded: &Loaded) -> Result<Tokenizer> {
-    match &loaded.tokenizer {
+/// Builds the tokenizer that lies beside a model's weights.
+pub(crate) fn tokenizer(files: &TokenizerFiles) -> Result<Tokenizer> {
+    match files {
         TokenizerFiles::Json { tokenizer, config: Some(config) } => {
             Ok(Tokenizer::from_json_with_config(tokenizer, config)?)
         }
@@ -76,7 +77,8 @@ fn tokenizer(loaded: &Loaded) -> Result<Tokenizer> {
     }
 }
 
-fn chat_template(source: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
+/// Compiles a template for a tokenizer's special tokens.
+pub(crate) fn chat_template(source: &str, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
     let text = |id: Option<u32>| id.map_or(String::new(), |id| tokenizer.decode_special(&[id]));
     Ok(ChatTemplate::new(source, &text(tokenizer.bos()), &text(tokenizer.eos()))?)
 }

@@ -23,6 +23,15 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// What should be written could not be.
+    #[error("cannot write {what}")]
+    WriteTo {
+        /// What it was.
+        what: String,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
     /// A safetensors file or its index says something that cannot be true.
     #[error("{file}: {problem}")]
     Safetensors {

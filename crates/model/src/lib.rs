@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod config;
+mod convert;
 mod embed;
 mod error;
 mod forward;
@@ -28,6 +29,7 @@ mod weights;
 pub use config::{
     Activation, Architecture, Block, Config, ConfigError, FORMAT_VERSION, Rope, RopeScaling, Window,
 };
+pub use convert::Conversion;
 pub use error::{Error, Result};
 pub use forward::Scratch;
 pub use load::{Loaded, TokenizerFiles, load};

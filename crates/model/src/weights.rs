@@ -11,6 +11,7 @@ use crate::source::Source;
 use crate::{Config, Error, Result};
 
 /// A model as read from any format, before it is packed for inference or widened for training.
+#[derive(Clone)]
 pub struct Weights {
     /// Shape; checked.
     pub config: Config,
@@ -158,8 +159,13 @@ impl WeightTensor {
         self.n_bytes() / self.n_rows().max(1)
     }
 
-    /// Bytes that kind and shape need.
-    pub(crate) fn n_bytes(&self) -> usize {
+    /// Numbers in it.
+    pub fn n_elems(&self) -> usize {
+        self.dims.iter().product()
+    }
+
+    /// Bytes that kind and shape need, here as in the file.
+    pub fn n_bytes(&self) -> usize {
         self.kind.bytes(self.dims.iter().product()).expect("checked when it was read or taken")
     }
 
@@ -198,6 +204,16 @@ impl std::fmt::Debug for WeightTensor {
 }
 
 impl Weights {
+    /// Numbers in all tensors.
+    pub fn n_params(&self) -> usize {
+        self.tensors.values().map(WeightTensor::n_elems).sum()
+    }
+
+    /// Bytes of all tensors, as they are stored.
+    pub fn n_bytes(&self) -> usize {
+        self.tensors.values().map(WeightTensor::n_bytes).sum()
+    }
+
     /// Takes out the tensor `name`, which must have the shape `dims`.
     pub fn take(&mut self, name: &str, dims: &[usize]) -> Result<WeightTensor> {
         let tensor = self.tensors.remove(name).ok_or_else(|| Error::MissingTensor(name.to_owned()))?;

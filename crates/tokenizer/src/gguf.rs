@@ -65,6 +65,7 @@ fn byte_level(vocab: &GgufVocab) -> Result<Spec> {
         symbols: Symbols::Bytes,
         merges: ranked_merges(vocab)?,
         ignore_merges: is_llama3,
+        normalize: normalize_of(pre),
         split: split_of(pre)?,
         add_bos: vocab.add_bos.unwrap_or(is_llama3),
         ..Spec::default()
@@ -84,6 +85,11 @@ fn split_of(pre: &str) -> Result<Vec<SplitStep>> {
         "qwen2" => Ok(pattern_then_bytes(scan::QWEN2)),
         other => Err(Error::unsupported("tokenizer.ggml.pre", format!("{other:?}"))),
     }
+}
+
+/// Qwen's models were trained on composed characters (`é` as one), which their `tokenizer.json` says and GGUF leaves out.
+pub(crate) fn normalize_of(pre: &str) -> Vec<NormalizeStep> {
+    if pre == "qwen2" { vec![NormalizeStep::Nfc] } else { Vec::new() }
 }
 
 fn ranked_merges(vocab: &GgufVocab) -> Result<Vec<Merge>> {

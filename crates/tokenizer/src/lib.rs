@@ -19,6 +19,7 @@ mod classes;
 mod count;
 mod error;
 mod gguf;
+mod gguf_write;
 mod hf;
 mod hf_rules;
 mod jinja;

@@ -13,7 +13,7 @@ use crate::normalize::normalize;
 use crate::spec::{SPACE_MARK, Spec, Symbols};
 use crate::split::Splitter;
 use crate::stream::StreamDecoder;
-use crate::{Error, GgufVocab, Result, gguf, hf, llama2c, write};
+use crate::{Error, GgufVocab, Result, gguf, gguf_write, hf, llama2c, write};
 
 /// A token's number: its row in the model's embedding.
 pub type TokenId = u32;
@@ -102,6 +102,14 @@ impl Tokenizer {
     /// The `tokenizer_config.json` that goes beside it.
     pub fn config_json(&self, chat_template: Option<&str>) -> String {
         write::config_json(&self.0.spec, chat_template)
+    }
+
+    /// The same tokenizer as the metadata of a GGUF file that llama.cpp loads.
+    ///
+    /// # Errors
+    /// If it splits text in a way that llama.cpp has no name for.
+    pub fn to_gguf(&self) -> Result<GgufVocab> {
+        gguf_write::write(&self.0.spec)
     }
 
     /// The same tokenizer with other beginning- and end-of-text tokens.

@@ -1,7 +1,10 @@
 //! One file a subcommand.
 
+pub(crate) mod bench;
+pub(crate) mod chat;
 pub(crate) mod demo;
 pub(crate) mod doctor;
+pub(crate) mod eval;
 pub(crate) mod ingest;
 pub(crate) mod job;
 pub(crate) mod key;

@@ -11,6 +11,7 @@ use telemetry::Metrics;
 
 use crate::adapters::{NoJobs, OneKey};
 use crate::args;
+use crate::args::Listen;
 use crate::home::Home;
 use crate::http::Http;
 use crate::runs::StoredRuns;
@@ -33,26 +34,54 @@ pub(crate) fn up(home: &Home, args: &args::Up) -> Result<ExitCode> {
 /// One replica without a control plane: what `llama-server` or `vllm serve` would be used for.
 pub(crate) fn serve(home: &Home, args: &args::Serve) -> Result<ExitCode> {
     let stop = Stop::on_signals()?;
-    let state = AppState::new(Parts {
-        keys: Arc::new(OneKey(args.api_key.clone())),
-        runs: Arc::new(StoredRuns::new(home.store()?)),
-        jobs: Arc::new(NoJobs),
-        metrics: Metrics::new(),
-        limits: Limits::default(),
-        now_unix_s: crate::now_unix_s,
-    });
-    let http = Http::start(&state, &args.listen)?;
-    let share = Share::of(&args.listen);
-    for model in &args.models {
-        let path = crate::commands::model::resolve(home, model)?;
-        let id = crate::commands::model::name_of(model);
-        state.models.insert(serving::load(&id, &path, share, &state.metrics)?);
-    }
-    state.lifecycle.set_ready();
-    tell(&state, http.address, args.api_key.as_deref());
+    let replica = Replica::start(home, &args.models, &args.listen, args.api_key.clone())?;
+    tell(&replica.state, replica.address(), args.api_key.as_deref());
     stop.wait();
-    http.join()?;
+    replica.stop()?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Models being served, without a control plane.
+pub(crate) struct Replica {
+    state: AppState,
+    http: Http,
+}
+
+impl Replica {
+    /// Binds the port, then loads the models; returns when all are served.
+    pub(crate) fn start(
+        home: &Home,
+        models: &[String],
+        listen: &Listen,
+        key: Option<String>,
+    ) -> Result<Replica> {
+        let state = AppState::new(Parts {
+            keys: Arc::new(OneKey(key)),
+            runs: Arc::new(StoredRuns::new(home.store()?)),
+            jobs: Arc::new(NoJobs),
+            metrics: Metrics::new(),
+            limits: Limits::default(),
+            now_unix_s: crate::now_unix_s,
+        });
+        let http = Http::start(&state, listen)?;
+        let share = Share::of(listen);
+        for model in models {
+            let path = crate::commands::model::resolve(home, model)?;
+            let id = crate::commands::model::name_of(model);
+            state.models.insert(serving::load(&id, &path, share, &state.metrics)?);
+        }
+        state.lifecycle.set_ready();
+        Ok(Replica { state, http })
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.http.address
+    }
+
+    /// Running answers finish first.
+    pub(crate) fn stop(self) -> Result<()> {
+        self.http.join()
+    }
 }
 
 /// Where it is, with which key, and a line to try: what a new user needs, each on a line of its own.

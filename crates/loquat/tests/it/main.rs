@@ -4,5 +4,9 @@
 mod bad_input;
 mod clients;
 mod demo;
+mod fuzz;
+mod hub;
 mod kill;
 mod support;
+mod tiny;
+mod tools;

@@ -11,6 +11,7 @@ mod reader;
 mod tensors;
 #[cfg(test)]
 mod tests;
+mod write;
 
 use std::path::Path;
 
@@ -18,6 +19,7 @@ pub use crate::names::to_gguf as tensor_name;
 use metadata::Metadata;
 use reader::{Reader, bad};
 use tensors::read_infos;
+pub use write::{Extras, write};
 
 use crate::source::Source;
 use crate::{Result, Weights};

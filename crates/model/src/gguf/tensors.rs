@@ -16,7 +16,7 @@ use crate::{Architecture, Config, Result, RopeScaling, WeightTensor, Weights};
 const N_TENSORS_MAX: u64 = 1 << 16;
 
 /// Divisors of RoPE's frequencies, one a pair.
-const ROPE_DIVISORS: &str = "rope_freqs.weight";
+pub(super) const ROPE_DIVISORS: &str = "rope_freqs.weight";
 
 /// Where a tensor lies.
 pub(super) struct TensorInfo {
@@ -90,6 +90,11 @@ fn read_info<R: Read + Seek>(reader: &mut Reader<R>, i: u64) -> Result<TensorInf
     Ok(TensorInfo { name, dims, kind, at, bytes: bytes as u64 })
 }
 
+/// GGML's number of a kind.
+pub(super) fn kind_id(wanted: WeightKind) -> u32 {
+    (0..u32::from(u8::MAX)).find(|id| kind(*id) == Ok(wanted)).expect("every kind is read")
+}
+
 /// Kinds by GGML's numbers; the error names what is not read.
 fn kind(id: u32) -> std::result::Result<WeightKind, String> {
     const OTHERS: [(u32, &str); 6] =
@@ -145,7 +150,7 @@ pub(super) fn tensors(source: &Source, infos: Vec<TensorInfo>, mut config: Confi
 }
 
 /// Whether GGUF files have the rows of this part in interleaved order. The other architectures' are as Hugging Face's.
-fn interleaved(architecture: Architecture, part: Part) -> bool {
+pub(super) fn interleaved(architecture: Architecture, part: Part) -> bool {
     architecture == Architecture::Llama && matches!(part, Part::Layer(LayerPart::Q | LayerPart::K))
 }
 

@@ -73,6 +73,12 @@ impl Packed {
         Self { stored, kind, n_out, n_in, tiles }
     }
 
+    /// Bytes that packed weights of this kind and shape take in memory; `None` if rows are no whole blocks.
+    pub fn bytes_of(stored: WeightKind, [n_out, n_in]: [usize; 2]) -> Option<usize> {
+        let kind = if layout::has_tiles(stored) { stored } else { WeightKind::F32 };
+        stored.bytes(n_in).map(|_| n_out.div_ceil(TILE) * layout::tile_bytes(kind, n_in))
+    }
+
     /// Packs rows from `first` on, as files store them.
     ///
     /// # Panics

@@ -40,6 +40,27 @@ fn a_written_tokenizer_is_the_one_that_was_read() {
 }
 
 #[test]
+fn written_for_gguf_it_gives_the_same_ids() {
+    for name in ["gpt2", "smollm2", "llama3", "qwen2", "llama2"] {
+        let tokenizer = golden_tokenizer(name);
+        let vocab = tokenizer.to_gguf().unwrap_or_else(|error| panic!("{name}: {error}"));
+        let again = Tokenizer::from_gguf(vocab).unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert_eq!(
+            (again.bos(), again.eos(), again.add_bos()),
+            (tokenizer.bos(), tokenizer.eos(), tokenizer.add_bos()),
+            "{name}"
+        );
+        check(name, &again);
+    }
+}
+
+#[test]
+fn a_split_that_gguf_has_no_name_for_is_refused() {
+    let error = golden_tokenizer("o200k").to_gguf().expect_err("no such name");
+    assert!(error.to_string().contains("pre_tokenizer"), "{error}");
+}
+
+#[test]
 fn fingerprints_tell_tokenizers_apart() {
     let mut fingerprints: Vec<String> = GOLDEN.map(|name| golden_tokenizer(name).fingerprint()).into();
     assert!(fingerprints.iter().all(|fingerprint| fingerprint.len() == 64));

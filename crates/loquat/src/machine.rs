@@ -1,0 +1,66 @@
+//! How much memory this process may still take.
+
+use std::fs;
+
+/// Bytes that can be allocated without swapping: what the system has left, or the container if that is less. `None`
+/// where neither can be read.
+pub(crate) fn memory_available() -> Option<u64> {
+    let system = fs::read_to_string("/proc/meminfo").ok().and_then(|text| meminfo_available(&text));
+    let container = cgroup_left();
+    system.into_iter().chain(container).min()
+}
+
+fn meminfo_available(text: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+/// Of cgroup v2; a container sees its own group at the root.
+fn cgroup_left() -> Option<u64> {
+    let number = |file: &str| {
+        let text = fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok()?;
+        text.trim().parse::<u64>().ok()
+    };
+    Some(number("memory.max")?.saturating_sub(number("memory.current")?))
+}
+
+/// Bytes as a person reads them.
+pub(crate) fn bytes_text(bytes: u64) -> String {
+    let units = [("GB", 1e9), ("MB", 1e6), ("kB", 1e3)];
+    match units.iter().find(|(_, unit)| bytes as f64 >= *unit) {
+        Some((name, unit)) => format!("{:.1} {name}", bytes as f64 / unit),
+        None => format!("{bytes} B"),
+    }
+}
+
+/// Counts as a person reads them: 134.5 million.
+pub(crate) fn count_text(n: u64) -> String {
+    match n {
+        n if n >= 1_000_000_000 => format!("{:.2} billion", n as f64 / 1e9),
+        n if n >= 1_000_000 => format!("{:.1} million", n as f64 / 1e6),
+        n => n.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_read_well() {
+        assert_eq!(bytes_text(12), "12 B");
+        assert_eq!(bytes_text(98_362_432), "98.4 MB");
+        assert_eq!(bytes_text(1_234_567_890), "1.2 GB");
+        assert_eq!(count_text(134_515_008), "134.5 million");
+        assert_eq!(count_text(7_000_000_000), "7.00 billion");
+        assert_eq!(count_text(999), "999");
+    }
+
+    #[test]
+    fn meminfo_is_read() {
+        assert_eq!(meminfo_available("MemTotal: 9 kB\nMemAvailable:   2048 kB\n"), Some(2 << 20));
+        assert_eq!(meminfo_available("MemTotal: 9 kB\n"), None);
+        assert_eq!(meminfo_available("MemAvailable: lots\n"), None);
+    }
+}
