@@ -84,7 +84,7 @@ impl Scheduler {
         let wanted = &sequence.tokens[..sequence.tokens.len() - 1];
         self.running.iter().map(|id| &self.sequences[id]).any(|other| {
             other.n_pending() > 1
-                && other.tenant() == sequence.tenant()
+                && other.root() == sequence.root()
                 && other.priority >= sequence.priority
                 && n_common(&other.tokens, wanted) >= other.n_computed + self.limits.block_tokens
         })

@@ -1,10 +1,11 @@
 //! `loquat up` and `loquat serve`: serving until told to stop.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow, ensure};
 use api::{AppState, Limits, Parts};
 use control::Control;
 use telemetry::Metrics;
@@ -38,7 +39,7 @@ pub(crate) fn serve(home: &Home, args: &args::Serve) -> Result<ExitCode> {
         runs: Arc::new(StoredRuns::new(home.store()?)),
         jobs: Arc::new(NoJobs),
         metrics: Metrics::new(),
-        limits: Limits::default(),
+        limits: Limits { runtime_adapters: args.allow_runtime_lora, ..Limits::default() },
         now_unix_s: crate::now_unix_s,
     });
     let http = Http::start(&state, &args.listen)?;
@@ -48,11 +49,25 @@ pub(crate) fn serve(home: &Home, args: &args::Serve) -> Result<ExitCode> {
         let id = crate::commands::model::name_of(model);
         state.models.insert(serving::load(&id, &path, share, &state.metrics)?);
     }
+    serve_adapters(&state, args)?;
     state.lifecycle.set_ready();
     tell(&state, http.address, args.api_key.as_deref());
     stop.wait();
     http.join()?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn serve_adapters(state: &AppState, args: &args::Serve) -> Result<()> {
+    let base = args.models.first().map(|model| crate::commands::model::name_of(model));
+    let base = base.and_then(|id| state.models.get(&id)).context("there is no model to adapt")?;
+    for module in &args.lora_modules {
+        let (name, dir) =
+            module.split_once('=').with_context(|| format!("--lora-modules {module}: not NAME=DIRECTORY"))?;
+        let adapted = base.adapted(name, crate::now_unix_s(), Path::new(dir));
+        let adapted = adapted.map_err(|why| anyhow!("cannot load the adapter {dir}: {why}"))?;
+        ensure!(state.models.insert_new(adapted), "--lora-modules {module}: the name is taken");
+    }
+    Ok(())
 }
 
 /// Where it is, with which key, and a line to try: what a new user needs, each on a line of its own.
