@@ -11,6 +11,7 @@
 //! `error.rs` alone decides HTTP statuses, `limits.rs` names every bound, `serve.rs` is the accept loop.
 #![forbid(unsafe_code)]
 
+mod adapters;
 mod auth;
 mod body;
 mod chat;
@@ -43,5 +44,5 @@ pub use routes::app;
 pub use runs::{Curve, Eval, Point, Runs};
 pub use serve::serve;
 pub use state::{
-    AppState, Cause, JobView, Jobs, KeyChecker, KeyOwner, Lifecycle, Models, Parts, ServedModel,
+    AppState, Cause, JobView, Jobs, KeyChecker, KeyOwner, Lifecycle, LoadAdapter, Models, Parts, ServedModel,
 };

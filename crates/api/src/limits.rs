@@ -35,6 +35,8 @@ pub struct Limits {
     /// Host names clients may call this server by, besides `localhost` and IP addresses, which DNS rebinding cannot
     /// use. `*` allows all.
     pub hosts: Vec<String>,
+    /// Whoever has a key may have adapters loaded from the server's disk, and unloaded.
+    pub runtime_adapters: bool,
     /// Origins of other pages that may call the API from a browser. Empty: none.
     pub cors_origins: Vec<String>,
 }
@@ -57,6 +59,7 @@ impl Default for Limits {
             keep_alive: Duration::from_secs(15),
             drain_time_max: Duration::from_secs(30),
             hosts: Vec::new(),
+            runtime_adapters: false,
             cors_origins: Vec::new(),
         }
     }

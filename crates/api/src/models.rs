@@ -32,8 +32,8 @@ impl ModelBody {
             object: "model",
             created: model.created,
             owned_by: "loquat",
-            root: model.id.clone(),
-            parent: None,
+            root: model.parent.clone().unwrap_or_else(|| model.id.clone()),
+            parent: model.parent.clone(),
             max_model_len: model.context_max(),
             is_base: model.is_base,
         }

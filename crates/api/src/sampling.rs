@@ -86,6 +86,7 @@ impl Options {
             request.logprobs = self.logprobs;
             request.prompt_logprobs = self.prompt_logprobs;
             request.constraint = self.constraint.clone();
+            request.adapter = model.adapter.clone();
             request.tenant = tenant.to_owned();
             request
         };

@@ -1,11 +1,13 @@
 //! What the handlers share: the models being served, and narrow views of what other parts of the system know.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use constrain::Grammars;
-use engine::Engine;
+use engine::{Adapter, Engine};
 use serde::Serialize;
 use telemetry::Metrics;
 use tokenizer::{ChatTemplate, Tokenizer};
@@ -109,6 +111,9 @@ pub struct JobView {
 #[derive(Clone, Default)]
 pub struct Models(Arc<RwLock<BTreeMap<String, Arc<ServedModel>>>>);
 
+/// Reads the adapter in a directory for one model. The error is for the client to read.
+pub type LoadAdapter = dyn Fn(&Path) -> Result<Adapter, String> + Send + Sync;
+
 /// One model with everything needed to turn text into text.
 pub struct ServedModel {
     pub id: String,
@@ -117,6 +122,10 @@ pub struct ServedModel {
     pub engine: Engine,
     pub tokenizer: Tokenizer,
     pub template: ChatTemplate,
+    /// The model that `adapter` changes, if this is one with an adapter.
+    pub parent: Option<String>,
+    pub adapter: Option<Adapter>,
+    adapters: Option<Arc<LoadAdapter>>,
     /// Ids that end an answer.
     pub stop_ids: Vec<u32>,
     /// Trained on plain text only: the console offers to continue a text instead of a chat.
@@ -153,11 +162,40 @@ impl ServedModel {
             engine,
             tokenizer,
             template,
+            parent: None,
+            adapter: None,
+            adapters: None,
             stop_ids,
             is_base,
             grammars,
             token_bytes_max,
         }
+    }
+
+    /// The same, with a way to load adapters for it.
+    #[must_use]
+    pub fn with_adapters(self, load: Arc<LoadAdapter>) -> ServedModel {
+        ServedModel { adapters: Some(load), ..self }
+    }
+
+    /// This model, changed by the adapter in the directory `dir`; the engine is shared. Blocks. The error is for the
+    /// client to read.
+    pub fn adapted(&self, id: &str, created: u64, dir: &Path) -> Result<ServedModel, String> {
+        let load = self.adapters.as_ref().ok_or_else(|| format!("{} takes no adapters", self.id))?;
+        Ok(ServedModel {
+            id: id.to_owned(),
+            created,
+            engine: self.engine.clone(),
+            tokenizer: self.tokenizer.clone(),
+            template: self.template.clone(),
+            parent: Some(self.id.clone()),
+            adapter: Some(load(dir)?),
+            adapters: None,
+            stop_ids: self.stop_ids.clone(),
+            is_base: self.is_base,
+            grammars: self.grammars.clone(),
+            token_bytes_max: self.token_bytes_max,
+        })
     }
 
     /// Prompt and answer together, in tokens.
@@ -171,15 +209,32 @@ const END_OF_TURN: &[&str] =
     &["<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<end_of_turn>", "<|end_of_text|>", "</s>"];
 
 impl Models {
-    /// Serves `model` from now on, in place of an older one of the same name, whose running requests go on.
+    /// Serves `model` from now on, in place of an older one of the same name and that one's adapters; running requests go
+    /// on.
     pub fn insert(&self, model: ServedModel) {
         let mut models = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        models.retain(|_, other| other.parent.as_ref() != Some(&model.id));
         models.insert(model.id.clone(), Arc::new(model));
     }
 
+    /// Serves `model`, unless its name is taken.
+    pub fn insert_new(&self, model: ServedModel) -> bool {
+        let mut models = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        match models.entry(model.id.clone()) {
+            Entry::Vacant(place) => {
+                place.insert(Arc::new(model));
+                true
+            }
+            Entry::Occupied(_) => false,
+        }
+    }
+
     /// The model that was served under this name. It lives until its last request has ended.
+    /// Its adapters go with it.
     pub fn remove(&self, id: &str) -> Option<Arc<ServedModel>> {
-        self.0.write().unwrap_or_else(PoisonError::into_inner).remove(id)
+        let mut models = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        models.retain(|_, model| model.parent.as_deref() != Some(id));
+        models.remove(id)
     }
 
     pub fn get(&self, id: &str) -> Option<Arc<ServedModel>> {

@@ -46,7 +46,7 @@ mod worker;
 pub use constraint::{Constraint, Continuation};
 pub use engine::{Engine, EngineLimits, Health, Stats};
 pub use fake::FakeRunner;
-pub use model::{BlockCopy, StepInput, StepRow};
+pub use model::{Adapter, BlockCopy, StepInput, StepRow};
 pub use model_runner::ModelRunner;
 pub use request::{
     Event, FinishReason, Logprobs, Request, STOP_IDS_MAX, Sampling, SubmitError, TOP_LOGPROBS_MAX, TokenId,

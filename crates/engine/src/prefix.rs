@@ -26,6 +26,13 @@ impl BlockHash {
         BlockHash(Sha256::digest(tenant.as_bytes()).into())
     }
 
+    /// The parent of a tenant's first blocks under an adapter: another model's keys and values.
+    pub(crate) fn adapted(&self, adapter: u64) -> BlockHash {
+        let hasher =
+            Sha256::new_with_prefix(self.0).chain_update(b"adapter").chain_update(adapter.to_le_bytes());
+        BlockHash(hasher.finalize().into())
+    }
+
     pub(crate) fn child(&self, tokens: &[TokenId]) -> BlockHash {
         let mut hasher = Sha256::new_with_prefix(self.0);
         tokens.iter().for_each(|id| hasher.update(id.to_le_bytes()));

@@ -32,6 +32,8 @@ pub struct Request {
     pub prompt_logprobs: Option<usize>,
     /// What the output must look like, at its beginning; `None` leaves it free.
     pub constraint: Option<Box<dyn Constraint>>,
+    /// Changes to the model for this request alone.
+    pub adapter: Option<model::Adapter>,
     /// Cached prompt blocks are shared only between requests of one tenant; "" is a tenant, too.
     pub tenant: String,
     /// Higher goes first, in the queue and when memory is short. Changes when tokens come, never which.
@@ -53,6 +55,7 @@ impl Request {
             logprobs: None,
             prompt_logprobs: None,
             constraint: None,
+            adapter: None,
             tenant: String::new(),
             priority: 0,
             deadline: None,

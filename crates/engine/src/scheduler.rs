@@ -226,6 +226,9 @@ impl Scheduler {
             let tokens = [&sequence.tokens[row.start..end - row.draft.len()], &row.draft].concat();
             let blocks = &sequence.blocks[..end.div_ceil(self.limits.block_tokens)];
             input.push_row(&tokens, row.start, blocks, row.n_logits);
+            if let Some(last) = input.rows.last_mut() {
+                last.adapter = sequence.adapter().cloned();
+            }
         }
         input
     }

@@ -1,5 +1,7 @@
 //! One sequence as the scheduler sees it: computed tokens catching up with known ones.
 
+use model::Adapter;
+
 use crate::blocks::BlockId;
 use crate::prefix::{BlockHash, Content};
 use crate::request::TokenId;
@@ -26,7 +28,11 @@ pub(crate) struct Sequence {
     pub(crate) priority: i8,
     /// It had its first step; from then on preemption changes its speed but not what it reports.
     pub(crate) was_admitted: bool,
-    /// Of the tenant, then of each whole block of `tokens`, as far as they were asked for.
+    /// Changes to the model that it is computed with.
+    adapter: Option<Adapter>,
+    /// Whose it is.
+    tenant: BlockHash,
+    /// Of tenant and adapter, then of each whole block of `tokens`, as far as they were asked for.
     hashes: Vec<BlockHash>,
 }
 
@@ -42,6 +48,8 @@ impl Sequence {
             prompt_logits: false,
             priority: 0,
             was_admitted: false,
+            adapter: None,
+            tenant: BlockHash::root(tenant),
             hashes: vec![BlockHash::root(tenant)],
         }
     }
@@ -51,7 +59,25 @@ impl Sequence {
         self.tokens.len() - self.n_computed
     }
 
+    /// Computes it with changes to the model. What it leaves in the cache is for its like only.
+    pub(crate) fn set_adapter(&mut self, adapter: Option<Adapter>) {
+        self.hashes = vec![match &adapter {
+            Some(adapter) => self.tenant.adapted(adapter.id()),
+            None => self.tenant,
+        }];
+        self.adapter = adapter;
+    }
+
+    pub(crate) fn adapter(&self) -> Option<&Adapter> {
+        self.adapter.as_ref()
+    }
+
     pub(crate) fn tenant(&self) -> BlockHash {
+        self.tenant
+    }
+
+    /// What sequences have in common that may share cached blocks.
+    pub(crate) fn root(&self) -> BlockHash {
         self.hashes[0]
     }
 

@@ -162,6 +162,7 @@ impl Worker {
         let mut sequence = Sequence::new(request.tokens.clone(), &request.tenant);
         sequence.prompt_logits = request.prompt_logprobs.is_some();
         sequence.priority = request.priority;
+        sequence.set_adapter(request.adapter.clone());
         self.scheduler.add(id, sequence);
         self.live.insert(id, Live::new(submission));
     }

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use crate::args::Listen;
 use anyhow::{Context, Result, bail};
-use api::ServedModel;
+use api::{LoadAdapter, ServedModel};
 use engine::{Engine, EngineLimits, ModelRunner};
-use model::{KvType, Loaded, TokenizerFiles, Transformer};
+use model::{Adapter, Config, KvType, Loaded, TokenizerFiles, Transformer};
 use telemetry::Metrics;
 use tensor::Pool;
 use tokenizer::{ChatTemplate, GgufVocab, Tokenizer};
@@ -39,12 +39,25 @@ pub(crate) fn load(id: &str, path: &Path, share: Share, metrics: &Metrics) -> Re
         Some(source) => Some(chat_template(source, &tokenizer).context("its chat template")?),
         None => None,
     };
-    let engine = start_engine(id, loaded, share, metrics)?;
-    Ok(ServedModel::new(id, crate::now_unix_s(), engine, tokenizer, template))
+    let pool = Arc::new(Pool::new(share.n_threads));
+    let adapters = load_adapter(loaded.weights.config.clone(), pool.clone());
+    let engine = start_engine(id, loaded, (pool, share), metrics)?;
+    Ok(ServedModel::new(id, crate::now_unix_s(), engine, tokenizer, template).with_adapters(adapters))
 }
 
-fn start_engine(id: &str, loaded: Loaded, share: Share, metrics: &Metrics) -> Result<Engine> {
-    let pool = Arc::new(Pool::new(share.n_threads));
+/// How adapters of a model of this shape are read.
+fn load_adapter(config: Config, pool: Arc<Pool>) -> Arc<LoadAdapter> {
+    Arc::new(move |dir| {
+        Adapter::load(dir, &config, &pool).map_err(|error| format!("{:#}", anyhow::Error::from(error)))
+    })
+}
+
+fn start_engine(
+    id: &str,
+    loaded: Loaded,
+    (pool, share): (Arc<Pool>, Share),
+    metrics: &Metrics,
+) -> Result<Engine> {
     let limits = EngineLimits::default();
     // Each matrix's bytes are dropped as soon as it is packed: the file and the packed copy never stand side by side.
     let llama = Transformer::new(loaded.weights, &pool)?;

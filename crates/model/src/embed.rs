@@ -31,7 +31,7 @@ impl Transformer {
             let n_blocks = step.rows.iter().map(|row| row.blocks.len()).sum();
             let dims = KvDims { n_layers: 1, ..self.config.kv_dims() };
             let mut kv = KvCache::new(dims, KvType::F32, n_blocks);
-            let mut pass = Pass { model: self, pool, n: step.tokens_n.len(), scratch };
+            let mut pass = Pass::new(self, pool, &step, scratch);
             pass.layers(&step, &mut kv, Keep::Nothing);
             let mut hidden_nc = pass.hidden();
             for row in &step.rows {

@@ -78,6 +78,9 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
+    /// A low-rank adapter that cannot be used.
+    #[error("adapter: {0}")]
+    Adapter(String),
     /// A forward step that cannot be run: the caller's plan is inconsistent with the model or the cache.
     #[error("step: {0}")]
     Step(String),

@@ -14,7 +14,8 @@ use tensor::rows::{add_bias, scale};
 use tensor::swiglu::swiglu_forward;
 use tensor::{Buf, Pool};
 
-use crate::transformer::{Layer, Linear, Norm, Transformer};
+use crate::adapter::{Adapted, AdapterScratch};
+use crate::transformer::{Layer, Linear, Norm, Site, Transformer};
 use crate::{Activation, Config, Error, Result, StepInput};
 
 /// Memory of the forward pass, kept between steps: nothing of size is allocated after the largest step.
@@ -32,6 +33,7 @@ pub struct Scratch {
     act_nf: Buf<f32>,
     packed: PackedScratch,
     attention: AttentionScratch,
+    adapter: AdapterScratch,
 }
 
 impl Transformer {
@@ -49,7 +51,7 @@ impl Transformer {
         logits_rv: &mut Vec<f32>,
     ) -> Result<()> {
         self.check(step, kv)?;
-        let mut pass = Pass { model: self, pool, n: step.tokens_n.len(), scratch };
+        let mut pass = Pass::new(self, pool, step, scratch);
         pass.layers(step, kv, Keep::EveryLayer);
         pass.logits(step, logits_rv);
         Ok(())
@@ -73,6 +75,9 @@ impl Transformer {
         }
         if let Some(token) = step.tokens_n.iter().find(|&&token| token as usize >= self.config.vocab) {
             return fail(format!("token {token} is not below {}", self.config.vocab));
+        }
+        if !Adapted::new(step).fits(&self.config) {
+            return fail("a row has an adapter of another model".into());
         }
         let mut positions = step.positions_n.iter();
         for (i, row) in step.rows.iter().enumerate() {
@@ -112,6 +117,7 @@ pub(crate) struct Pass<'a> {
     pub(crate) pool: &'a Pool,
     pub(crate) n: usize,
     pub(crate) scratch: &'a mut Scratch,
+    adapted: Adapted<'a>,
 }
 
 /// What stays in the cache after a pass.
@@ -123,7 +129,16 @@ pub(crate) enum Keep {
     Nothing,
 }
 
-impl Pass<'_> {
+impl<'a> Pass<'a> {
+    pub(crate) fn new(
+        model: &'a Transformer,
+        pool: &'a Pool,
+        step: &'a StepInput,
+        scratch: &'a mut Scratch,
+    ) -> Self {
+        Self { model, pool, n: step.tokens_n.len(), scratch, adapted: Adapted::new(step) }
+    }
+
     /// From tokens to the stream after the last layer, which is not yet added to it.
     pub(crate) fn layers(&mut self, step: &StepInput, kv: &mut KvCache, keep: Keep) {
         let rows: Vec<PagedRow<'_>> = step
@@ -221,6 +236,7 @@ impl Pass<'_> {
         let heads_nhd = &mut s.heads_nhd[..self.n * config.q_width()];
         let cells = ..self.n * config.width;
         layer.qkv.forward(pool, qkv_no, &s.normed_nc[cells], &mut s.packed);
+        self.adapted.add(pool, (layer.l, Site::Qkv), qkv_no, &s.normed_nc[cells], &mut s.adapter);
         if let Some([q_d, k_d]) = &layer.head_norms_d {
             let q = HeadNorm { n_heads: config.n_heads, w_d: q_d };
             let k = HeadNorm { n_heads: config.n_kv_heads, w_d: k_d };
@@ -229,6 +245,8 @@ impl Pass<'_> {
         kv.append(pool, l, qkv_no, rows, self.model.rope_of(layer));
         paged_attention(pool, heads_nhd, qkv_no, (kv, l, layer.attention), rows, &mut s.attention);
         layer.output.forward(pool, &mut s.delta_nc[cells], heads_nhd, &mut s.packed);
+        let delta_nc = &mut s.delta_nc[cells];
+        self.adapted.add(pool, (layer.l, Site::Output), delta_nc, heads_nhd, &mut s.adapter);
         self.post_norm(layer.attention_post_norm.as_ref());
     }
 
@@ -242,16 +260,19 @@ impl Pass<'_> {
         if activation.is_gated() {
             let gate_up_n2f = &mut s.gate_up_n2f[..self.n * 2 * f];
             layer.up.forward(pool, gate_up_n2f, &s.normed_nc[cells], &mut s.packed);
+            self.adapted.add(pool, (layer.l, Site::Up), gate_up_n2f, &s.normed_nc[cells], &mut s.adapter);
             match activation {
                 Activation::GeGlu => geglu_forward(pool, act_nf, gate_up_n2f, f),
                 _ => swiglu_forward(pool, act_nf, gate_up_n2f, f),
             }
         } else {
             layer.up.forward(pool, act_nf, &s.normed_nc[cells], &mut s.packed);
+            self.adapted.add(pool, (layer.l, Site::Up), act_nf, &s.normed_nc[cells], &mut s.adapter);
             let form = if activation == Activation::GeluErf { Gelu::Erf } else { Gelu::Tanh };
             gelu_forward(pool, act_nf, form);
         }
         layer.down.forward(pool, &mut s.delta_nc[cells], act_nf, &mut s.packed);
+        self.adapted.add(pool, (layer.l, Site::Down), &mut s.delta_nc[cells], act_nf, &mut s.adapter);
         self.post_norm(layer.ff_post_norm.as_ref());
     }
 

@@ -9,6 +9,7 @@
 
 #![forbid(unsafe_code)]
 
+mod adapter;
 mod config;
 mod convert;
 mod embed;
@@ -26,6 +27,7 @@ mod train;
 mod transformer;
 mod weights;
 
+pub use adapter::Adapter;
 pub use config::{
     Activation, Architecture, Block, Config, ConfigError, FORMAT_VERSION, Rope, RopeScaling, Window,
 };

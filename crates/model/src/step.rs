@@ -1,4 +1,6 @@
-//! [`StepInput`]: what one forward step computes, as plain data. Schedulers make it, [`crate::Llama`] runs it.
+//! [`StepInput`]: what one forward step computes, as plain data. Schedulers make it, [`crate::Transformer`] runs it.
+
+use crate::Adapter;
 
 /// Tokens of any number of sequences, computed together.
 ///
@@ -36,6 +38,8 @@ pub struct StepRow {
     pub blocks: Vec<u32>,
     /// Logits are wanted for the last `n_logits` tokens of the row; 0 in the middle of a prompt.
     pub n_logits: usize,
+    /// Changes to the model for this row alone.
+    pub adapter: Option<Adapter>,
 }
 
 impl StepInput {
@@ -44,7 +48,8 @@ impl StepInput {
         let n_context = n_cached + tokens.len();
         self.tokens_n.extend_from_slice(tokens);
         self.positions_n.extend((n_cached..n_context).map(|p| p as u32));
-        self.rows.push(StepRow { n_tokens: tokens.len(), n_context, blocks: blocks.to_vec(), n_logits });
+        let blocks = blocks.to_vec();
+        self.rows.push(StepRow { n_tokens: tokens.len(), n_context, blocks, n_logits, adapter: None });
     }
 
     /// Rows of logits this step produces.

@@ -32,6 +32,8 @@ pub struct Transformer {
 
 /// The weights of one layer, and what its attention is.
 pub(crate) struct Layer {
+    /// Its place in the model.
+    pub(crate) l: usize,
     pub(crate) attention: AttentionSpec,
     /// Which of the angles it uses.
     rope_idx: usize,
@@ -53,6 +55,59 @@ pub(crate) struct Layer {
 pub(crate) struct Linear {
     pub(crate) stack: Vec<Packed>,
     pub(crate) bias_o: Option<Vec<f32>>,
+}
+
+/// Where in a layer a stack of matrices stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Site {
+    Qkv,
+    Output,
+    Up,
+    Down,
+}
+
+impl Site {
+    pub(crate) const ALL: [Site; 4] = [Self::Qkv, Self::Output, Self::Up, Self::Down];
+}
+
+/// The stacks of every layer: roles and outputs of their matrices.
+pub(crate) struct Linears([Stack; Site::ALL.len()]);
+
+pub(crate) struct Stack {
+    pub(crate) parts: Vec<(LayerPart, usize)>,
+    pub(crate) n_in: usize,
+    bias: bool,
+}
+
+impl Linears {
+    pub(crate) fn of(config: &Config) -> Self {
+        use LayerPart as L;
+        let block = config.block();
+        let (c, q, kv, f) = (config.width, config.q_width(), config.kv_width(), config.ff_width);
+        let qkv = match block.fused_qkv {
+            true => vec![(L::Qkv, q + 2 * kv)],
+            false => vec![(L::Q, q), (L::K, kv), (L::V, kv)],
+        };
+        let up = match block.activation.is_gated() {
+            true => vec![(L::Gate, f), (L::Up, f)],
+            false => vec![(L::Up, f)],
+        };
+        let stack = |parts, n_in, bias| Stack { parts, n_in, bias };
+        Self([
+            stack(qkv, c, block.qkv_bias),
+            stack(vec![(L::Output, c)], q, block.bias),
+            stack(up, c, block.bias),
+            stack(vec![(L::Down, c)], f, block.bias),
+        ])
+    }
+}
+
+impl std::ops::Index<Site> for Linears {
+    type Output = Stack;
+
+    fn index(&self, site: Site) -> &Stack {
+        &self.0[site as usize]
+    }
 }
 
 /// RMSNorm, or with a bias LayerNorm.
@@ -148,12 +203,7 @@ impl Loader<'_> {
         use LayerPart as L;
         let config = self.config;
         let block = config.block();
-        let (c, q, kv, f) = (config.width, config.q_width(), config.kv_width(), config.ff_width);
-        let qkv: &[_] = match block.fused_qkv {
-            true => &[(L::Qkv, q + 2 * kv)],
-            false => &[(L::Q, q), (L::K, kv), (L::V, kv)],
-        };
-        let up: &[_] = if block.activation.is_gated() { &[(L::Gate, f), (L::Up, f)] } else { &[(L::Up, f)] };
+        let linears = Linears::of(config);
         let head_norms_d = match block.head_norms {
             true => Some([self.head_norm(L::QNorm, l)?, self.head_norm(L::KNorm, l)?]),
             false => None,
@@ -169,16 +219,17 @@ impl Loader<'_> {
         let window = config.window_of(l);
         let local_rope = config.window.as_ref().is_some_and(|window| window.rope_theta.is_some());
         Ok(Layer {
+            l,
             attention: AttentionSpec { scale: config.score_scale(), window, causal: block.causal },
             rope_idx: usize::from(window.is_some() && local_rope),
             attention_norm,
-            qkv: self.linear(l, qkv, c, block.qkv_bias)?,
+            qkv: self.linear(l, &linears[Site::Qkv])?,
             head_norms_d,
-            output: self.linear(l, &[(L::Output, c)], q, block.bias)?,
+            output: self.linear(l, &linears[Site::Output])?,
             attention_post_norm,
             ff_norm,
-            up: self.linear(l, up, c, block.bias)?,
-            down: self.linear(l, &[(L::Down, c)], f, block.bias)?,
+            up: self.linear(l, &linears[Site::Up])?,
+            down: self.linear(l, &linears[Site::Down])?,
             ff_post_norm,
         })
     }
@@ -197,18 +248,18 @@ impl Loader<'_> {
         Ok([before, self.norm(Part::Layer(L::AttentionPostNorm), l)?])
     }
 
-    /// A stack of matrices (role and outputs each) of `n_in` inputs.
-    fn linear(&mut self, l: usize, parts: &[(LayerPart, usize)], n_in: usize, bias: bool) -> Result<Linear> {
+    fn linear(&mut self, l: usize, stack: &Stack) -> Result<Linear> {
+        let n_in = stack.n_in;
         let matrix = |(part, n_out): &(LayerPart, usize)| self.matrix(Part::Layer(*part), l, [*n_out, n_in]);
-        let stack = parts.iter().map(matrix).collect::<Result<_>>()?;
-        let mut bias_o = bias.then(Vec::new);
-        for (part, n_out) in parts {
+        let matrices = stack.parts.iter().map(matrix).collect::<Result<_>>()?;
+        let mut bias_o = stack.bias.then(Vec::new);
+        for (part, n_out) in &stack.parts {
             if let Some(bias_o) = &mut bias_o {
                 let module = self.config.architecture.hf_module(Part::Layer(*part), l);
                 bias_o.extend(self.weights.take_f32(&format!("{module}.bias"), &[*n_out])?);
             }
         }
-        Ok(Linear { stack, bias_o })
+        Ok(Linear { stack: matrices, bias_o })
     }
 
     fn matrix(&mut self, part: Part, l: usize, dims: [usize; 2]) -> Result<Packed> {

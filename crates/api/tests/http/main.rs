@@ -1,5 +1,6 @@
 //! The HTTP surface from outside: answers, refusals, connections, and the shapes of the OpenAI specification.
 
+mod adapters;
 mod answers;
 mod bad_inputs;
 mod client;

@@ -84,7 +84,7 @@ impl Scheduler {
         self.running.iter().map(|id| &self.sequences[id]).any(|other| {
             let (start, end) = (other.n_computed, other.n_computed + self.limits.block_tokens);
             other.n_pending() > 1
-                && other.tenant() == sequence.tenant()
+                && other.root() == sequence.root()
                 && other.priority >= sequence.priority
                 // The part to come first: it is short, and differs as soon as the shared part is computed.
                 && wanted.get(start..end).is_some_and(|part| other.tokens.get(start..end) == Some(part))

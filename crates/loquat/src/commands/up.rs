@@ -1,17 +1,17 @@
 //! `loquat up` and `loquat serve`: serving until told to stop.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow, ensure};
 use api::{AppState, Limits, Parts};
 use control::Control;
 use telemetry::Metrics;
 
 use crate::adapters::{NoJobs, OneKey};
 use crate::args;
-use crate::args::Listen;
 use crate::home::Home;
 use crate::http::Http;
 use crate::runs::StoredRuns;
@@ -34,7 +34,7 @@ pub(crate) fn up(home: &Home, args: &args::Up) -> Result<ExitCode> {
 /// One replica without a control plane: what `llama-server` or `vllm serve` would be used for.
 pub(crate) fn serve(home: &Home, args: &args::Serve) -> Result<ExitCode> {
     let stop = Stop::on_signals()?;
-    let replica = Replica::start(home, &args.models, &args.listen, args.api_key.clone())?;
+    let replica = Replica::start(home, args)?;
     tell(&replica.state, replica.address(), args.api_key.as_deref());
     stop.wait();
     replica.stop()?;
@@ -49,27 +49,23 @@ pub(crate) struct Replica {
 
 impl Replica {
     /// Binds the port, then loads the models; returns when all are served.
-    pub(crate) fn start(
-        home: &Home,
-        models: &[String],
-        listen: &Listen,
-        key: Option<String>,
-    ) -> Result<Replica> {
+    pub(crate) fn start(home: &Home, args: &args::Serve) -> Result<Replica> {
         let state = AppState::new(Parts {
-            keys: Arc::new(OneKey(key)),
+            keys: Arc::new(OneKey(args.api_key.clone())),
             runs: Arc::new(StoredRuns::new(home.store()?)),
             jobs: Arc::new(NoJobs),
             metrics: Metrics::new(),
-            limits: Limits::default(),
+            limits: Limits { runtime_adapters: args.allow_runtime_lora, ..Limits::default() },
             now_unix_s: crate::now_unix_s,
         });
-        let http = Http::start(&state, listen)?;
-        let share = Share::of(listen);
-        for model in models {
+        let http = Http::start(&state, &args.listen)?;
+        let share = Share::of(&args.listen);
+        for model in &args.models {
             let path = crate::commands::model::resolve(home, model)?;
             let id = crate::commands::model::name_of(model);
             state.models.insert(serving::load(&id, &path, share, &state.metrics)?);
         }
+        serve_adapters(&state, args)?;
         state.lifecycle.set_ready();
         Ok(Replica { state, http })
     }
@@ -82,6 +78,19 @@ impl Replica {
     pub(crate) fn stop(self) -> Result<()> {
         self.http.join()
     }
+}
+
+fn serve_adapters(state: &AppState, args: &args::Serve) -> Result<()> {
+    let base = args.models.first().map(|model| crate::commands::model::name_of(model));
+    let base = base.and_then(|id| state.models.get(&id)).context("there is no model to adapt")?;
+    for module in &args.lora_modules {
+        let (name, dir) =
+            module.split_once('=').with_context(|| format!("--lora-modules {module}: not NAME=DIRECTORY"))?;
+        let adapted = base.adapted(name, crate::now_unix_s(), Path::new(dir));
+        let adapted = adapted.map_err(|why| anyhow!("cannot load the adapter {dir}: {why}"))?;
+        ensure!(state.models.insert_new(adapted), "--lora-modules {module}: the name is taken");
+    }
+    Ok(())
 }
 
 /// Where it is, with which key, and a line to try: what a new user needs, each on a line of its own.

@@ -101,11 +101,11 @@ fn read_shards(dir: &Path, index: &[u8]) -> Result<BTreeMap<String, WeightTensor
     }
 }
 
-fn read_tensors(dir: &Path, file: &str) -> Result<BTreeMap<String, WeightTensor>> {
+pub(crate) fn read_tensors(dir: &Path, file: &str) -> Result<BTreeMap<String, WeightTensor>> {
     safetensors::read(&Source::open(&dir.join(file))?, file)
 }
 
-fn read_json(path: &Path) -> Result<Vec<u8>> {
+pub(crate) fn read_json(path: &Path) -> Result<Vec<u8>> {
     let failed = |source| Error::Read { path: path.to_owned(), source };
     let bytes = std::fs::metadata(path).map_err(failed)?.len();
     if bytes > JSON_BYTES_MAX {

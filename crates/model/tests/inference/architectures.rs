@@ -9,13 +9,13 @@ const MODELS: [&str; 9] =
     ["llama", "llama_linear", "llama_llama3", "llama_yarn", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"];
 
 /// Of the largest expected logit.
-const TOLERANCE: f32 = 1e-4;
+pub(crate) const TOLERANCE: f32 = 1e-4;
 
 /// One text of a model and what transformers computes from it.
-struct Expected {
-    ids: Vec<u32>,
-    positions: Vec<usize>,
-    logits: Vec<Vec<f32>>,
+pub(crate) struct Expected {
+    pub(crate) ids: Vec<u32>,
+    pub(crate) positions: Vec<usize>,
+    pub(crate) logits: Vec<Vec<f32>>,
 }
 
 pub(crate) fn dir(name: &str) -> PathBuf {
@@ -23,7 +23,11 @@ pub(crate) fn dir(name: &str) -> PathBuf {
 }
 
 fn expected(name: &str) -> Expected {
-    let json = std::fs::read(dir(name).join("expected.json")).unwrap();
+    expected_in(&dir(name))
+}
+
+pub(crate) fn expected_in(dir: &Path) -> Expected {
+    let json = std::fs::read(dir.join("expected.json")).unwrap();
     let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
     let floats = |row: &serde_json::Value| -> Vec<f32> {
         row.as_array().unwrap().iter().map(|x| x.as_f64().unwrap() as f32).collect()
@@ -52,7 +56,7 @@ fn logits(pool: &Pool, decoder: &Transformer, ids: &[u32], chunks: &[usize]) -> 
     all
 }
 
-fn distance(found: &[f32], expected: &[f32]) -> f32 {
+pub(crate) fn distance(found: &[f32], expected: &[f32]) -> f32 {
     let largest = expected.iter().fold(0.0f32, |max, x| max.max(x.abs()));
     let worst = found.iter().zip(expected).fold(0.0f32, |max, (a, b)| max.max((a - b).abs()));
     worst / largest

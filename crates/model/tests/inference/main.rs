@@ -1,5 +1,6 @@
 //! The cached forward pass against published models and reference outputs.
 
+mod adapters;
 mod architectures;
 mod embeddings;
 

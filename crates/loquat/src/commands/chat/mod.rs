@@ -72,7 +72,14 @@ impl Partner {
         }
         let key = random_key()?;
         let listen = Listen::local(args.threads, args.kv_mib);
-        let replica = Replica::start(home, &[model.to_owned()], &listen, Some(key.clone()))?;
+        let serve = args::Serve {
+            models: vec![model.to_owned()],
+            api_key: Some(key.clone()),
+            lora_modules: Vec::new(),
+            allow_runtime_lora: false,
+            listen,
+        };
+        let replica = Replica::start(home, &serve)?;
         let server = Server::connect(&format!("http://{}", replica.address()), Some(key), None)?;
         Ok(Partner { server, replica: Some(replica) })
     }
