@@ -22,6 +22,7 @@ pub(crate) struct Args {
 enum What {
     Limits,
     Matmul,
+    Packed,
     Store,
     Ingest,
     Tokenizer,
@@ -29,8 +30,16 @@ enum What {
     Engine,
 }
 
-const ALL: [What; 7] =
-    [What::Limits, What::Matmul, What::Store, What::Ingest, What::Tokenizer, What::Train, What::Engine];
+const ALL: [What; 8] = [
+    What::Limits,
+    What::Matmul,
+    What::Packed,
+    What::Store,
+    What::Ingest,
+    What::Tokenizer,
+    What::Train,
+    What::Engine,
+];
 
 const TEXT: &str = "var/cache/sotu";
 const CHAT_MODEL: &str = "var/cache/smollm2-135m-instruct-q4_1.gguf";
@@ -42,6 +51,7 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
         match what {
             What::Limits => example(root, "tensor", "bench_limits", &[])?,
             What::Matmul => example(root, "tensor", "bench_matmul", &[])?,
+            What::Packed => example(root, "tensor", "bench_packed", &[])?,
             What::Store => example(root, "store", "bench_store", &[])?,
             What::Ingest => example(root, "data", "bench_ingest", &[TEXT])?,
             What::Tokenizer => example(root, "tokenizer", "bench_tokenizer", &[TEXT])?,
