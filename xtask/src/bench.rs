@@ -25,6 +25,7 @@ pub(crate) struct Args {
 enum What {
     Limits,
     Matmul,
+    Packed,
     Store,
     Ingest,
     Tokenizer,
@@ -36,9 +37,10 @@ enum What {
     Soak,
 }
 
-const ALL: [What; 9] = [
+const ALL: [What; 10] = [
     What::Limits,
     What::Matmul,
+    What::Packed,
     What::Store,
     What::Ingest,
     What::Tokenizer,
@@ -58,6 +60,7 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
         match what {
             What::Limits => example(root, "tensor", "bench_limits", &[])?,
             What::Matmul => example(root, "tensor", "bench_matmul", &[])?,
+            What::Packed => example(root, "tensor", "bench_packed", &[])?,
             What::Store => example(root, "store", "bench_store", &[])?,
             What::Ingest => example(root, "data", "bench_ingest", &[TEXT])?,
             What::Tokenizer => example(root, "tokenizer", "bench_tokenizer", &[TEXT])?,

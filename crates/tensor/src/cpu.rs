@@ -41,9 +41,9 @@ pub struct Features {
     pub level: Level,
     /// AVX512-BF16: products of bf16 pairs summed in f32. Only with [`Level::Avx512`].
     pub bf16: bool,
-    /// `vdpbf16ps` outruns f32 FMA. AMD's cores (Zen 4 on) issue as many of one as of the other; Intel's need two cycles
-    /// for each (measured on Emerald Rapids: 115 GFLOP/s a core against 218 by FMA), since they have AMX for this.
-    pub bf16_pays: bool,
+    /// Whether those are faster than f32: so on AMD's processors; on Intel's `vdpbf16ps` takes four times as long as an FMA
+    /// (measured on Emerald Rapids: 218 GFLOP/s of bf16, 443 of f32), since their place for bf16 is AMX.
+    pub bf16_fast: bool,
     /// VNNI: int16 and int8 products summed in int32 in one instruction. Part of [`Level::Avx512`].
     pub vnni: bool,
 }
@@ -71,19 +71,19 @@ fn detect() -> Features {
         (false, false) => Level::Scalar16,
     };
     let bf16 = avx512 && has!("avx512bf16");
-    Features { level, bf16, bf16_pays: bf16 && is_amd(), vnni: avx512 }
+    Features { level, bf16, bf16_fast: bf16 && is_amd(), vnni: avx512 }
 }
 
-/// CPUID leaf 0 names the maker in EBX, EDX, ECX.
+/// CPUID leaf 0 spells the maker's name in ebx, edx, ecx.
 #[cfg(target_arch = "x86_64")]
 fn is_amd() -> bool {
     let leaf = std::arch::x86_64::__cpuid(0);
-    [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).concat() == b"AuthenticAMD"
+    [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).as_flattened() == b"AuthenticAMD"
 }
 
 #[cfg(not(target_arch = "x86_64"))]
 fn detect() -> Features {
-    Features { level: Level::Scalar16, bf16: false, bf16_pays: false, vnni: false }
+    Features { level: Level::Scalar16, bf16: false, bf16_fast: false, vnni: false }
 }
 
 /// One line for the start-up message, e.g. `avx512 bf16 vnni` or `avx2`.

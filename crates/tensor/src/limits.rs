@@ -18,6 +18,8 @@ pub struct Limits {
     pub bf16_per_s: f64,
     /// Products of int16 summed in int32 (`vpmaddwd`, `vpdpwssd`), operations/s.
     pub int16_per_s: f64,
+    /// Products of int8 summed in int32, operations/s: `vpdpbusd`; where there is none, those of int16.
+    pub int8_per_s: f64,
     /// Reading what fits in the last-level cache, bytes/s.
     pub cache_bytes_per_s: f64,
     /// Reading memory, bytes/s.
@@ -25,7 +27,7 @@ pub struct Limits {
 }
 
 /// Each measurement repeats short rounds for this long and keeps the best one, since a busy neighbour can only slow a
-/// round down. 5 measurements and some 100 ms to fill memory: about half a second.
+/// round down. 6 measurements and some 100 ms to fill memory: about half a second.
 const MEASURE_FOR: Duration = Duration::from_millis(80);
 
 /// Multiply-adds in a row per task: 20,000 · 12 FMAs are 50 us and more.
@@ -34,8 +36,8 @@ const ROUNDS_PER_TASK: usize = 20_000;
 /// Bytes read to measure memory: more than the last-level cache of most processors.
 const MEMORY_BYTES: usize = 128 << 20;
 
-/// Bytes read to measure the last-level cache: more than the L2 of two cores, less than a 16 MiB L3.
-const CACHE_BYTES: usize = 6 << 20;
+/// Bytes read to measure the last-level cache: more than the L2 of some cores, less than a 32 MiB L3.
+const CACHE_BYTES: usize = 24 << 20;
 
 /// Bytes of one reading task.
 const READ_BYTES: usize = 256 << 10;
@@ -57,18 +59,27 @@ pub fn measure(pool: &Pool) -> Limits {
     };
     let int16_per_s =
         2.0 * operations / best_s(|| pool.run(n_tasks, &|_| _ = black_box(chains_int16(level))));
-    let mut data = Buf::<f32>::zeroed(MEMORY_BYTES / size_of::<f32>());
-    // Written first: untouched pages are all the same page of zeros.
-    pool.run_chunks(&mut data, READ_BYTES / size_of::<f32>(), |_, chunk| chunk.fill(1.0));
-    let cache = &data[..CACHE_BYTES / size_of::<f32>()];
+    let int8_per_s = match level {
+        Level::Avx512 => 4.0 * operations / best_s(|| pool.run(n_tasks, &|_| _ = black_box(chains_int8()))),
+        _ => int16_per_s,
+    };
     Limits {
         n_threads: pool.n_threads(),
         f32_per_s,
         bf16_per_s,
         int16_per_s,
-        cache_bytes_per_s: CACHE_BYTES as f64 / best_s(|| read(pool, cache)),
-        memory_bytes_per_s: MEMORY_BYTES as f64 / best_s(|| read(pool, &data)),
+        int8_per_s,
+        cache_bytes_per_s: read_bytes_per_s(pool, CACHE_BYTES),
+        memory_bytes_per_s: read_bytes_per_s(pool, MEMORY_BYTES),
     }
+}
+
+/// Reading `n_bytes` of memory in huge pages again and again, bytes/s.
+pub fn read_bytes_per_s(pool: &Pool, n_bytes: usize) -> f64 {
+    let mut data = Buf::<f32>::zeroed(n_bytes / size_of::<f32>());
+    // Written first: untouched pages are all the same page of zeros.
+    pool.run_chunks(&mut data, READ_BYTES / size_of::<f32>(), |_, chunk| chunk.fill(1.0));
+    n_bytes as f64 / best_s(|| read(pool, &data))
 }
 
 /// Seconds of the fastest of the rounds that fit in [`MEASURE_FOR`].
@@ -141,6 +152,35 @@ fn chains_bf16() -> f32 {
     unreachable!("no such processor has AVX512-BF16")
 }
 
+/// As [`chains_int16`], 12 × 4 products of bytes a lane. Only called at the level Avx512.
+fn chains_int8() -> i32 {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::*;
+        #[target_feature(enable = "avx512f,avx512vnni")]
+        fn avx512() -> i32 {
+            let words = [3i32; 2 * MAX_LANES];
+            let mut sums = [_mm512_setzero_si512(); 12];
+            for _ in 0..ROUNDS_PER_TASK {
+                let words = black_box(words.as_ptr());
+                // SAFETY: two registers of words.
+                let (a, b) = unsafe {
+                    (_mm512_loadu_si512(words.cast()), _mm512_loadu_si512(words.add(MAX_LANES).cast()))
+                };
+                for sum in &mut sums {
+                    *sum = _mm512_dpbusd_epi32(*sum, a, b);
+                }
+            }
+            sums.into_iter().fold(0, |all, sum| all ^ _mm512_reduce_add_epi32(sum))
+        }
+        assert_eq!(features().level, Level::Avx512);
+        // SAFETY: the processor has the level, and with it VNNI.
+        unsafe { avx512() }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    unreachable!("no such processor has VNNI")
+}
+
 /// Reads all of `data` once.
 fn read(pool: &Pool, data: &[f32]) {
     let len = READ_BYTES / size_of::<f32>();
@@ -172,7 +212,13 @@ mod tests {
         let took = started.elapsed();
         eprintln!("{limits:?} in {took:?}");
         // A core of the last fifteen years does 1 to 1000 GFLOP/s and reads 0.5 to 1000 GB/s, even a shared one.
-        for value in [limits.f32_per_s, limits.bf16_per_s, limits.int16_per_s, limits.memory_bytes_per_s] {
+        for value in [
+            limits.f32_per_s,
+            limits.bf16_per_s,
+            limits.int16_per_s,
+            limits.int8_per_s,
+            limits.memory_bytes_per_s,
+        ] {
             assert!((0.5e9..1e13).contains(&value), "{limits:?}");
         }
         assert!(limits.cache_bytes_per_s > 0.5 * limits.memory_bytes_per_s, "{limits:?}");

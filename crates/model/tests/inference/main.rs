@@ -69,8 +69,9 @@ fn ids(value: &serde_json::Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }
 
-/// The Q4_1 file with exact arithmetic: llama.cpp's F32 run of the same weights gives the same ids, and the same
-/// log-probabilities to 1e-3 with an F32 cache. With bf16 and int8 caches the deviation is printed.
+/// The Q4_1 file against llama.cpp's F32 run of the same weights, which is exact arithmetic but for the rounding of f32:
+/// the same ids, and log-probabilities as near as 16-bit inputs of the weights allow (docs/decisions/0006; llama.cpp on
+/// this file itself: median 0.013, worst 0.25). With a bf16 cache the deviation is that of the cache.
 #[test]
 fn smollm2_agrees_with_the_reference() {
     let (Some(file), Some(reference)) =
@@ -81,7 +82,8 @@ fn smollm2_agrees_with_the_reference() {
     let pool = Pool::new(2);
     let llama = Transformer::new(gguf::read(&file).unwrap().weights, &pool).unwrap();
     let reference: serde_json::Value = serde_json::from_slice(&std::fs::read(reference).unwrap()).unwrap();
-    for (kv_type, tolerance) in [(KvType::F32, 1e-3), (KvType::Bf16, 0.1), (KvType::Int8, 0.5)] {
+    let caches = [(KvType::F32, 6e-4, 8e-3), (KvType::Bf16, 9e-3, 0.2), (KvType::Int8, 0.05, 0.5)];
+    for (kv_type, median_max, worst_max) in caches {
         let mut errors = Vec::new();
         for entry in reference["entries"].as_array().unwrap() {
             let (prompt, output) = (ids(&entry["prompt_ids"]), ids(&entry["output_ids"]));
@@ -94,21 +96,18 @@ fn smollm2_agrees_with_the_reference() {
                 }
                 for top in token["top"].as_array().unwrap() {
                     let (top_id, expected) = (top[0].as_u64().unwrap() as u32, top[1].as_f64().unwrap());
-                    let error = (log_prob(logits, top_id) - expected).abs();
-                    errors.push(error);
-                    assert!(error < tolerance, "{kv_type:?}, token {i} of {:?}: {error}", entry["prompt"]);
+                    errors.push((log_prob(logits, top_id) - expected).abs());
                 }
                 next = vec![id];
             }
         }
         errors.sort_by(f64::total_cmp);
-        let at = |share: f64| errors[((errors.len() - 1) as f64 * share) as usize];
+        let [median, p95, worst] = [500, 950, 999].map(|at| errors[errors.len() * at / 1000]);
         eprintln!(
-            "{kv_type:?} cache: log-probabilities are {:.1e} / {:.1e} / {:.1e} (median, 95 %, all) off the reference",
-            at(0.5),
-            at(0.95),
-            at(1.0)
+            "{kv_type:?} cache: off by {median:.1e} (median), {p95:.1e} (95th percentile), {worst:.1e} (99.9th)"
         );
+        assert!(median < median_max, "{kv_type:?} cache: the median error is {median}");
+        assert!(errors[errors.len() - 1] < worst_max, "{kv_type:?} cache: the worst error is {worst}");
     }
 }
 

@@ -7,7 +7,7 @@
 //! instruction set (the portable levels round products and sums separately).
 //!
 //! [`Precision::Bf16`] rounds the operands to bf16 (to nearest even) while packing. Where `vdpbf16ps` is the faster way
-//! ([`crate::cpu::Features::bf16_pays`]) it forms the products, elsewhere f32 FMA does. Products of bf16 are exact in f32 and the order of the sum is the same, so
+//! ([`crate::cpu::Features::bf16_fast`]) it forms the products, elsewhere f32 FMA does. Products of bf16 are exact in f32 and the order of the sum is the same, so
 //! both give the same bits as long as nothing is denormal (`vdpbf16ps` takes denormals as zero).
 //!
 //! # How it is fast
@@ -215,7 +215,7 @@ fn multiply(pool: &Pool, c_mn: &mut [f32], [a, b]: [Mat; 2], format: Format, acc
 fn format(level: Level, precision: Precision) -> Format {
     match (precision, level) {
         (Precision::F32, _) => Format::F32,
-        (Precision::Bf16, Level::Avx512) if features().bf16_pays => Format::Pairs,
+        (Precision::Bf16, Level::Avx512) if features().bf16_fast => Format::Pairs,
         // Slow, but it runs the code that `vdpbf16ps` will run.
         (Precision::Bf16, Level::Scalar16) => Format::Pairs,
         (Precision::Bf16, _) => Format::Rounded,

@@ -1,6 +1,7 @@
 //! [`Group`]: 32 weights of a quantized block, whatever its kind, as small integers with their scales.
 
 use super::kind::{BLOCK, WeightKind};
+use super::layout::Form;
 use half::f16;
 
 /// Bytes of the 6-bit scales and minima of a Q4_K or Q5_K block.
@@ -9,7 +10,7 @@ pub(super) const SIX_BIT_BYTES: usize = 12;
 /// 32 weights of one row: weight k is a·q\[k\] + b, with the a and b of its half.
 #[derive(Clone, Copy)]
 pub(super) struct Group {
-    kind: WeightKind,
+    pub(super) kind: WeightKind,
     pub(super) q: [u8; BLOCK],
     /// The block's unit of scales.
     pub(super) d: f16,
@@ -56,10 +57,11 @@ impl Group {
     /// a and b of half `h`.
     pub(super) fn affine(&self, h: usize) -> (f32, f32) {
         let a = self.d.to_f32() * f32::from(self.s[h]);
-        let b = match (self.kind, self.kind.zero()) {
-            (_, Some(zero)) => -a * f32::from(zero),
-            (WeightKind::Q4_K | WeightKind::Q5_K, None) => -self.m.to_f32() * f32::from(self.t),
-            (_, None) => self.m.to_f32(),
+        let b = match Form::of(self.kind) {
+            Some(Form { min: true, k: true, .. }) => -self.m.to_f32() * f32::from(self.t),
+            Some(Form { min: true, .. }) => self.m.to_f32(),
+            Some(form) => -a * form.zero() as f32,
+            None => 0.0,
         };
         (a, b)
     }
@@ -70,19 +72,6 @@ impl Group {
         for (h, (w, q)) in halves.enumerate() {
             let (a, b) = self.affine(h);
             w.iter_mut().zip(q).for_each(|(w, &q)| *w = a * f32::from(q) + b);
-        }
-    }
-}
-
-impl WeightKind {
-    /// The q that means 0, where that is all there is to b.
-    pub(super) fn zero(self) -> Option<u8> {
-        match self {
-            Self::Q8_0 => Some(128),
-            Self::Q4_0 => Some(8),
-            Self::Q5_0 => Some(16),
-            Self::Q6_K => Some(32),
-            _ => None,
         }
     }
 }

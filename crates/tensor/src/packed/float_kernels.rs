@@ -1,107 +1,279 @@
-//! Products of float weights with f32 inputs: one chain acc = fma(w, x, acc) over the inputs for every output, whatever
-//! the number of columns.
+//! Products of float weights with f32 inputs: one chain over the inputs for every output, whatever the number of columns.
+//!
+//! `acc = fma(w, x, acc)`; where the processor is at its best with bf16 pairs, BF16 weights take inputs rounded to bf16:
+//! `acc = (acc + w₁·x₁) + w₀·x₀` for two inputs at a time.
 
-use super::kernels::Sums;
+use super::kernels::{Sums, TILES_MAX};
 use super::kind::WeightKind;
-use super::layout::TILE;
-use crate::elem::Elem;
-use crate::simd::{Simd, dispatch};
-use half::{bf16, f16};
+use super::layout::{TILE, WORD_BYTES};
+use crate::cpu::{Level, features};
+use crate::simd::{Portable, Simd, dispatch};
+use half::f16;
 
-/// Tiles that are worked on at once when there is one column: their chains hide each other's latency.
-pub(super) const TILES_MAX: usize = 4;
-
-/// Some tiles times one column, or one tile times some columns.
+/// Some tiles times one column, or up to two tiles times some columns.
 pub(super) struct FloatTiles<'a> {
     pub(super) kind: WeightKind,
-    /// Up to [`TILES_MAX`] tiles one after another; exactly one unless `n` is 1.
+    /// One after another.
     pub(super) tiles: &'a [u8],
+    /// At most [`TILES_MAX`] if `n` is 1, 2 otherwise.
+    pub(super) n_tiles: usize,
     /// `[n][n_in]`
     pub(super) x_ni: &'a [f32],
+    /// `[n][ceil(n_in / 2)]`: the inputs as pairs of bf16, if those are to be used.
+    pub(super) pairs: Option<&'a [u32]>,
     pub(super) n: usize,
     pub(super) n_in: usize,
 }
 
-dispatch!(
-    /// Sums of tile t are `sums[t]` when there is one column, those of column c are `sums[c]` when there is one tile.
-    pub(super) fn float_tiles(task: &FloatTiles<'_>, sums: &mut Sums) = float_tiles_simd
-);
+/// Whether BF16 weights are multiplied as pairs. AMD's processors do twice as many products a second that way than in
+/// f32; Intel's, without AMX, half as many.
+pub(super) fn uses_pairs(level: Level) -> bool {
+    level == Level::Avx512 && features().bf16_fast
+}
+
+/// Multiplies.
+pub(super) fn float_tiles(level: Level, task: &FloatTiles<'_>, sums: &mut Sums) {
+    if task.pairs.is_some() { pair_tiles(level, task, sums) } else { fma_tiles(level, task, sums) }
+}
+
+dispatch!(fn fma_tiles(task: &FloatTiles<'_>, sums: &mut Sums) = fma_tiles_simd);
 
 #[inline(always)]
-fn float_tiles_simd<S: Simd>(s: S, task: &FloatTiles<'_>, sums: &mut Sums) {
+fn fma_tiles_simd<S: Simd>(s: S, task: &FloatTiles<'_>, sums: &mut Sums) {
     match task.kind {
-        WeightKind::F32 => steps::<S, f32>(s, task, sums),
-        WeightKind::Bf16 => steps::<S, bf16>(s, task, sums),
-        WeightKind::F16 => steps::<S, f16>(s, task, sums),
-        _ => unreachable!("quantized weights have kernels of their own"),
+        WeightKind::F32 => tiles::<S, F32>(s, task, sums),
+        WeightKind::F16 => tiles::<S, F16>(s, task, sums),
+        WeightKind::Bf16 => tiles::<S, Bf16>(s, task, sums),
+        kind => unreachable!("{kind:?} has kernels of its own"),
+    }
+}
+
+/// The one kernel that needs an instruction its level does not promise, so it has its own dispatch.
+fn pair_tiles(level: Level, task: &FloatTiles<'_>, sums: &mut Sums) {
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")]
+    fn avx512_bf16(s: crate::simd::Avx512, task: &FloatTiles<'_>, sums: &mut Sums) {
+        tiles::<_, Bf16Pairs>(s, task, sums)
+    }
+    match level.available() {
+        // SAFETY: the processor has the level and AVX512-BF16.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 if features().bf16 => unsafe { avx512_bf16(crate::simd::Avx512::new(), task, sums) },
+        _ => tiles::<_, Bf16Pairs>(Portable::<16>, task, sums),
     }
 }
 
 #[inline(always)]
-fn steps<S: Simd, E: Elem>(s: S, task: &FloatTiles<'_>, sums: &mut Sums) {
-    let tile_bytes = task.n_in * TILE * size_of::<E>();
-    let n_tiles = task.tiles.len() / tile_bytes;
-    assert!(n_tiles <= TILES_MAX && (task.n == 1 || n_tiles == 1));
+fn tiles<S: Simd, W: Word>(s: S, task: &FloatTiles<'_>, sums: &mut Sums) {
+    assert!(task.n_tiles <= if task.n == 1 { TILES_MAX } else { 2 });
+    match (task.n, S::LANES, task.n_tiles) {
+        // One column: the chains of several tiles hide each other's latency.
+        (1, 8, 4) => _ = chains::<S, W, 8, 1>(s, task, [0, 0], sums),
+        (1, 16, 4) => _ = chains::<S, W, 4, 1>(s, task, [0, 0], sums),
+        (_, 8, _) => (0..task.n_tiles).for_each(|tile| columns::<S, W, 2>(s, task, tile, sums)),
+        (1, _, _) => (0..task.n_tiles).for_each(|tile| columns::<S, W, 1>(s, task, tile, sums)),
+        (_, _, 2) => columns::<S, W, 2>(s, task, 0, sums),
+        (_, _, _) => columns::<S, W, 1>(s, task, 0, sums),
+    }
+}
+
+/// All columns of `R` registers of rows, in the widest steps that the registers allow.
+#[inline(always)]
+fn columns<S: Simd, W: Word, const R: usize>(s: S, task: &FloatTiles<'_>, tile: usize, sums: &mut Sums) {
     let mut c = 0;
-    while task.n == 1 && c < n_tiles {
-        let tiles = &task.tiles[c * tile_bytes..];
-        c += match (n_tiles - c, S::LANES) {
-            (4.., 8) => chains::<S, E, 8, 1>(s, tiles, task, 0, &mut sums[c..]) * 4,
-            (_, 8) => chains::<S, E, 2, 1>(s, tiles, task, 0, &mut sums[c..]),
-            (4.., _) => chains::<S, E, 4, 1>(s, tiles, task, 0, &mut sums[c..]) * 4,
-            (_, _) => chains::<S, E, 1, 1>(s, tiles, task, 0, &mut sums[c..]),
-        };
-    }
-    while task.n > 1 && c < task.n {
+    while c < task.n {
         c += match (task.n - c, S::LANES) {
-            (6.., 8) => chains::<S, E, 2, 6>(s, task.tiles, task, c, &mut sums[c..]),
-            (4.., 8) => chains::<S, E, 2, 4>(s, task.tiles, task, c, &mut sums[c..]),
-            (2.., 8) => chains::<S, E, 2, 2>(s, task.tiles, task, c, &mut sums[c..]),
-            (_, 8) => chains::<S, E, 2, 1>(s, task.tiles, task, c, &mut sums[c..]),
-            (12.., _) => chains::<S, E, 1, 12>(s, task.tiles, task, c, &mut sums[c..]),
-            (6.., _) => chains::<S, E, 1, 6>(s, task.tiles, task, c, &mut sums[c..]),
-            (4.., _) => chains::<S, E, 1, 4>(s, task.tiles, task, c, &mut sums[c..]),
-            (2.., _) => chains::<S, E, 1, 2>(s, task.tiles, task, c, &mut sums[c..]),
-            (_, _) => chains::<S, E, 1, 1>(s, task.tiles, task, c, &mut sums[c..]),
+            (12.., 16) => chains::<S, W, R, 12>(s, task, [tile, c], sums),
+            (6.., _) => chains::<S, W, R, 6>(s, task, [tile, c], sums),
+            (4.., _) => chains::<S, W, R, 4>(s, task, [tile, c], sums),
+            (2.., _) => chains::<S, W, R, 2>(s, task, [tile, c], sums),
+            (_, _) => chains::<S, W, R, 1>(s, task, [tile, c], sums),
         };
     }
 }
 
-/// `R` registers of rows (of one tile, or of several with `C` = 1) times `C` columns from column `c` on; returns `C`.
+/// `R` registers of rows times `C` columns from tile and column `[tile, c]` on; returns `C`.
 #[inline(always)]
-fn chains<S: Simd, E: Elem, const R: usize, const C: usize>(
+fn chains<S: Simd, W: Word, const R: usize, const C: usize>(
     s: S,
-    tiles: &[u8],
     task: &FloatTiles<'_>,
-    c: usize,
-    sums: &mut [[f32; TILE]],
+    [tile, c]: [usize; 2],
+    sums: &mut Sums,
 ) -> usize {
-    let n_in = task.n_in;
-    let tile_bytes = n_in * TILE * size_of::<E>();
-    let place = |r: usize| (r * S::LANES / TILE, r * S::LANES % TILE);
-    assert!(tiles.len() >= (place(R - 1).0 + 1) * tile_bytes);
-    let x: [&[f32]; C] = std::array::from_fn(|j| &task.x_ni[(c + j) * n_in..][..n_in]);
+    let tile_bytes = task.tiles.len() / task.n_tiles;
+    let place = |r: usize| (tile + r * S::LANES / TILE, r * S::LANES % TILE);
+    assert!(place(R - 1).0 < task.n_tiles && c + C <= task.n);
+    let tiles: [*const u8; R] = std::array::from_fn(|r| {
+        let (tile, row) = place(r);
+        task.tiles[tile * tile_bytes + row * W::BYTES / TILE..].as_ptr()
+    });
+    let x: [Column<'_>; C] = std::array::from_fn(|j| Column::of(task, c + j));
     let mut acc = [[s.zero(); C]; R];
-    for k in 0..n_in {
-        let mut w = [s.zero(); R];
+    let n_whole = task.n_in / W::INPUTS;
+    for word in 0..n_whole {
+        let mut w = [[s.zero(); 2]; R];
         for r in 0..R {
-            let (tile, row) = place(r);
-            // SAFETY: a register of the 16 rows of input k; the tile lies in `tiles` (asserted above).
-            w[r] =
-                unsafe { E::load(s, tiles.as_ptr().add(tile * tile_bytes).cast::<E>().add(k * TILE + row)) };
+            // SAFETY: a register of the 16 rows of a word of the tile.
+            w[r] = unsafe { W::load(s, tiles[r].add(word * W::BYTES)) };
         }
         for j in 0..C {
-            let x = s.splat(x[j][k]);
             for r in 0..R {
-                acc[r][j] = s.fma(w[r], x, acc[r][j]);
+                // SAFETY: the column has all inputs of a whole word.
+                acc[r][j] = unsafe { W::step(s, w[r], &x[j], word, acc[r][j]) };
+            }
+        }
+    }
+    if n_whole * W::INPUTS < task.n_in {
+        for r in 0..R {
+            // SAFETY: the tile has another word, with a zero for the missing input.
+            let w = unsafe { W::load(s, tiles[r].add(n_whole * W::BYTES)) };
+            for j in 0..C {
+                // SAFETY: the column has one more input.
+                acc[r][j] = unsafe { W::last(s, w, &x[j], n_whole, acc[r][j]) };
             }
         }
     }
     for r in 0..R {
         let (tile, row) = place(r);
         for j in 0..C {
-            s.store(&mut sums[tile + j][row..], acc[r][j]);
+            s.store(&mut sums[c + j][tile][row..], acc[r][j]);
         }
     }
     C
+}
+
+/// The inputs of one column, in either form.
+struct Column<'a> {
+    x: &'a [f32],
+    pairs: &'a [u32],
+}
+
+impl<'a> Column<'a> {
+    #[inline(always)]
+    fn of(task: &FloatTiles<'a>, c: usize) -> Self {
+        let n_pairs = task.n_in.div_ceil(2);
+        Self {
+            x: &task.x_ni[c * task.n_in..][..task.n_in],
+            pairs: task.pairs.map_or(&[], |pairs| &pairs[c * n_pairs..][..n_pairs]),
+        }
+    }
+}
+
+/// The unit of a tile: 16 rows of one or two inputs.
+trait Word {
+    const INPUTS: usize;
+    const BYTES: usize;
+
+    /// LANES rows, the weights of each input in a register.
+    /// # Safety
+    /// They are readable at `p`.
+    unsafe fn load<S: Simd>(s: S, p: *const u8) -> [S::F; 2];
+
+    /// acc plus the products of word `word`.
+    /// # Safety
+    /// The column has all its inputs.
+    unsafe fn step<S: Simd>(s: S, w: [S::F; 2], x: &Column<'_>, word: usize, acc: S::F) -> S::F;
+
+    /// As [`Word::step`], of a word of which the second input is missing.
+    /// # Safety
+    /// The column has the first input.
+    unsafe fn last<S: Simd>(s: S, w: [S::F; 2], x: &Column<'_>, word: usize, acc: S::F) -> S::F {
+        // SAFETY: words of one input miss none.
+        unsafe { Self::step(s, w, x, word, acc) }
+    }
+}
+
+struct F32;
+struct F16;
+struct Bf16;
+struct Bf16Pairs;
+
+/// acc = fma(w, x\[k\], acc)
+#[inline(always)]
+unsafe fn fma_input<S: Simd>(s: S, w: S::F, x: &Column<'_>, k: usize, acc: S::F) -> S::F {
+    // SAFETY: the caller's promise.
+    s.fma(w, s.splat(unsafe { *x.x.get_unchecked(k) }), acc)
+}
+
+impl Word for F32 {
+    const INPUTS: usize = 1;
+    const BYTES: usize = WORD_BYTES;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, p: *const u8) -> [S::F; 2] {
+        // SAFETY: the caller's promise.
+        [unsafe { s.load_ptr(p.cast()) }, s.zero()]
+    }
+    #[inline(always)]
+    unsafe fn step<S: Simd>(s: S, w: [S::F; 2], x: &Column<'_>, word: usize, acc: S::F) -> S::F {
+        // SAFETY: the caller's promise.
+        unsafe { fma_input(s, w[0], x, word, acc) }
+    }
+}
+
+impl Word for F16 {
+    const INPUTS: usize = 1;
+    const BYTES: usize = TILE * size_of::<f16>();
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, p: *const u8) -> [S::F; 2] {
+        // SAFETY: the caller's promise.
+        [unsafe { s.load_f16_ptr(p.cast()) }, s.zero()]
+    }
+    #[inline(always)]
+    unsafe fn step<S: Simd>(s: S, w: [S::F; 2], x: &Column<'_>, word: usize, acc: S::F) -> S::F {
+        // SAFETY: the caller's promise.
+        unsafe { fma_input(s, w[0], x, word, acc) }
+    }
+}
+
+impl Word for Bf16 {
+    const INPUTS: usize = 2;
+    const BYTES: usize = WORD_BYTES;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, p: *const u8) -> [S::F; 2] {
+        // SAFETY: the caller's promise.
+        let word = unsafe { s.load_i_ptr(p.cast()) };
+        let high = s.and_i(word, s.splat_i(0xffff_0000_u32 as i32));
+        [s.bits_to_f(s.shl_i::<16>(word)), s.bits_to_f(high)]
+    }
+    #[inline(always)]
+    unsafe fn step<S: Simd>(s: S, w: [S::F; 2], x: &Column<'_>, word: usize, acc: S::F) -> S::F {
+        // SAFETY: the caller's promise.
+        unsafe { fma_input(s, w[1], x, 2 * word + 1, fma_input(s, w[0], x, 2 * word, acc)) }
+    }
+    #[inline(always)]
+    unsafe fn last<S: Simd>(s: S, w: [S::F; 2], x: &Column<'_>, word: usize, acc: S::F) -> S::F {
+        // SAFETY: the caller's promise.
+        unsafe { fma_input(s, w[0], x, 2 * word, acc) }
+    }
+}
+
+impl Word for Bf16Pairs {
+    const INPUTS: usize = 2;
+    const BYTES: usize = WORD_BYTES;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, p: *const u8) -> [S::F; 2] {
+        // SAFETY: the caller's promise.
+        [unsafe { s.load_ptr(p.cast()) }, s.zero()]
+    }
+    #[inline(always)]
+    unsafe fn step<S: Simd>(s: S, w: [S::F; 2], x: &Column<'_>, word: usize, acc: S::F) -> S::F {
+        // SAFETY: the caller's promise.
+        let pair = unsafe { *x.pairs.get_unchecked(word) };
+        s.dot_bf16(w[0], s.splat(f32::from_bits(pair)), acc)
+    }
+}
+
+/// The inputs as pairs of bf16: the first of two in the low half, a missing one 0.
+pub(super) fn to_pairs(x_ni: &[f32], n_in: usize, pairs: &mut [u32]) {
+    let rows = x_ni.chunks_exact(n_in).zip(pairs.chunks_exact_mut(n_in.div_ceil(2)));
+    for (x, pairs) in rows {
+        let bits = |x: f32| u32::from(half::bf16::from_f32(x).to_bits());
+        for (pair, x) in pairs.iter_mut().zip(x.chunks(2)) {
+            *pair = bits(x[0]) | x.get(1).map_or(0, |&x| bits(x) << 16);
+        }
+    }
 }

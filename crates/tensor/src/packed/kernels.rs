@@ -1,250 +1,326 @@
-//! The products themselves: some tiles times some columns.
+//! Products of quantized weights: some tiles times some columns.
 //!
-//! Quantized weights, per 32 inputs and row: high = Σ q_w·q_high and low = Σ q_w·q_low in int32, exact, then
-//! t = fma(low, 1/1024, high), acc = fma(t, d·scale, acc) and for Q4_1 acc = fma(m, Σx, acc). The integers are exact in
-//! any order and the float steps are the same in the same order everywhere, so a row's result does not depend on which
-//! kernel made it. Float weights: one chain acc = fma(w, x, acc) over the inputs.
+//! For each group of 32 inputs, and each part of it that has a scale of its own:
+//! ```text
+//! t   = Σ q_w · q_x − zero · Σ q_x       in int32, exact
+//! acc = fma(t, a · scale, acc)
+//! acc = fma(b, Σ x, acc)                 where b is stored
+//! ```
+//! The integers are exact in any order and the float steps are the same in the same order everywhere, so a row's result
+//! does not depend on which kernel made it.
 
-use super::activations::{Activations, Block, LOW, SPLIT};
-use super::kind::{BLOCK, WeightKind};
-use super::layout::{Q4_BYTES, Q8_BYTES, TILE, halves, unpack};
-use crate::simd::{Simd, dispatch};
+use super::activations::{Activations, Block};
+use super::dot::{Dot, STEPS, X_BYTES};
+use super::groups::{affine, ints};
+use super::kind::BLOCK;
+use super::layout::{Form, TILE};
+use crate::simd::dispatch;
 
-/// Columns a task takes at a time: their sums (16 rows × 48 × 4 B = 3 KiB) stay in L1, their inputs in L2. A multiple of
+/// Columns a task takes at a time: their sums (32 rows × 48 × 4 B = 6 KiB) stay in L1, their inputs in L2. A multiple of
 /// every step of columns below.
 pub(super) const COLS_MAX: usize = 48;
 
-/// Results of a task: `sums[col][row of the tile]`.
-pub(super) type Sums = [[f32; TILE]; COLS_MAX];
+/// Tiles that are worked on at once with several columns: an input that was fetched meets two registers of rows.
+pub(super) const BATCH_TILES: usize = 2;
+
+/// Tiles that are worked on at once at most.
+pub(super) const TILES_MAX: usize = 4;
+
+/// Results of some columns, in turn for each of up to [`TILES_MAX`] tiles.
+pub(super) type Sums = [[[f32; TILE]; TILES_MAX]; COLS_MAX];
 
 /// One tile times one column of quantized inputs.
 pub(super) struct DecodeTile<'a> {
-    pub(super) kind: WeightKind,
+    pub(super) form: Form,
     pub(super) tile: &'a [u8],
+    pub(super) n_in: usize,
     pub(super) x: &'a Activations,
 }
 
 dispatch!(pub(super) fn decode_tile(task: &DecodeTile<'_>, sums: &mut [f32; TILE]) = decode_tile_simd);
 
 #[inline(always)]
-fn decode_tile_simd<S: Simd>(s: S, task: &DecodeTile<'_>, sums: &mut [f32; TILE]) {
-    // Bound here, outside the loops, so that each kind is a loop of its own.
-    match (task.kind, S::LANES) {
-        (WeightKind::Q4_0, 8) => decode_q4::<S, 2, false>(s, task, sums),
-        (WeightKind::Q4_0, _) => decode_q4::<S, 1, false>(s, task, sums),
-        (WeightKind::Q4_1, 8) => decode_q4::<S, 2, true>(s, task, sums),
-        (WeightKind::Q4_1, _) => decode_q4::<S, 1, true>(s, task, sums),
-        (WeightKind::Q8_0, 8) => decode_q8::<S, 2>(s, task, sums),
-        (WeightKind::Q8_0, _) => decode_q8::<S, 1>(s, task, sums),
-        _ => unreachable!("float weights take float inputs"),
+fn decode_tile_simd<S: Dot>(s: S, task: &DecodeTile<'_>, sums: &mut [f32; TILE]) {
+    // Bound here, outside the loops, so that each form is a loop of its own.
+    let Form { bits, min, k } = task.form;
+    for (r, sums) in sums.chunks_exact_mut(S::LANES).enumerate() {
+        let row = r * S::LANES;
+        let acc = match (bits, min, k) {
+            (4, false, false) => decode::<S, 4, false, false>(s, task, row),
+            (4, true, false) => decode::<S, 4, true, false>(s, task, row),
+            (5, false, false) => decode::<S, 5, false, false>(s, task, row),
+            (5, true, false) => decode::<S, 5, true, false>(s, task, row),
+            (8, false, false) => decode::<S, 8, false, false>(s, task, row),
+            (4, true, true) => decode::<S, 4, true, true>(s, task, row),
+            (5, true, true) => decode::<S, 5, true, true>(s, task, row),
+            (6, false, true) => decode::<S, 6, false, true>(s, task, row),
+            _ => unreachable!("no kind has groups of {bits} bits, {min}, {k}"),
+        };
+        s.store(sums, acc);
     }
 }
 
-/// `R` registers hold the tile's rows. Nibbles 0 and 2 of a word are used where they stand, nibbles 1 and 3 sixteen times
-/// too large: two sums, joined as 16·sum₀ + sum₁, save half of the shifts. The result is 16 times too large, exactly.
+/// LANES rows from `row` on.
 #[inline(always)]
-fn decode_q4<S: Simd, const R: usize, const MIN: bool>(s: S, task: &DecodeTile<'_>, sums: &mut [f32; TILE]) {
-    let block_bytes = TILE * task.kind.block_bytes();
-    let mut acc = [s.zero(); R];
-    let (even, odd) = (s.splat_h(0x000f), s.splat_h(0x00f0));
-    for (b, block) in task.tile.chunks_exact(block_bytes).enumerate() {
-        let x = task.x.block(b, 0..1);
-        prefetch(block, block_bytes);
-        // Sums of even and odd nibbles, for high and low.
-        let zero = |part: usize| s.splat_i(if MIN { 0 } else { -8 * 16 * x.sums[0][part] });
-        let mut sum = [[[s.splat_i(0), zero(0)], [s.splat_i(0), zero(1)]]; R];
-        for w in 0..4 {
-            for r in 0..R {
-                let at = (w * TILE + r * S::LANES) * 4;
-                // SAFETY: a register's worth of words, inside the 4 · 16 words at the start of the block.
-                let word = unsafe { s.load_h_ptr(block.as_ptr().add(at).cast()) };
-                let upper = s.shr_h::<8>(word);
-                let nibbles =
-                    [s.and_h(word, even), s.and_h(word, odd), s.and_h(upper, even), s.and_h(upper, odd)];
-                for (j, nibbles) in nibbles.into_iter().enumerate() {
-                    for part in 0..2 {
-                        let sum = &mut sum[r][part][j % 2];
-                        *sum = s.madd(*sum, nibbles, pair_of(s, x.q, part, 4 * w + j));
-                    }
+fn decode<S: Dot, const BITS: usize, const MIN: bool, const K: bool>(
+    s: S,
+    task: &DecodeTile<'_>,
+    row: usize,
+) -> S::F {
+    let form = Form { bits: BITS, min: MIN, k: K };
+    let (group_bytes, steps) = (form.group_bytes(), STEPS / form.parts());
+    let (ints_part, scales) = task.tile.split_at(form.ints_bytes(task.n_in));
+    let mut acc = s.zero();
+    for (g, group) in ints_part.chunks_exact(group_bytes).enumerate() {
+        let x = task.x.block(g, 0..1);
+        prefetch(group);
+        // SAFETY: LANES rows from `row` on of a group, and of its scales.
+        let (q, (a, b)) = unsafe {
+            (
+                ints::<S, BITS>(s, group.as_ptr().add(4 * row)),
+                affine(s, form, scales.as_ptr().add(2 * row), g),
+            )
+        };
+        for part in 0..form.parts() {
+            // Two chains a pass, for the latency of a product.
+            let mut sums = [[s.splat_i(0); 2]; 2];
+            for pass in 0..S::PASSES {
+                for step in part * steps..(part + 1) * steps {
+                    let sum = &mut sums[pass][step % 2];
+                    // SAFETY: x.q is one block.
+                    *sum = unsafe { s.dot(*sum, q[step], x.q.as_ptr(), pass, step) };
                 }
             }
+            let first = s.add_i(sums[0][0], sums[0][1]);
+            let second = s.add_i(sums[1][0], sums[1][1]);
+            let total = if S::PASSES == 2 { s.add_i(s.shl_i::<8>(first), second) } else { first };
+            let zero = match form.parts() {
+                2 => offset::<2>(form.zero(), &x, 0, part),
+                _ => offset::<1>(form.zero(), &x, 0, part),
+            };
+            let total = if MIN { total } else { s.add_i(total, s.splat_i(zero)) };
+            acc = s.fma(s.to_f(total), s.mul(a[part], s.splat(x.scales[0])), acc);
         }
-        let (scale, shift) = (s.splat(x.scales[0] / 16.0), s.splat(x.x_sums[0]));
-        for r in 0..R {
-            let [high, low] = sum[r].map(|[even, odd]| s.to_f(s.add_i(s.shl_i::<4>(even), odd)));
-            let total = s.fma(low, s.splat(LOW), high);
-            // SAFETY: 16 halves d follow the words, and for MIN 16 halves m follow those.
-            unsafe {
-                let d = block.as_ptr().add(Q4_BYTES + 2 * r * S::LANES).cast();
-                acc[r] = s.fma(total, s.mul(s.load_f16_ptr(d), scale), acc[r]);
-                if MIN {
-                    acc[r] = s.fma(s.load_f16_ptr(d.add(TILE)), shift, acc[r]);
-                }
-            }
+        if MIN {
+            acc = s.fma(b, s.splat(x.x_sums[0]), acc);
         }
     }
-    for r in 0..R {
-        s.store(&mut sums[r * S::LANES..], acc[r]);
-    }
+    acc
 }
 
-/// Pair `p` of the high (0) or low (1) part of a column's block.
+/// What the zero point adds to the products of a part of column `c`.
 #[inline(always)]
-fn pair_of<S: Simd>(s: S, q: &[i16], part: usize, p: usize) -> S::H {
-    s.splat_pair([q[part * BLOCK + 2 * p], q[part * BLOCK + 2 * p + 1]])
-}
-
-#[inline(always)]
-fn decode_q8<S: Simd, const R: usize>(s: S, task: &DecodeTile<'_>, sums: &mut [f32; TILE]) {
-    let block_bytes = TILE * task.kind.block_bytes();
-    let mut acc = [s.zero(); R];
-    for (b, block) in task.tile.chunks_exact(block_bytes).enumerate() {
-        let x = task.x.block(b, 0..1);
-        prefetch(block, block_bytes);
-        // Two chains each, for the latency of an addition (of a whole `vpdpwssd` with AVX-512).
-        let mut sum = [[[s.splat_i(0); 2]; 2]; R];
-        for p in 0..BLOCK / 2 {
-            for r in 0..R {
-                let at = (p * TILE + r * S::LANES) * 2;
-                // SAFETY: a register's worth of int8 pairs, inside the 16 · 16 pairs at the start of the block.
-                let q = unsafe { s.load_h_from_i8_ptr(block.as_ptr().add(at).cast()) };
-                for part in 0..2 {
-                    sum[r][part][p % 2] = s.madd(sum[r][part][p % 2], q, pair_of(s, x.q, part, p));
-                }
-            }
-        }
-        let scale = s.splat(x.scales[0]);
-        for r in 0..R {
-            let [high, low] = sum[r].map(|[a, b]| s.to_f(s.add_i(a, b)));
-            let total = s.fma(low, s.splat(LOW), high);
-            // SAFETY: 16 halves d follow the pairs.
-            let d = unsafe { s.load_f16_ptr(block.as_ptr().add(Q8_BYTES + 2 * r * S::LANES).cast()) };
-            acc[r] = s.fma(total, s.mul(d, scale), acc[r]);
-        }
-    }
-    for r in 0..R {
-        s.store(&mut sums[r * S::LANES..], acc[r]);
-    }
+fn offset<const PARTS: usize>(zero: i32, x: &Block<'_>, c: usize, part: usize) -> i32 {
+    let sum = if PARTS == 2 { x.sums[2 * c + part] } else { x.sums[2 * c] + x.sums[2 * c + 1] };
+    -zero * sum
 }
 
 /// How far ahead of the kernel the stream of weights is asked for.
-const PREFETCH_BYTES: usize = 1024;
+const PREFETCH_BYTES: usize = 2048;
 
-/// Asks for the cache lines that lie [`PREFETCH_BYTES`] after `block`. Past the end of the weights it does nothing harmful.
+/// Asks for the cache lines that lie [`PREFETCH_BYTES`] after `group`. Past the end of the weights it does nothing harmful.
 #[inline(always)]
-fn prefetch(block: &[u8], bytes: usize) {
+fn prefetch(group: &[u8]) {
     #[cfg(target_arch = "x86_64")]
-    for line in 0..bytes.div_ceil(64) {
+    for line in 0..group.len().div_ceil(64) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        let ahead = block.as_ptr().wrapping_add(PREFETCH_BYTES + 64 * line);
+        let ahead = group.as_ptr().wrapping_add(PREFETCH_BYTES + 64 * line);
         // SAFETY: a prefetch never faults and changes no memory.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (block, bytes);
+    let _ = group;
 }
 
-/// One tile times several columns of quantized inputs.
-pub(super) struct BatchTile<'a> {
-    pub(super) kind: WeightKind,
-    pub(super) tile: &'a [u8],
+/// Up to [`BATCH_TILES`] tiles times several columns of quantized inputs.
+pub(super) struct BatchTiles<'a> {
+    pub(super) form: Form,
+    /// One after another.
+    pub(super) tiles: &'a [u8],
+    pub(super) n_tiles: usize,
+    pub(super) n_in: usize,
     pub(super) x: &'a Activations,
     /// At most [`COLS_MAX`].
     pub(super) cols: std::ops::Range<usize>,
 }
 
-dispatch!(pub(super) fn batch_tile(task: &BatchTile<'_>, sums: &mut Sums) = batch_tile_simd);
-
-/// A block of weights is widened to int16 once (1 KiB, in L1) and then multiplied with all columns.
-#[inline(always)]
-fn batch_tile_simd<S: Simd>(s: S, task: &BatchTile<'_>, sums: &mut Sums) {
-    let n = task.cols.len();
-    sums[..n].fill([0.0; TILE]);
-    let block_bytes = TILE * task.kind.block_bytes();
-    let scales_at = if task.kind == WeightKind::Q8_0 { Q8_BYTES } else { Q4_BYTES };
-    let mut w = WideBlock { pairs: [0; TILE * BLOCK], d: [0.0; TILE], m: [0.0; TILE] };
-    for (b, block) in task.tile.chunks_exact(block_bytes).enumerate() {
-        unpack(task.kind, block, &mut w.pairs);
-        widen(s, &block[scales_at..], &mut w.d);
-        let x = task.x.block(b, task.cols.clone());
-        if task.kind == WeightKind::Q4_1 {
-            widen(s, &block[scales_at + 2 * TILE..], &mut w.m);
-            block_columns::<S, true>(s, &w, x, &mut sums[..n]);
-        } else {
-            block_columns::<S, false>(s, &w, x, &mut sums[..n]);
-        }
-    }
-}
-
-/// A block of a tile in the form the products need.
-#[repr(align(64))]
-struct WideBlock {
-    /// `[16 pairs][16 rows][2]`
-    pairs: [i16; TILE * BLOCK],
-    d: [f32; TILE],
-    m: [f32; TILE],
-}
+dispatch!(pub(super) fn batch_tiles(task: &BatchTiles<'_>, sums: &mut Sums) = batch_tiles_simd);
 
 #[inline(always)]
-fn widen<S: Simd>(s: S, bytes: &[u8], out: &mut [f32; TILE]) {
-    let halves = halves(bytes);
-    for (half, out) in halves.chunks_exact(S::LANES).zip(out.chunks_exact_mut(S::LANES)) {
-        s.store(out, s.load_f16(half));
-    }
-}
-
-/// Walks the columns in the widest steps the registers allow: high and low sums of 3 columns × 2 registers with 16
-/// registers, of 6 × 1 with 32.
-#[inline(always)]
-fn block_columns<S: Simd, const MIN: bool>(s: S, w: &WideBlock, x: Block<'_>, sums: &mut [[f32; TILE]]) {
-    let mut c = 0;
-    while c < sums.len() {
-        c += match (sums.len() - c, S::LANES) {
-            (3.., 8) => columns::<S, 2, 3, MIN>(s, w, x, c, sums),
-            (2.., 8) => columns::<S, 2, 2, MIN>(s, w, x, c, sums),
-            (_, 8) => columns::<S, 2, 1, MIN>(s, w, x, c, sums),
-            (6.., _) => columns::<S, 1, 6, MIN>(s, w, x, c, sums),
-            (3.., _) => columns::<S, 1, 3, MIN>(s, w, x, c, sums),
-            (_, _) => columns::<S, 1, 1, MIN>(s, w, x, c, sums),
-        }
-    }
-}
-
-/// `R` registers of rows times `C` columns from column `c` on; returns `C`.
-#[inline(always)]
-fn columns<S: Simd, const R: usize, const C: usize, const MIN: bool>(
-    s: S,
-    w: &WideBlock,
-    x: Block<'_>,
-    c: usize,
-    sums: &mut [[f32; TILE]],
-) -> usize {
-    let q = &x.q[c * SPLIT..(c + C) * SPLIT];
-    let mut total = [[[s.splat_i(0); C]; 2]; R];
-    for p in 0..BLOCK / 2 {
-        // SAFETY: pair p of the rows, 2 · LANES int16 each, inside the 16 · 16 pairs.
-        let rows: [S::H; R] = std::array::from_fn(|r| unsafe {
-            s.load_h_ptr(w.pairs.as_ptr().add((p * TILE + r * S::LANES) * 2))
-        });
-        for j in 0..C {
-            for part in 0..2 {
-                let pair = pair_of(s, &q[j * SPLIT..], part, p);
-                for r in 0..R {
-                    total[r][part][j] = s.madd(total[r][part][j], rows[r], pair);
+fn batch_tiles_simd<S: Dot>(s: S, task: &BatchTiles<'_>, sums: &mut Sums) {
+    // Bound here, outside the loops, for a loop each.
+    match (S::LANES, task.n_tiles, task.form.parts()) {
+        // 8 lanes: a tile is two registers.
+        (8, _, parts) => {
+            for tile in 0..task.n_tiles {
+                match (parts, task.form.min) {
+                    (2, _) => batch::<S, 2, 2, false>(s, task, tile, sums),
+                    (_, true) => batch::<S, 2, 1, true>(s, task, tile, sums),
+                    (_, false) => batch::<S, 2, 1, false>(s, task, tile, sums),
                 }
             }
         }
+        (_, 2, parts) => match (parts, task.form.min) {
+            (2, _) => batch::<S, 2, 2, false>(s, task, 0, sums),
+            (_, true) => batch::<S, 2, 1, true>(s, task, 0, sums),
+            (_, false) => batch::<S, 2, 1, false>(s, task, 0, sums),
+        },
+        (_, _, parts) => match (parts, task.form.min) {
+            (2, _) => batch::<S, 1, 2, false>(s, task, 0, sums),
+            (_, true) => batch::<S, 1, 1, true>(s, task, 0, sums),
+            (_, false) => batch::<S, 1, 1, false>(s, task, 0, sums),
+        },
     }
-    for (j, sums) in sums[c..c + C].iter_mut().enumerate() {
-        let scale = s.splat(x.scales[c + j]);
-        for (r, sums) in sums.chunks_exact_mut(S::LANES).enumerate() {
-            let [high, low] = [total[r][0][j], total[r][1][j]].map(|sum| s.to_f(sum));
-            let d = s.mul(s.load(&w.d[r * S::LANES..]), scale);
-            let mut acc = s.fma(s.fma(low, s.splat(LOW), high), d, s.load(sums));
-            if MIN {
-                acc = s.fma(s.load(&w.m[r * S::LANES..]), s.splat(x.x_sums[c + j]), acc);
+}
+
+/// A group of `R` registers of rows in the form the products need: 2 KiB at most, in L1.
+#[repr(align(64))]
+struct WideGroup {
+    /// `[step][R][LANES]`: four bytes each.
+    ints: [i32; STEPS * BATCH_TILES * TILE],
+    /// `[part][R][LANES]`
+    a: [f32; 2 * BATCH_TILES * TILE],
+    /// `[R][LANES]`
+    b: [f32; BATCH_TILES * TILE],
+}
+
+/// `R` registers of rows from tile `tile` on: a group of weights is widened once and then multiplied with all columns.
+#[inline(always)]
+fn batch<S: Dot, const R: usize, const PARTS: usize, const MIN: bool>(
+    s: S,
+    task: &BatchTiles<'_>,
+    tile: usize,
+    sums: &mut Sums,
+) {
+    let n = task.cols.len();
+    for sums in &mut sums[..n] {
+        sums.as_flattened_mut()[tile * TILE..][..R * S::LANES].fill(0.0);
+    }
+    let mut w = WideGroup { ints: [0; STEPS * BATCH_TILES * TILE], a: [0.0; 64], b: [0.0; 32] };
+    for g in 0..task.n_in / BLOCK {
+        match task.form.bits {
+            4 => widen::<S, R, 4>(s, task, tile, g, &mut w),
+            5 => widen::<S, R, 5>(s, task, tile, g, &mut w),
+            6 => widen::<S, R, 6>(s, task, tile, g, &mut w),
+            _ => widen::<S, R, 8>(s, task, tile, g, &mut w),
+        }
+        let x = task.x.block(g, task.cols.clone());
+        let mut c = 0;
+        while c < n {
+            let place = Place { form: task.form, c, tile };
+            c += match (n - c, S::LANES) {
+                (3.., 8) => columns::<S, R, 3, PARTS, MIN>(s, &w, x, place, sums),
+                (8.., 16) => columns::<S, R, 8, PARTS, MIN>(s, &w, x, place, sums),
+                (4.., 16) => columns::<S, R, 4, PARTS, MIN>(s, &w, x, place, sums),
+                (2.., _) => columns::<S, R, 2, PARTS, MIN>(s, &w, x, place, sums),
+                (_, _) => columns::<S, R, 1, PARTS, MIN>(s, &w, x, place, sums),
             }
-            s.store(sums, acc);
+        }
+    }
+}
+
+/// Unpacks group `g` of `R` registers of rows.
+#[inline(always)]
+fn widen<S: Dot, const R: usize, const BITS: usize>(
+    s: S,
+    task: &BatchTiles<'_>,
+    tile: usize,
+    g: usize,
+    w: &mut WideGroup,
+) {
+    let form = Form { bits: BITS, ..task.form };
+    let tile_bytes = task.tiles.len() / task.n_tiles;
+    for r in 0..R {
+        let (tile, row) = (tile + r * S::LANES / TILE, r * S::LANES % TILE);
+        let (ints_part, scales) =
+            task.tiles[tile * tile_bytes..][..tile_bytes].split_at(form.ints_bytes(task.n_in));
+        let group = &ints_part[g * form.group_bytes()..][..form.group_bytes()];
+        prefetch(group);
+        // SAFETY: LANES rows from `row` on of a group, and of its scales; `w` has room for R registers.
+        unsafe {
+            let q = ints::<S, BITS>(s, group.as_ptr().add(4 * row));
+            for (step, q) in q.into_iter().enumerate() {
+                s.store_i_ptr(w.ints.as_mut_ptr().add((step * R + r) * S::LANES), q);
+            }
+            let (a, b) = affine(s, form, scales.as_ptr().add(2 * row), g);
+            for (part, a) in a.into_iter().enumerate() {
+                s.store_ptr(w.a.as_mut_ptr().add((part * R + r) * S::LANES), a);
+            }
+            s.store_ptr(w.b.as_mut_ptr().add(r * S::LANES), b);
+        }
+    }
+}
+
+/// Where the results of [`columns`] go.
+#[derive(Clone, Copy)]
+struct Place {
+    form: Form,
+    /// First column.
+    c: usize,
+    /// First tile.
+    tile: usize,
+}
+
+/// `R` registers of rows times `C` columns; returns `C`.
+///
+/// Per step of four inputs and pass: R loads of weights, C of inputs, R·C products. With R = 2 and C = 8 a group of 32 is
+/// 256 products and some 80 steps to scale and sum them.
+#[inline(always)]
+fn columns<S: Dot, const R: usize, const C: usize, const PARTS: usize, const MIN: bool>(
+    s: S,
+    w: &WideGroup,
+    x: Block<'_>,
+    Place { form, c, tile }: Place,
+    sums: &mut Sums,
+) -> usize {
+    let q = x.q[c * X_BYTES..(c + C) * X_BYTES].as_ptr();
+    let (scales, x_sums) = (&x.scales[c..c + C], &x.x_sums[c..c + C]);
+    let sums = &mut sums[c..c + C];
+    for part in 0..PARTS {
+        let mut total = [[s.splat_i(0); C]; R];
+        for pass in 0..S::PASSES {
+            if pass > 0 {
+                for r in 0..R {
+                    for j in 0..C {
+                        total[r][j] = s.shl_i::<8>(total[r][j]);
+                    }
+                }
+            }
+            for step in part * STEPS / PARTS..(part + 1) * STEPS / PARTS {
+                // SAFETY: `w` holds R registers for each step, `q` C blocks.
+                unsafe {
+                    let mut rows = [s.splat_i(0); R];
+                    for r in 0..R {
+                        rows[r] = s.load_i_ptr(w.ints.as_ptr().add((step * R + r) * S::LANES));
+                    }
+                    for j in 0..C {
+                        for r in 0..R {
+                            total[r][j] = s.dot(total[r][j], rows[r], q.add(j * X_BYTES), pass, step);
+                        }
+                    }
+                }
+            }
+        }
+        // Short loops without branches, so that they are unrolled: an index into `total` that is not a constant would
+        // keep it in memory, and the loop above at half its speed.
+        for j in 0..C {
+            let scale = s.splat(scales[j]);
+            let zero = s.splat_i(if MIN { 0 } else { offset::<PARTS>(form.zero(), &x, c + j, part) });
+            let sums = sums[j].as_flattened_mut()[tile * TILE..][..R * S::LANES].as_mut_ptr();
+            for r in 0..R {
+                // SAFETY: R registers of each.
+                unsafe {
+                    let sums = sums.add(r * S::LANES);
+                    let all = if MIN { total[r][j] } else { s.add_i(total[r][j], zero) };
+                    let a = s.load_ptr(w.a.as_ptr().add((part * R + r) * S::LANES));
+                    let mut acc = s.fma(s.to_f(all), s.mul(a, scale), s.load_ptr(sums));
+                    if MIN {
+                        let b = s.load_ptr(w.b.as_ptr().add(r * S::LANES));
+                        acc = s.fma(b, s.splat(x_sums[j]), acc);
+                    }
+                    s.store_ptr(sums, acc);
+                }
+            }
         }
     }
     C

@@ -1,144 +1,244 @@
-//! From rows of blocks, as files store them, to tiles of 16 interleaved rows, as the kernels read them.
+//! From rows, as files store them, to tiles of 16 interleaved rows, as the kernels read them.
 //!
-//! A SIMD lane is an output row, so no kernel ever sums across lanes, and a tile is one contiguous stream:
+//! A SIMD lane is an output row, so no kernel ever sums across lanes, and a tile is one contiguous stream. Floats:
 //!
-//! | kind | a tile, for each block of 32 inputs (each input for floats) | bytes |
+//! | kind | for each | 16 rows of | bytes |
+//! |---|---|---|---|
+//! | F32, F16 | input | one weight | 64, 32 |
+//! | BF16 | two inputs (a missing one is 0) | u32: the first weight in the low half | 64 |
+//!
+//! Quantized kinds have all their integers first, then all their scales, each part a whole number of cache lines. For
+//! each group of 32 inputs:
+//!
+//! | bits of q | words of 16 rows × u32 | scales |
 //! |---|---|---|
-//! | Q4_0 | 4 words × 16 rows × u32, then 16 × d | 288 |
-//! | Q4_1 | 4 words × 16 rows × u32, then 16 × d, 16 × m | 320 |
-//! | Q8_0 | 16 pairs × 16 rows × 2 i8, then 16 × d | 544 |
-//! | F16, BF16 | 16 rows | 32 |
-//! | F32 | 16 rows | 64 |
+//! | 8 | 8: word w has inputs 4w .. 4w + 4, a byte each | 16 × d |
+//! | 4 | 4: word w has inputs 8w .. 8w + 4 in the low nibbles of its bytes, the next four in the high ones | 16 × d, 16 × m |
+//! | 5 | the 4-bit words; 1 word: bit w of byte i is the fifth bit of input 4w + i | the same |
+//! | 6 | the 4-bit words; 2 words: bits 2w, 2w + 1 of byte i of word p are the upper bits of input 16p + 4w + i | see below |
 //!
-//! Word w of a row holds weights 8w .. 8w + 8: nibble j of its low half is weight 8w + 2j, of its high half the next one.
-//! Masking out nibble j therefore leaves the pair (8w + 2j, 8w + 2j + 1) as two int16, what `vpmaddwd` eats.
+//! Kinds with 256-weight blocks have 16 × d and 16 × e for every eight groups, then for each group 16 × (s, t) as two
+//! bytes. Q6_K has no e, and two s plus 128 instead of s and t.
 
-use super::kind::{BLOCK, WeightKind};
+use super::blocks::Group;
+use super::kind::{BLOCK, SUPER, WeightKind};
 use half::f16;
 
 /// Rows of a tile.
 pub(super) const TILE: usize = 16;
 
-/// Bytes that the 4-bit (or 8-bit) integers of one tile block take; the scales follow.
-pub(super) const Q4_BYTES: usize = TILE * BLOCK / 2;
-/// As [`Q4_BYTES`].
-pub(super) const Q8_BYTES: usize = TILE * BLOCK;
+/// Bytes of 16 rows of u32: one AVX-512 register, one cache line.
+pub(super) const WORD_BYTES: usize = 4 * TILE;
 
-/// Whether the kind has tiles of its own.
-pub(super) fn has_tiles(kind: WeightKind) -> bool {
-    !kind.is_quantized() || matches!(kind, WeightKind::Q8_0 | WeightKind::Q4_0 | WeightKind::Q4_1)
+/// Bytes of 16 rows of f16, or of two bytes.
+pub(super) const HALF_BYTES: usize = 2 * TILE;
+
+/// How the groups of a quantized kind look in a tile.
+#[derive(Clone, Copy)]
+pub(super) struct Form {
+    /// Of an integer.
+    pub(super) bits: usize,
+    /// Whether b is stored.
+    pub(super) min: bool,
+    /// Whether scales are stored in two steps, for blocks of 256.
+    pub(super) k: bool,
+}
+
+impl Form {
+    /// `None` for floats.
+    pub(super) fn of(kind: WeightKind) -> Option<Self> {
+        let form = |bits, min, k| Some(Self { bits, min, k });
+        match kind {
+            WeightKind::Q8_0 => form(8, false, false),
+            WeightKind::Q4_0 => form(4, false, false),
+            WeightKind::Q4_1 => form(4, true, false),
+            WeightKind::Q5_0 => form(5, false, false),
+            WeightKind::Q5_1 => form(5, true, false),
+            WeightKind::Q4_K => form(4, true, true),
+            WeightKind::Q5_K => form(5, true, true),
+            WeightKind::Q6_K => form(6, false, true),
+            WeightKind::F32 | WeightKind::Bf16 | WeightKind::F16 => None,
+        }
+    }
+
+    /// The integer that means 0, if b is not stored.
+    pub(super) const fn zero(self) -> i32 {
+        if self.min { 0 } else { 1 << (self.bits - 1) }
+    }
+
+    /// Parts of a group that have scales of their own.
+    pub(super) const fn parts(self) -> usize {
+        if self.bits == 6 { 2 } else { 1 }
+    }
+
+    /// Words that hold the low four bits, or all eight.
+    const fn low_words(self) -> usize {
+        if self.bits == 8 { 8 } else { 4 }
+    }
+
+    /// Bytes of a group's integers.
+    pub(super) const fn group_bytes(self) -> usize {
+        let upper_words = if self.bits == 8 { 0 } else { self.bits - 4 };
+        (self.low_words() + upper_words) * WORD_BYTES
+    }
+
+    /// Where the scales of group `g` lie among the scales: (d and m or e, s and t).
+    #[inline(always)]
+    pub(super) const fn scales_at(self, g: usize) -> (usize, usize) {
+        let units = HALF_BYTES * (1 + self.min as usize);
+        if self.k {
+            const GROUPS: usize = SUPER / BLOCK;
+            let at = g / GROUPS * (units + GROUPS * HALF_BYTES);
+            (at, at + units + g % GROUPS * HALF_BYTES)
+        } else {
+            (g * units, g * units)
+        }
+    }
+
+    /// Bytes of a tile's integers.
+    pub(super) const fn ints_bytes(self, n_in: usize) -> usize {
+        n_in / BLOCK * self.group_bytes()
+    }
+
+    const fn scales_bytes(self, n_in: usize) -> usize {
+        self.scales_at(n_in / BLOCK).0.next_multiple_of(WORD_BYTES)
+    }
 }
 
 /// Bytes of one tile of `n_in` inputs.
 pub(super) fn tile_bytes(kind: WeightKind, n_in: usize) -> usize {
-    n_in / kind.block_elems() * TILE * kind.block_bytes()
+    match (Form::of(kind), kind) {
+        (Some(form), _) => form.ints_bytes(n_in) + form.scales_bytes(n_in),
+        (None, WeightKind::Bf16) => n_in.div_ceil(2) * WORD_BYTES,
+        (None, _) => n_in * TILE * kind.block_bytes(),
+    }
 }
 
-/// Interleaves up to 16 `rows` (missing ones become zeros) of `n_in` weights into `tile`.
+/// Interleaves up to 16 `rows` (missing ones stay zeros) of `n_in` weights into `tile`.
 pub(super) fn interleave(kind: WeightKind, rows: &[u8], n_in: usize, tile: &mut [u8]) {
-    let block_bytes = kind.block_bytes();
-    let row_bytes = n_in / kind.block_elems() * block_bytes;
+    let row_bytes = kind.bytes(n_in).expect("whole blocks");
     for (r, row) in rows.chunks_exact(row_bytes).enumerate() {
-        let blocks = row.chunks_exact(block_bytes);
-        for (block, out) in blocks.zip(tile.chunks_exact_mut(TILE * block_bytes)) {
-            match kind {
-                WeightKind::Q4_0 | WeightKind::Q4_1 => interleave_q4(block, r, out),
-                WeightKind::Q8_0 => interleave_q8(block, r, out),
-                _ => out[r * block_bytes..][..block_bytes].copy_from_slice(block),
+        match (Form::of(kind), kind) {
+            (Some(form), _) => {
+                let (ints, scales) = tile.split_at_mut(form.ints_bytes(n_in));
+                let groups_per_block = kind.block_elems() / BLOCK;
+                for g in 0..n_in / BLOCK {
+                    let block = &row[g / groups_per_block * kind.block_bytes()..][..kind.block_bytes()];
+                    let group = Group::of(kind, block, g % groups_per_block);
+                    put_ints(form, &group.q, r, &mut ints[g * form.group_bytes()..][..form.group_bytes()]);
+                    put_scales(form, &group, r, g, scales);
+                }
+            }
+            (None, WeightKind::Bf16) => {
+                for (pair, out) in row.chunks(4).zip(tile.chunks_exact_mut(WORD_BYTES)) {
+                    out[4 * r..][..pair.len()].copy_from_slice(pair);
+                }
+            }
+            (None, _) => {
+                let bytes = kind.block_bytes();
+                for (weight, out) in row.chunks_exact(bytes).zip(tile.chunks_exact_mut(TILE * bytes)) {
+                    out[r * bytes..][..bytes].copy_from_slice(weight);
+                }
             }
         }
     }
 }
 
-fn interleave_q4(block: &[u8], r: usize, out: &mut [u8]) {
-    let header = block.len() - BLOCK / 2;
-    for w in 0..4 {
-        let word = (0..4).fold(0u32, |word, j| {
-            let k = 8 * w + 2 * j;
-            let pair =
-                u32::from(nibble(&block[header..], k)) | u32::from(nibble(&block[header..], k + 1)) << 16;
-            word | pair << (4 * j)
-        });
-        out[(w * TILE + r) * 4..][..4].copy_from_slice(&word.to_le_bytes());
-    }
-    for (i, half) in block[..header].chunks_exact(2).enumerate() {
-        out[Q4_BYTES + (i * TILE + r) * 2..][..2].copy_from_slice(half);
+/// Byte `i` of row `r` in word `w`.
+fn byte_at(w: usize, r: usize, i: usize) -> usize {
+    w * WORD_BYTES + 4 * r + i
+}
+
+/// Where the bits of input `k` lie: of each part the byte in the group, the shift in the byte and the shift in q.
+fn places(form: Form, k: usize, r: usize) -> [(usize, usize, usize); 2] {
+    let (step, i) = (k / 4, k % 4);
+    match form.bits {
+        8 => [(byte_at(step, r, i), 0, 0); 2],
+        bits => {
+            let upper = match bits {
+                5 => (byte_at(4, r, i), step, 4),
+                6 => (byte_at(4 + step / 4, r, i), 2 * (step % 4), 4),
+                // No upper bits: the low nibble once more.
+                _ => (byte_at(step / 2, r, i), 4 * (step % 2), 0),
+            };
+            [(byte_at(step / 2, r, i), 4 * (step % 2), 0), upper]
+        }
     }
 }
 
-fn interleave_q8(block: &[u8], r: usize, out: &mut [u8]) {
-    for (p, pair) in block[2..].chunks_exact(2).enumerate() {
-        out[(p * TILE + r) * 2..][..2].copy_from_slice(pair);
+fn put_ints(form: Form, q: &[u8; BLOCK], r: usize, out: &mut [u8]) {
+    for (k, &q) in q.iter().enumerate() {
+        let [low, upper] = places(form, k, r);
+        let low_mask = if form.bits == 8 { 255 } else { 15 };
+        out[low.0] |= (q & low_mask) << low.1;
+        if matches!(form.bits, 5 | 6) {
+            out[upper.0] |= (q >> upper.2) << upper.1;
+        }
     }
-    out[Q8_BYTES + r * 2..][..2].copy_from_slice(&block[..2]);
+}
+
+fn ints(form: Form, group: &[u8], r: usize) -> [u8; BLOCK] {
+    std::array::from_fn(|k| {
+        let [low, upper] = places(form, k, r);
+        let low_mask = if form.bits == 8 { 255 } else { 15 };
+        let upper_mask = if matches!(form.bits, 5 | 6) { (1 << (form.bits - 4)) - 1 } else { 0 };
+        (group[low.0] >> low.1) & low_mask | ((group[upper.0] >> upper.1) & upper_mask) << upper.2
+    })
+}
+
+fn put_scales(form: Form, group: &Group, r: usize, g: usize, scales: &mut [u8]) {
+    let (units, steps) = form.scales_at(g);
+    let mut put = |at: usize, bytes: [u8; 2]| scales[at + 2 * r..][..2].copy_from_slice(&bytes);
+    put(units, group.d.to_le_bytes());
+    if form.min {
+        put(units + HALF_BYTES, group.m.to_le_bytes());
+    }
+    if form.k && form.min {
+        put(steps, [group.s[0] as u8, group.t]);
+    } else if form.k {
+        put(steps, group.s.map(|s| s as u8 ^ 0x80));
+    }
+}
+
+/// Row `r` of group `g`, as it was before it was interleaved.
+fn group_of(kind: WeightKind, form: Form, tile: &[u8], [n_in, r, g]: [usize; 3]) -> Group {
+    let (ints_part, scales) = tile.split_at(form.ints_bytes(n_in));
+    let (units, steps) = form.scales_at(g);
+    let pair = |at: usize| [scales[at + 2 * r], scales[at + 2 * r + 1]];
+    let (s, t) = match (form.k, form.min) {
+        (false, _) => ([1; 2], 0),
+        (true, true) => ([pair(steps)[0] as i8; 2], pair(steps)[1]),
+        (true, false) => (pair(steps).map(|s| (s ^ 0x80) as i8), 0),
+    };
+    Group {
+        kind,
+        q: ints(form, &ints_part[g * form.group_bytes()..][..form.group_bytes()], r),
+        d: f16::from_le_bytes(pair(units)),
+        m: if form.min { f16::from_le_bytes(pair(units + HALF_BYTES)) } else { f16::ZERO },
+        s,
+        t,
+    }
 }
 
 /// Widens row `r` of a tile to f32, exactly as [`WeightKind::dequantize`] does.
 pub(super) fn row_f32(kind: WeightKind, tile: &[u8], r: usize, row: &mut [f32]) {
-    let elems = kind.block_elems();
-    for (block, out) in tile.chunks_exact(TILE * kind.block_bytes()).zip(row.chunks_exact_mut(elems)) {
-        match kind {
-            WeightKind::Q4_0 | WeightKind::Q4_1 => {
-                let mins = block.get(Q4_BYTES + 2 * TILE..).filter(|mins| !mins.is_empty());
-                let d = half_at(&block[Q4_BYTES..], r);
-                for (k, out) in out.iter_mut().enumerate() {
-                    let word = &block[((k / 8) * TILE + r) * 4 + k % 2 * 2..][..2];
-                    let q = u16::from_le_bytes([word[0], word[1]]) >> (4 * (k % 8 / 2)) & 15;
-                    *out = match mins {
-                        Some(mins) => d * f32::from(q) + half_at(mins, r),
-                        None => d * (f32::from(q) - 8.0),
-                    };
-                }
+    match (Form::of(kind), kind) {
+        (Some(form), _) => {
+            let n_in = row.len();
+            for (g, out) in row.chunks_exact_mut(BLOCK).enumerate() {
+                group_of(kind, form, tile, [n_in, r, g]).widen(out);
             }
-            WeightKind::Q8_0 => {
-                let d = half_at(&block[Q8_BYTES..], r);
-                for (k, out) in out.iter_mut().enumerate() {
-                    *out = d * f32::from(block[(k / 2 * TILE + r) * 2 + k % 2] as i8);
-                }
+        }
+        (None, WeightKind::Bf16) => {
+            for (word, out) in tile.chunks_exact(WORD_BYTES).zip(row.chunks_mut(2)) {
+                kind.dequantize(&word[4 * r..][..2 * out.len()], out);
             }
-            _ => kind.dequantize(&block[r * kind.block_bytes()..][..kind.block_bytes()], out),
+        }
+        (None, _) => {
+            let bytes = kind.block_bytes();
+            for (weights, out) in tile.chunks_exact(TILE * bytes).zip(row.chunks_exact_mut(1)) {
+                kind.dequantize(&weights[r * bytes..][..bytes], out);
+            }
         }
     }
-}
-
-/// Widens one quantized tile block to int16 pairs `[16 pairs][16 rows][2]`, with the zero point taken off.
-#[inline(always)]
-pub(super) fn unpack(kind: WeightKind, block: &[u8], pairs: &mut [i16; TILE * BLOCK]) {
-    match kind {
-        WeightKind::Q4_0 | WeightKind::Q4_1 => {
-            let zero = if kind == WeightKind::Q4_0 { 8 } else { 0 };
-            let words = block[..Q4_BYTES].chunks_exact(4 * TILE);
-            for (word, out) in words.zip(pairs.chunks_exact_mut(4 * 2 * TILE)) {
-                let mut lanes = [0u16; 2 * TILE];
-                for (lane, bytes) in lanes.iter_mut().zip(word.chunks_exact(2)) {
-                    *lane = u16::from_le_bytes([bytes[0], bytes[1]]);
-                }
-                for (j, out) in out.chunks_exact_mut(2 * TILE).enumerate() {
-                    for (out, lane) in out.iter_mut().zip(&lanes) {
-                        *out = ((lane >> (4 * j)) & 15) as i16 - zero;
-                    }
-                }
-            }
-        }
-        WeightKind::Q8_0 => {
-            pairs.iter_mut().zip(&block[..Q8_BYTES]).for_each(|(out, &q)| *out = i16::from(q as i8));
-        }
-        _ => unreachable!("floats have no blocks"),
-    }
-}
-
-/// The 16 halves that start at `bytes`.
-#[inline(always)]
-pub(super) fn halves(bytes: &[u8]) -> [f16; TILE] {
-    std::array::from_fn(|r| f16::from_le_bytes([bytes[2 * r], bytes[2 * r + 1]]))
-}
-
-/// Half `i` of a block's header.
-fn half_at(block: &[u8], i: usize) -> f32 {
-    f16::from_le_bytes([block[2 * i], block[2 * i + 1]]).to_f32()
-}
-
-/// 4-bit value `k` of a block's 16 bytes.
-fn nibble(bytes: &[u8], k: usize) -> u8 {
-    (bytes[k % 16] >> (4 * (k / 16))) & 15
 }

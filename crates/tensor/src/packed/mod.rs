@@ -1,15 +1,18 @@
 //! Weights packed for inference: `y_no = x_ni · Wᵀ`.
 //!
-//! Weights stay in the bits they are stored in (4, 8, 16 or 32), rearranged into tiles of 16 interleaved rows
-//! ([`layout`]). With quantized weights the inputs become two int16 each ([`activations`]): as exact as f32, unlike 8-bit
-//! inputs, and still integers, so that one instruction does two products a lane. A row's result depends on its weights and its
-//! own input only: not on the other columns, their number, or the threads. Test: `rows_do_not_depend_on_the_batch`.
+//! Weights stay in the bits they are stored in (4 to 8, 16 or 32), rearranged into tiles of 16 interleaved rows
+//! ([`layout`]). With quantized weights the inputs become 16-bit integers with a scale for every 32 ([`activations`]), and
+//! the products integers ([`dot`]), of which an instruction does four a lane ([`kernels`]). A row's result depends on its
+//! weights and its own input only: not on the other columns, their number, or the threads. Test:
+//! `rows_do_not_depend_on_the_batch`.
 //!
 //! The plain reference is [`WeightKind::dequantize`] and a sum in f64 (see the tests).
 
 mod activations;
 mod blocks;
+mod dot;
 mod float_kernels;
+mod groups;
 mod kernels;
 mod kind;
 mod layout;
@@ -24,16 +27,13 @@ use crate::pool::Disjoint;
 use crate::split::piece;
 use crate::{Buf, Pool};
 use activations::Activations;
-use float_kernels::{FloatTiles, TILES_MAX, float_tiles};
-use kernels::{BatchTile, COLS_MAX, DecodeTile, Sums, batch_tile, decode_tile};
-use layout::TILE;
+use float_kernels::{FloatTiles, float_tiles, to_pairs, uses_pairs};
+use kernels::{BATCH_TILES, BatchTiles, COLS_MAX, DecodeTile, Sums, TILES_MAX, batch_tiles, decode_tile};
+use layout::{Form, TILE};
 use std::ops::Range;
 
 /// A weight matrix of `n_out` rows and `n_in` columns, packed for [`project`].
 pub struct Packed {
-    /// As they came.
-    stored: WeightKind,
-    /// As they are in memory: some kinds are widened for now.
     kind: WeightKind,
     n_out: usize,
     n_in: usize,
@@ -45,6 +45,8 @@ pub struct Packed {
 #[derive(Default)]
 pub struct PackedScratch {
     activations: Activations,
+    /// Inputs of BF16 weights as pairs, where those are used.
+    pairs: Buf<u32>,
 }
 
 impl Packed {
@@ -66,17 +68,15 @@ impl Packed {
     ///
     /// # Panics
     /// If `n_in` is no whole number of blocks.
-    pub fn zeroed(stored: WeightKind, [n_out, n_in]: [usize; 2]) -> Self {
-        assert!(stored.bytes(n_in).is_some_and(|bytes| bytes > 0), "rows of {n_in} are no whole blocks");
-        let kind = if layout::has_tiles(stored) { stored } else { WeightKind::F32 };
+    pub fn zeroed(kind: WeightKind, [n_out, n_in]: [usize; 2]) -> Self {
+        assert!(kind.bytes(n_in).is_some_and(|bytes| bytes > 0), "rows of {n_in} are no whole blocks");
         let tiles = Buf::zeroed(n_out.div_ceil(TILE) * layout::tile_bytes(kind, n_in));
-        Self { stored, kind, n_out, n_in, tiles }
+        Self { kind, n_out, n_in, tiles }
     }
 
     /// Bytes that packed weights of this kind and shape take in memory; `None` if rows are no whole blocks.
-    pub fn bytes_of(stored: WeightKind, [n_out, n_in]: [usize; 2]) -> Option<usize> {
-        let kind = if layout::has_tiles(stored) { stored } else { WeightKind::F32 };
-        stored.bytes(n_in).map(|_| n_out.div_ceil(TILE) * layout::tile_bytes(kind, n_in))
+    pub fn bytes_of(kind: WeightKind, [n_out, n_in]: [usize; 2]) -> Option<usize> {
+        kind.bytes(n_in).map(|_| n_out.div_ceil(TILE) * layout::tile_bytes(kind, n_in))
     }
 
     /// Packs rows from `first` on, as files store them.
@@ -84,17 +84,12 @@ impl Packed {
     /// # Panics
     /// If `first` is no multiple of [`Packed::ROWS_STEP`], or `bytes` is not whole rows of this matrix.
     pub fn set_rows(&mut self, pool: &Pool, first: usize, bytes: &[u8]) {
-        let Self { stored, kind, n_out, n_in, .. } = *self;
-        let n_rows = bytes.len() / stored.bytes(n_in).expect("checked when made");
-        assert!(stored.bytes(n_rows * n_in) == Some(bytes.len()), "{} bytes of {self:?}", bytes.len());
+        let Self { kind, n_out, n_in, .. } = *self;
+        let row_bytes = kind.bytes(n_in).expect("checked when made");
+        let n_rows = bytes.len() / row_bytes;
+        assert!(n_rows * row_bytes == bytes.len(), "{} bytes of {self:?}", bytes.len());
         assert!(first + n_rows <= n_out && first.is_multiple_of(TILE), "rows {first} + {n_rows} of {self:?}");
-        let widened = (kind != stored).then(|| {
-            let mut w_oi = vec![0.0; n_rows * n_in];
-            stored.dequantize(bytes, &mut w_oi);
-            kind.quantize(&w_oi)
-        });
-        let bytes = widened.as_deref().unwrap_or(bytes);
-        let (row_bytes, tile_bytes) = (bytes.len() / n_rows.max(1), layout::tile_bytes(kind, n_in));
+        let tile_bytes = layout::tile_bytes(kind, n_in);
         let tiles = &mut self.tiles[first / TILE * tile_bytes..][..n_rows.div_ceil(TILE) * tile_bytes];
         pool.run_chunks(tiles, tile_bytes, |t, tile| {
             let rows = piece(t, TILE * row_bytes, bytes.len());
@@ -113,7 +108,7 @@ impl Packed {
 
     /// How the weights are stored.
     pub fn kind(&self) -> WeightKind {
-        self.stored
+        self.kind
     }
 
     /// Rows and columns: outputs and inputs.
@@ -147,7 +142,7 @@ impl Packed {
 
 impl std::fmt::Debug for Packed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Packed({} {}x{})", self.stored.name(), self.n_out, self.n_in)
+        write!(f, "Packed({} {}x{})", self.kind.name(), self.n_out, self.n_in)
     }
 }
 
@@ -165,10 +160,19 @@ pub fn project(pool: &Pool, y_no: &mut [f32], stack: &[&Packed], x_ni: &[f32], s
     if n == 0 {
         return;
     }
+    let level = pool.level();
     if stack.iter().any(|w| w.kind.is_quantized()) {
         scratch.activations.set(pool, x_ni, n);
     }
-    let x = Input { x_ni, quantized: &scratch.activations, n, level: pool.level() };
+    let pairs = stack.iter().any(|w| w.kind == WeightKind::Bf16) && uses_pairs(level);
+    if pairs {
+        let n_pairs = n_in.div_ceil(2);
+        scratch.pairs.reserve_scratch(n * n_pairs);
+        pool.run_chunks(&mut scratch.pairs[..n * n_pairs], n_pairs, |i, row| {
+            to_pairs(&x_ni[i * n_in..(i + 1) * n_in], n_in, row);
+        });
+    }
+    let x = Input { x_ni, pairs: &scratch.pairs, quantized: &scratch.activations, n, level };
     let y = Disjoint::new(y_no);
     let tasks = Tasks::new(pool, stack, n);
     pool.run(tasks.tile_groups * tasks.col_groups, &|task| {
@@ -211,9 +215,10 @@ impl Tasks {
 /// Enough that a thread which was held up by another process leaves its share to the others.
 const TASKS_PER_THREAD: usize = 8;
 
-/// The inputs in both forms; a kernel takes the one it needs.
+/// The inputs in every form; a kernel takes the one it needs.
 struct Input<'a> {
     x_ni: &'a [f32],
+    pairs: &'a [u32],
     quantized: &'a Activations,
     n: usize,
     level: Level,
@@ -227,30 +232,53 @@ fn multiply(
     cols: Range<usize>,
     put: &dyn Fn(usize, usize, &[f32; TILE]),
 ) {
-    let mut sums: Sums = [[0.0; TILE]; COLS_MAX];
-    // With one column float weights are taken several tiles at a time, everything else tile by tile.
-    let step = if x.n == 1 && !w.kind.is_quantized() { TILES_MAX } else { 1 };
+    let mut sums: Sums = [[[0.0; TILE]; TILES_MAX]; COLS_MAX];
+    let form = Form::of(w.kind);
+    let step = match (form, x.n) {
+        (Some(_), 1) => 1,
+        (None, 1) => TILES_MAX,
+        (_, _) => BATCH_TILES,
+    };
     for first in tiles.clone().step_by(step) {
         let group = first..(first + step).min(tiles.end);
-        let tile = w.tiles(group.clone());
-        match (w.kind.is_quantized(), x.n) {
-            (true, 1) => {
-                decode_tile(x.level, &DecodeTile { kind: w.kind, tile, x: x.quantized }, &mut sums[0])
+        let (n_in, n_tiles, tiles) = (w.n_in, group.len(), w.tiles(group.clone()));
+        match (form, x.n) {
+            (Some(form), 1) => {
+                let task = DecodeTile { form, tile: tiles, n_in, x: x.quantized };
+                decode_tile(x.level, &task, &mut sums[0][0])
             }
-            (true, _) => batch_tile(
-                x.level,
-                &BatchTile { kind: w.kind, tile, x: x.quantized, cols: cols.clone() },
-                &mut sums,
-            ),
-            (false, _) => {
-                let x_ni = &x.x_ni[cols.start * w.n_in..cols.end * w.n_in];
-                let task = FloatTiles { kind: w.kind, tiles: tile, x_ni, n: cols.len(), n_in: w.n_in };
-                float_tiles(x.level, &task, &mut sums)
+            (Some(form), _) => {
+                let task = BatchTiles { form, tiles, n_tiles, n_in, x: x.quantized, cols: cols.clone() };
+                batch_tiles(x.level, &task, &mut sums)
+            }
+            (None, _) => float_tiles(x.level, &x.float_task(w, tiles, n_tiles, cols.clone()), &mut sums),
+        }
+        for (col, sums) in cols.clone().zip(&sums) {
+            for (tile, sums) in group.clone().zip(sums) {
+                put(col, tile * TILE, sums);
             }
         }
-        for (i, sums) in sums[..group.len().max(cols.len())].iter().enumerate() {
-            let (col, tile) = if cols.len() == 1 { (cols.start, first + i) } else { (cols.start + i, first) };
-            put(col, tile * TILE, sums);
+    }
+}
+
+impl Input<'_> {
+    fn float_task<'a>(
+        &'a self,
+        w: &Packed,
+        tiles: &'a [u8],
+        n_tiles: usize,
+        cols: Range<usize>,
+    ) -> FloatTiles<'a> {
+        let (n_in, n_pairs) = (w.n_in, w.n_in.div_ceil(2));
+        let pairs = w.kind == WeightKind::Bf16 && uses_pairs(self.level);
+        FloatTiles {
+            kind: w.kind,
+            tiles,
+            n_tiles,
+            x_ni: &self.x_ni[cols.start * n_in..cols.end * n_in],
+            pairs: pairs.then(|| &self.pairs[cols.start * n_pairs..cols.end * n_pairs]),
+            n: cols.len(),
+            n_in,
         }
     }
 }

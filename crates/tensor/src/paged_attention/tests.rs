@@ -172,7 +172,7 @@ fn a_copied_block_is_a_fork() {
     for kv_type in [KvType::Int8, KvType::Bf16, KvType::F32] {
         let alone = &run(&pool, (kv_type, spec), std::slice::from_ref(&second), &[vec![(0, 0..40)]])[0];
         let mut cache = KvCache::new(dims, kv_type, 8);
-        let mut feed = |cache: &mut KvCache, seq: &Sequence, range: Range<usize>| {
+        let feed = |cache: &mut KvCache, seq: &Sequence, range: Range<usize>| {
             let mut qkv = seq.qkv[range.start * width(dims)..range.end * width(dims)].to_vec();
             let row = PagedRow { n_tokens: range.len(), n_context: range.end, blocks: &seq.blocks };
             let table = RopeTable::new(64, dims.head_width, BASE);
