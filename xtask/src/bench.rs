@@ -25,6 +25,8 @@ pub(crate) struct Args {
 enum What {
     Limits,
     Matmul,
+    Attention,
+    Pool,
     Store,
     Ingest,
     Tokenizer,
@@ -36,9 +38,11 @@ enum What {
     Soak,
 }
 
-const ALL: [What; 9] = [
+const ALL: [What; 11] = [
     What::Limits,
     What::Matmul,
+    What::Attention,
+    What::Pool,
     What::Store,
     What::Ingest,
     What::Tokenizer,
@@ -58,6 +62,8 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
         match what {
             What::Limits => example(root, "tensor", "bench_limits", &[])?,
             What::Matmul => example(root, "tensor", "bench_matmul", &[])?,
+            What::Attention => example(root, "tensor", "bench_attention", &[])?,
+            What::Pool => example(root, "tensor", "bench_pool", &[])?,
             What::Store => example(root, "store", "bench_store", &[])?,
             What::Ingest => example(root, "data", "bench_ingest", &[TEXT])?,
             What::Tokenizer => example(root, "tokenizer", "bench_tokenizer", &[TEXT])?,
