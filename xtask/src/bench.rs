@@ -26,6 +26,8 @@ enum What {
     Limits,
     Matmul,
     Packed,
+    Attention,
+    Pool,
     Store,
     Ingest,
     Tokenizer,
@@ -37,10 +39,12 @@ enum What {
     Soak,
 }
 
-const ALL: [What; 10] = [
+const ALL: [What; 12] = [
     What::Limits,
     What::Matmul,
     What::Packed,
+    What::Attention,
+    What::Pool,
     What::Store,
     What::Ingest,
     What::Tokenizer,
@@ -61,6 +65,8 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
             What::Limits => example(root, "tensor", "bench_limits", &[])?,
             What::Matmul => example(root, "tensor", "bench_matmul", &[])?,
             What::Packed => example(root, "tensor", "bench_packed", &[])?,
+            What::Attention => example(root, "tensor", "bench_attention", &[])?,
+            What::Pool => example(root, "tensor", "bench_pool", &[])?,
             What::Store => example(root, "store", "bench_store", &[])?,
             What::Ingest => example(root, "data", "bench_ingest", &[TEXT])?,
             What::Tokenizer => example(root, "tokenizer", "bench_tokenizer", &[TEXT])?,

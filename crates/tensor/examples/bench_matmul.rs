@@ -65,6 +65,10 @@ fn cases() -> Vec<Case> {
     let case = |kind, m, n, k| Case { kind, m, n, k, bf16: false };
     let mut cases = vec![case(BackwardInput, 1024, 1024, 1024), case(Forward, 1024, 1024, 1024)];
     cases.push(Case { bf16: true, ..cases[1] });
+    for kind in [Forward, BackwardInput, BackwardWeight] {
+        cases.push(Case { kind, m: 2048, n: 768, k: 3072, bf16: true });
+        cases.push(Case { kind, m: 4096, n: 384, k: 1536, bf16: true });
+    }
     let n_tokens = 4096;
     // Attention, feed-forward and output maps of models of width 192 and 384.
     for (i, o) in

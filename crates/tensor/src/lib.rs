@@ -30,7 +30,6 @@ pub mod attention;
 pub mod buf;
 pub mod cpu;
 pub mod cross_entropy;
-mod elem;
 pub mod embedding;
 pub mod gelu;
 pub mod head_norm;

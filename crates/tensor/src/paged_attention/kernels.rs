@@ -203,24 +203,23 @@ fn hide(weights: &mut [f32], visible: &Range<usize>, with: f32) {
 /// A hidden score counts as 2^-126, which vanishes beside the 1 of the largest, in whatever register it stands.
 #[inline(always)]
 fn softmax<S: Simd>(s: S, weights: &mut [f32], scale: f32, (max, sum): (&mut f32, &mut f32)) -> f32 {
-    // Two chains each: a whole row of a block is two registers of AVX2, two blocks are two of AVX-512.
     let scale = s.splat(scale * std::f32::consts::LOG2_E);
-    let mut largest = [s.splat(f32::NEG_INFINITY); 2];
-    for (i, w) in weights.chunks_exact_mut(S::LANES).enumerate() {
+    let mut largest = s.splat(f32::NEG_INFINITY);
+    for w in weights.chunks_exact_mut(S::LANES) {
         let scaled = s.mul(s.load(w), scale);
-        largest[i % 2] = s.max(largest[i % 2], scaled);
+        largest = s.max(largest, scaled);
         s.store(w, scaled);
     }
-    let new = max.max(s.max_lane(s.max(largest[0], largest[1])));
+    let new = max.max(s.max_lane(largest));
     let new_s = s.splat(new);
-    let mut total = [s.zero(); 2];
-    for (i, w) in weights.chunks_exact_mut(S::LANES).enumerate() {
+    let mut total = s.zero();
+    for w in weights.chunks_exact_mut(S::LANES) {
         let weight = exp2(s, s.sub(s.load(w), new_s));
-        total[i % 2] = s.add(total[i % 2], weight);
+        total = s.add(total, weight);
         s.store(w, weight);
     }
     let keep = if new == *max { 1.0 } else { (*max - new).exp2() };
-    (*max, *sum) = (new, *sum * keep + s.sum(s.add(total[0], total[1])));
+    (*max, *sum) = (new, *sum * keep + s.sum(total));
     keep
 }
 
