@@ -121,7 +121,8 @@ impl Simulation {
             scheduler: Scheduler::new(limits.clone()),
             limits,
             expected: HashMap::new(),
-            n_to_come: 1 + dice.below(20),
+            // Now and then so many that low priorities would wait for ever if they could.
+            n_to_come: if dice.one_in(10) { 100 } else { 1 + dice.below(20) },
             next_id: 0,
             has_priorities: dice.one_in(3),
             n_steps: 0,
