@@ -69,8 +69,8 @@ fn request(i: u32) -> Request {
     let mut request = Request::new(prompt, 30, Sampling { seed: i.into(), ..Sampling::default() });
     request.sampling.temperature = [0.0, 0.3, 1.0][i as usize % 3];
     request.sampling.frequency_penalty = if i % 4 == 3 { 0.5 } else { 0.0 };
-    request.logprobs = (i % 5 == 0).then_some(2);
-    request.stop_ids = if i % 2 == 0 { vec![i % VOCAB as u32] } else { vec![] };
+    request.logprobs = i.is_multiple_of(5).then_some(2);
+    request.stop_ids = if i.is_multiple_of(2) { vec![i % VOCAB as u32] } else { vec![] };
     request.min_tokens = 3;
     request
 }
