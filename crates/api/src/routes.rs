@@ -10,7 +10,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::error::ApiError;
 use crate::state::AppState;
-use crate::{auth, chat, completions, console, edge, models, probes, runs};
+use crate::{auth, chat, completions, console, edge, embeddings, models, probes, runs};
 
 /// Routes that need no key and are answered whatever else the server does.
 const PROBES: &[&str] =
@@ -22,6 +22,7 @@ const TEMPLATES: &[&str] = &[
     "/v1/models/{*id}",
     "/v1/chat/completions",
     "/v1/completions",
+    "/v1/embeddings",
     "/v1/runs",
     "/v1/runs/{name}",
     "/v1/jobs",
@@ -35,6 +36,7 @@ pub fn app(state: AppState) -> Router {
         .route("/v1/models/{*id}", get(models::get))
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
+        .route("/v1/embeddings", post(embeddings::create))
         .route("/v1/runs", get(runs::list))
         .route("/v1/runs/{name}", get(runs::get))
         .route("/v1/jobs", get(runs::jobs))

@@ -68,7 +68,7 @@ impl Replica {
         for model in models {
             let path = crate::commands::model::resolve(home, model)?;
             let id = crate::commands::model::name_of(model);
-            state.models.insert(serving::load(&id, &path, share, &state.metrics)?);
+            serving::load(&id, &path, share, &state.metrics)?.publish(&state);
         }
         state.lifecycle.set_ready();
         Ok(Replica { state, http })
