@@ -20,6 +20,7 @@ mod completions;
 mod connections;
 mod console;
 mod edge;
+mod embeddings;
 mod error;
 mod generate;
 mod json;
@@ -38,6 +39,7 @@ mod stop;
 mod structured;
 mod tools;
 
+pub use embeddings::{Embedder, Embedders, ServedEmbedder};
 pub use error::ApiError;
 pub use limits::Limits;
 pub use routes::app;

@@ -8,6 +8,7 @@ use axum::extract::{Path, State};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::embeddings::ServedEmbedder;
 use crate::error::{ApiError, Result};
 use crate::json::Fields;
 use crate::state::{AppState, Models, ServedModel};
@@ -38,10 +39,27 @@ impl ModelBody {
             is_base: model.is_base,
         }
     }
+
+    /// One that embeds and does nothing else.
+    fn of_embedder(model: &ServedEmbedder) -> ModelBody {
+        ModelBody {
+            id: model.id.clone(),
+            object: "model",
+            created: model.created,
+            owned_by: "loquat",
+            root: model.id.clone(),
+            parent: None,
+            max_model_len: model.embedder.context_max(),
+            is_base: false,
+        }
+    }
 }
 
 pub(crate) async fn list(State(state): State<AppState>) -> Json<Value> {
-    let data: Vec<ModelBody> = state.models.list().iter().map(|model| ModelBody::new(model)).collect();
+    let mut data: Vec<ModelBody> = state.models.list().iter().map(|model| ModelBody::new(model)).collect();
+    // A model that generates may embed as well, under the same name.
+    let others = state.embedders.list().into_iter().filter(|model| state.models.get(&model.id).is_none());
+    data.extend(others.map(|model| ModelBody::of_embedder(&model)));
     Json(json!({"object": "list", "data": data}))
 }
 
@@ -52,8 +70,11 @@ pub(crate) async fn get(
 ) -> Result<Json<ModelBody>> {
     // A name that is not UTF-8 names no model.
     let Path(id) = id.map_err(|e| ApiError::ModelNotFound(e.body_text()))?;
-    let model = state.models.get(&id).ok_or(ApiError::ModelNotFound(id))?;
-    Ok(Json(ModelBody::new(&model)))
+    if let Some(model) = state.models.get(&id) {
+        return Ok(Json(ModelBody::new(&model)));
+    }
+    let model = state.embedders.get(&id).ok_or(ApiError::ModelNotFound(id))?;
+    Ok(Json(ModelBody::of_embedder(&model)))
 }
 
 /// The model the field `model` names.

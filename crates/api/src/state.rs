@@ -13,6 +13,7 @@ use telemetry::Metrics;
 use tokenizer::{ChatTemplate, Tokenizer};
 use tokio::sync::Semaphore;
 
+use crate::embeddings::Embedders;
 use crate::limits::Limits;
 use crate::runs::Runs;
 
@@ -20,6 +21,7 @@ use crate::runs::Runs;
 #[derive(Clone)]
 pub struct AppState {
     pub models: Models,
+    pub embedders: Embedders,
     pub keys: Arc<dyn KeyChecker>,
     pub runs: Arc<dyn Runs>,
     pub jobs: Arc<dyn Jobs>,
@@ -50,6 +52,7 @@ impl AppState {
     pub fn new(parts: Parts) -> AppState {
         AppState {
             models: Models::default(),
+            embedders: Embedders::default(),
             keys: parts.keys,
             runs: parts.runs,
             jobs: parts.jobs,

@@ -9,7 +9,7 @@ use crate::runner::{Runner, RunnerError};
 
 /// See the module.
 pub struct ModelRunner {
-    model: Transformer,
+    model: Arc<Transformer>,
     kv: KvCache,
     pool: Arc<Pool>,
     scratch: Scratch,
@@ -23,12 +23,13 @@ impl ModelRunner {
     /// # Errors
     /// If not even one block fits.
     pub fn new(
-        model: Transformer,
+        model: impl Into<Arc<Transformer>>,
         pool: Arc<Pool>,
         kv_type: KvType,
         kv_bytes_max: usize,
         max_running: usize,
     ) -> Result<ModelRunner, RunnerError> {
+        let model = model.into();
         if !model.config().block().causal {
             return Err(RunnerError("the model embeds texts and predicts none".into()));
         }

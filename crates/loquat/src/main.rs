@@ -6,6 +6,7 @@
 mod adapters;
 mod args;
 mod commands;
+mod embedder;
 mod follow;
 mod home;
 mod http;

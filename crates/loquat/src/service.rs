@@ -123,6 +123,7 @@ impl ModelKeeper {
         for name in gone {
             served.remove(&name);
             self.state.models.remove(&name);
+            self.state.embedders.remove(&name);
             tracing::info!(model = name, "no longer served");
         }
         for model in wanted {
@@ -136,7 +137,7 @@ impl ModelKeeper {
                 .and_then(|path| serving::load(&model.name, &path, self.share, &self.state.metrics));
             match loaded {
                 Ok(ready) => {
-                    self.state.models.insert(ready);
+                    ready.publish(&self.state);
                     tracing::info!(model = model.name, source = model.source, "serving");
                 }
                 Err(error) => tracing::error!(model = model.name, "not served: {error:#}"),

@@ -1,16 +1,17 @@
 //! From a model's files to something the API can serve.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use crate::args::Listen;
+use crate::embedder::{ModelEmbedder, TextTokenizer};
 use anyhow::{Context, Result, bail};
-use api::{LoadAdapter, ServedModel};
+use api::{AppState, LoadAdapter, ServedEmbedder, ServedModel};
 use engine::{Engine, EngineLimits, ModelRunner};
 use model::{Adapter, Config, KvType, Loaded, TokenizerFiles, Transformer};
 use telemetry::Metrics;
 use tensor::Pool;
-use tokenizer::{ChatTemplate, GgufVocab, Tokenizer};
+use tokenizer::{ChatTemplate, GgufVocab, Tokenizer, WordPiece};
 
 /// What serving one model may take of the machine.
 #[derive(Clone, Copy)]
@@ -26,23 +27,58 @@ impl Share {
     }
 }
 
-/// Loads a .gguf file or a Hugging Face directory and starts its engine.
-pub(crate) fn load(id: &str, path: &Path, share: Share, metrics: &Metrics) -> Result<ServedModel> {
-    let loaded = model::load(path).with_context(|| format!("cannot load the model {}", path.display()))?;
-    let tokenizer = tokenizer(&loaded.tokenizer)
-        .with_context(|| format!("cannot load the tokenizer of {}", path.display()))?;
-    let vocab = loaded.weights.config.vocab;
-    if tokenizer.vocab_size() > vocab {
-        bail!("{}: the tokenizer has {} ids, the model {vocab}", path.display(), tokenizer.vocab_size());
+/// One model, ready: every model embeds, all but encoders generate.
+pub(crate) struct Served {
+    generator: Option<ServedModel>,
+    embedder: ServedEmbedder,
+}
+
+impl Served {
+    /// Lets requests reach the model.
+    pub(crate) fn publish(self, state: &AppState) {
+        state.embedders.insert(self.embedder);
+        if let Some(model) = self.generator {
+            state.models.insert(model);
+        }
     }
-    let template = match &loaded.chat_template {
-        Some(source) => Some(chat_template(source, &tokenizer).context("its chat template")?),
-        None => None,
-    };
+}
+
+/// Loads a .gguf file or a Hugging Face directory and starts its engine.
+pub(crate) fn load(id: &str, path: &Path, share: Share, metrics: &Metrics) -> Result<Served> {
+    let loaded = model::load(path).with_context(|| format!("cannot load the model {}", path.display()))?;
     let pool = Arc::new(Pool::new(share.n_threads));
-    let adapters = load_adapter(loaded.weights.config.clone(), pool.clone());
-    let engine = start_engine(id, loaded, (pool, share), metrics)?;
-    Ok(ServedModel::new(id, crate::now_unix_s(), engine, tokenizer, template).with_adapters(adapters))
+    let text = || format!("cannot load the tokenizer of {}", path.display());
+    let (generator, model, tokenizer) = if loaded.weights.config.block().causal {
+        let tokenizer = tokenizer(&loaded.tokenizer).with_context(text)?;
+        check_vocab(path, tokenizer.vocab_size(), &loaded)?;
+        let template = match &loaded.chat_template {
+            Some(source) => Some(chat_template(source, &tokenizer).context("its chat template")?),
+            None => None,
+        };
+        let model = Arc::new(Transformer::new(loaded.weights, &pool)?);
+        let adapters = load_adapter(model.config().clone(), pool.clone());
+        let engine = start_engine(id, model.clone(), pool.clone(), share, metrics)?;
+        let served = ServedModel::new(id, crate::now_unix_s(), engine, tokenizer.clone(), template);
+        (Some(served.with_adapters(adapters)), model, TextTokenizer::Merges(tokenizer))
+    } else {
+        let TokenizerFiles::Json { tokenizer, .. } = &loaded.tokenizer else {
+            bail!("there is no tokenizer.json beside it");
+        };
+        let tokenizer = WordPiece::from_json(tokenizer).with_context(text)?;
+        check_vocab(path, tokenizer.vocab_size(), &loaded)?;
+        (None, Arc::new(Transformer::new(loaded.weights, &pool)?), TextTokenizer::Pieces(tokenizer))
+    };
+    let embedder = Box::new(ModelEmbedder { model, pool, tokenizer, scratch: Mutex::default() });
+    let embedder = ServedEmbedder { id: id.to_owned(), created: crate::now_unix_s(), embedder };
+    Ok(Served { generator, embedder })
+}
+
+fn check_vocab(path: &Path, n_ids: usize, loaded: &Loaded) -> Result<()> {
+    let vocab = loaded.weights.config.vocab;
+    if n_ids > vocab {
+        bail!("{}: the tokenizer has {n_ids} ids, the model {vocab}", path.display());
+    }
+    Ok(())
 }
 
 /// How adapters of a model of this shape are read.
@@ -54,15 +90,14 @@ fn load_adapter(config: Config, pool: Arc<Pool>) -> Arc<LoadAdapter> {
 
 fn start_engine(
     id: &str,
-    loaded: Loaded,
-    (pool, share): (Arc<Pool>, Share),
+    model: Arc<Transformer>,
+    pool: Arc<Pool>,
+    share: Share,
     metrics: &Metrics,
 ) -> Result<Engine> {
     let limits = EngineLimits::default();
-    // Each matrix's bytes are dropped as soon as it is packed: the file and the packed copy never stand side by side.
-    let llama = Transformer::new(loaded.weights, &pool)?;
-    let context_max = llama.context_max();
-    let runner = ModelRunner::new(llama, pool, KvType::Bf16, share.kv_bytes, limits.max_running)?;
+    let context_max = model.context_max();
+    let runner = ModelRunner::new(model, pool, KvType::Bf16, share.kv_bytes, limits.max_running)?;
     Ok(Engine::start(Box::new(runner), limits, metrics.engine(id, context_max)))
 }
 

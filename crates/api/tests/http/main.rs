@@ -5,6 +5,7 @@ mod answers;
 mod bad_inputs;
 mod client;
 mod connections;
+mod embeddings;
 mod fake;
 mod specification;
 mod structured;

@@ -110,7 +110,8 @@ fn fits_type(wanted: &Value, value: &Value) -> bool {
 #[tokio::test]
 async fn answers_have_the_shapes_of_the_specification() {
     let Some(specification) = Specification::load() else { return };
-    let server = app(fake::state(Limits::default(), Duration::ZERO));
+    let state = fake::state(Limits::default(), Duration::ZERO);
+    let server = app(crate::embeddings::with_counter(state));
     let chat = json!({"model": "chat", "messages": [{"role": "user", "content": "[hé]"}], "n": 2,
         "logprobs": true, "top_logprobs": 2});
     // Without echo: the schema has no null for the first token of a scored prompt, which OpenAI sends.
@@ -133,6 +134,8 @@ async fn answers_have_the_shapes_of_the_specification() {
     specification.check("CreateCompletionResponse", &answer);
     let models = get(&server, "/v1/models").await.json();
     specification.check("ListModelsResponse", &models);
+    let embedding = json!({"model": "counter", "input": ["a", "b"]});
+    specification.check("CreateEmbeddingResponse", &post(&server, "/v1/embeddings", embedding).await.json());
     let refusal = post(&server, "/v1/completions", json!({})).await.json();
     specification.check("ErrorResponse", &refusal);
     let known: BTreeSet<&str> = answer.as_object().unwrap().keys().map(String::as_str).collect();

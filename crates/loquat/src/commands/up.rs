@@ -63,7 +63,7 @@ impl Replica {
         for model in &args.models {
             let path = crate::commands::model::resolve(home, model)?;
             let id = crate::commands::model::name_of(model);
-            state.models.insert(serving::load(&id, &path, share, &state.metrics)?);
+            serving::load(&id, &path, share, &state.metrics)?.publish(&state);
         }
         serve_adapters(&state, args)?;
         state.lifecycle.set_ready();
