@@ -56,10 +56,10 @@ pub(crate) fn load(id: &str, path: &Path, share: Share, metrics: &Metrics) -> Re
             None => None,
         };
         let model = Arc::new(Transformer::new(loaded.weights, &pool)?);
+        let adapters = load_adapter(model.config().clone(), pool.clone());
         let engine = start_engine(id, model.clone(), pool.clone(), share, metrics)?;
         let served = ServedModel::new(id, crate::now_unix_s(), engine, tokenizer.clone(), template);
-        let served = served.with_adapters(load_adapter(model.config().clone(), pool.clone()));
-        (Some(served), model, TextTokenizer::Merges(tokenizer))
+        (Some(served.with_adapters(adapters)), model, TextTokenizer::Merges(tokenizer))
     } else {
         let TokenizerFiles::Json { tokenizer, .. } = &loaded.tokenizer else {
             bail!("there is no tokenizer.json beside it");
@@ -73,19 +73,19 @@ pub(crate) fn load(id: &str, path: &Path, share: Share, metrics: &Metrics) -> Re
     Ok(Served { generator, embedder })
 }
 
-/// How adapters of a model of this shape are read.
-fn load_adapter(config: Config, pool: Arc<Pool>) -> Arc<LoadAdapter> {
-    Arc::new(move |dir| {
-        Adapter::load(dir, &config, &pool).map_err(|error| format!("{:#}", anyhow::Error::from(error)))
-    })
-}
-
 fn check_vocab(path: &Path, n_ids: usize, loaded: &Loaded) -> Result<()> {
     let vocab = loaded.weights.config.vocab;
     if n_ids > vocab {
         bail!("{}: the tokenizer has {n_ids} ids, the model {vocab}", path.display());
     }
     Ok(())
+}
+
+/// How adapters of a model of this shape are read.
+fn load_adapter(config: Config, pool: Arc<Pool>) -> Arc<LoadAdapter> {
+    Arc::new(move |dir| {
+        Adapter::load(dir, &config, &pool).map_err(|error| format!("{:#}", anyhow::Error::from(error)))
+    })
 }
 
 fn start_engine(

@@ -82,12 +82,12 @@ fn stored(architecture: Architecture, name: &str) -> Stored {
     match (architecture, part) {
         (Architecture::Gpt2, Some(Part::Layer(L::Qkv | L::Output | L::Up | L::Down))) => Stored::Transposed,
         (Architecture::Gemma3, Some(Part::FinalNorm)) => Stored::LessOne,
-        (Architecture::Gemma3, Some(Part::Layer(part))) => match part {
-            L::AttentionNorm | L::AttentionPostNorm | L::FfNorm | L::FfPostNorm | L::QNorm | L::KNorm => {
-                Stored::LessOne
-            }
-            _ => Stored::Plain,
-        },
+        (
+            Architecture::Gemma3,
+            Some(Part::Layer(
+                L::AttentionNorm | L::AttentionPostNorm | L::FfNorm | L::FfPostNorm | L::QNorm | L::KNorm,
+            )),
+        ) => Stored::LessOne,
         _ => Stored::Plain,
     }
 }
