@@ -19,7 +19,7 @@ use tokenizer::{GgufVocab, Tokenizer};
 
 const STREAMS: usize = 64;
 const NEW_TOKENS: usize = 64;
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 3;
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -41,11 +41,11 @@ fn main() -> Result<(), Failure> {
         times(&grammars, 1)?
     );
     let constraint = grammars.compile(&Source::JsonSchema(reports(0)))?;
-    check(&engine, &tokenizer, &prompt, &constraint)?;
+    check(&engine, &tokenizer, &prompt, &*constraint)?;
     let (mut free, mut mixed) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         free.push(round(&engine, &prompt, None));
-        mixed.push(round(&engine, &prompt, Some(&constraint)));
+        mixed.push(round(&engine, &prompt, Some(&*constraint)));
     }
     report(&free, &mixed);
     Ok(())
@@ -77,7 +77,7 @@ fn check(
     engine: &Engine,
     tokenizer: &Tokenizer,
     prompt: &[u32],
-    constraint: &Box<dyn Constraint>,
+    constraint: &dyn Constraint,
 ) -> Result<(), Failure> {
     let mut stream = engine.submit(request(prompt, 1, Some(constraint)))?;
     let mut ids = Vec::new();
@@ -90,22 +90,23 @@ fn check(
     let shown = text.replace('\n', " ");
     match serde_json::from_str::<Value>(&text) {
         Err(e) if e.is_eof() => {
-            Ok(println!("an answer begins: {}…", shown.chars().take(150).collect::<String>()))
+            println!("an answer begins: {}…", shown.chars().take(150).collect::<String>());
+            Ok(())
         }
         other => Err(format!("not the beginning of an array: {other:?}: {text}").into()),
     }
 }
 
-fn request(prompt: &[u32], seed: u64, constraint: Option<&Box<dyn Constraint>>) -> Request {
+fn request(prompt: &[u32], seed: u64, constraint: Option<&dyn Constraint>) -> Request {
     let sampling = Sampling { seed, top_p: 0.95, ..Sampling::default() };
     let mut request = Request::new(prompt.to_vec(), NEW_TOKENS, sampling);
-    request.constraint = constraint.cloned();
+    request.constraint = constraint.map(Constraint::fork);
     request.ignore_eos = true;
     request
 }
 
 /// What the steps of 64 streams took, half of them constrained if there is something to constrain them.
-fn round(engine: &Engine, prompt: &[u32], constraint: Option<&Box<dyn Constraint>>) -> Stats {
+fn round(engine: &Engine, prompt: &[u32], constraint: Option<&dyn Constraint>) -> Stats {
     let before = engine.stats();
     let of = |i: usize| constraint.filter(|_| i.is_multiple_of(2));
     let streams: Vec<_> = (0..STREAMS)

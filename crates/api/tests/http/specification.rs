@@ -121,14 +121,19 @@ async fn answers_have_the_shapes_of_the_specification() {
         body["stream_options"] = json!({"include_usage": true});
         body
     };
-    let answer = post(&server, "/v1/chat/completions", chat.clone()).await.json();
-    specification.check("CreateChatCompletionResponse", &answer);
-    for mut chunk in post(&server, "/v1/chat/completions", streamed(chat)).await.events() {
-        // The schema forgets what its description says: null in all chunks but the last.
-        if chunk["usage"].is_null() {
-            chunk.as_object_mut().unwrap().remove("usage");
+    let calls = json!({"model": "random", "messages": [{"role": "user", "content": "x"}], "tool_choice": "required",
+        "tools": [{"type": "function", "function": {"name": "one"}}, {"type": "function", "function": {"name": "two"}}]});
+    for request in [chat, calls] {
+        let answer = post(&server, "/v1/chat/completions", request.clone()).await.json();
+        specification.check("CreateChatCompletionResponse", &answer);
+        assert_eq!(answer["choices"][0]["message"]["tool_calls"].is_array(), request["tools"].is_array());
+        for mut chunk in post(&server, "/v1/chat/completions", streamed(request)).await.events() {
+            // The schema forgets what its description says: null in all chunks but the last.
+            if chunk["usage"].is_null() {
+                chunk.as_object_mut().unwrap().remove("usage");
+            }
+            specification.check("CreateChatCompletionStreamResponse", &chunk);
         }
-        specification.check("CreateChatCompletionStreamResponse", &chunk);
     }
     let answer = post(&server, "/v1/completions", text.clone()).await.json();
     specification.check("CreateCompletionResponse", &answer);
