@@ -144,46 +144,51 @@ pub(super) fn interleave(kind: WeightKind, rows: &[u8], n_in: usize, tile: &mut 
     }
 }
 
-/// Byte `i` of row `r` in word `w`.
-fn byte_at(w: usize, r: usize, i: usize) -> usize {
-    w * WORD_BYTES + 4 * r + i
+/// Where row `r` of word `w` lies.
+fn word_at(w: usize, r: usize) -> std::ops::Range<usize> {
+    w * WORD_BYTES + 4 * r..w * WORD_BYTES + 4 * r + 4
 }
 
-/// Where the bits of input `k` lie: of each part the byte in the group, the shift in the byte and the shift in q.
-fn places(form: Form, k: usize, r: usize) -> [(usize, usize, usize); 2] {
-    let (step, i) = (k / 4, k % 4);
-    match form.bits {
-        8 => [(byte_at(step, r, i), 0, 0); 2],
-        bits => {
-            let upper = match bits {
-                5 => (byte_at(4, r, i), step, 4),
-                6 => (byte_at(4 + step / 4, r, i), 2 * (step % 4), 4),
-                // No upper bits: the low nibble once more.
-                _ => (byte_at(step / 2, r, i), 4 * (step % 2), 0),
-            };
-            [(byte_at(step / 2, r, i), 4 * (step % 2), 0), upper]
-        }
-    }
-}
+/// Low nibbles, fifth bits and fifth and sixth bits of four bytes.
+const NIBBLES: u32 = 0x0f0f_0f0f;
+const ONES: u32 = 0x0101_0101;
+const TWOS: u32 = 0x0303_0303;
 
 fn put_ints(form: Form, q: &[u8; BLOCK], r: usize, out: &mut [u8]) {
-    for (k, &q) in q.iter().enumerate() {
-        let [low, upper] = places(form, k, r);
-        let low_mask = if form.bits == 8 { 255 } else { 15 };
-        out[low.0] |= (q & low_mask) << low.1;
-        if matches!(form.bits, 5 | 6) {
-            out[upper.0] |= (q >> upper.2) << upper.1;
+    // Step w: inputs 4w .. 4w + 4, a byte each.
+    let steps: [u32; 8] =
+        std::array::from_fn(|w| u32::from_le_bytes([q[4 * w], q[4 * w + 1], q[4 * w + 2], q[4 * w + 3]]));
+    let mut put = |w: usize, word: u32| out[word_at(w, r)].copy_from_slice(&word.to_le_bytes());
+    if form.bits == 8 {
+        return steps.into_iter().enumerate().for_each(|(w, word)| put(w, word));
+    }
+    for w in 0..4 {
+        put(w, steps[2 * w] & NIBBLES | (steps[2 * w + 1] & NIBBLES) << 4);
+    }
+    if form.bits == 5 {
+        put(4, (0..8).fold(0, |word, w| word | (steps[w] >> 4 & ONES) << w));
+    }
+    if form.bits == 6 {
+        for p in 0..2 {
+            put(4 + p, (0..4).fold(0, |word, w| word | (steps[4 * p + w] >> 4 & TWOS) << (2 * w)));
         }
     }
 }
 
 fn ints(form: Form, group: &[u8], r: usize) -> [u8; BLOCK] {
-    std::array::from_fn(|k| {
-        let [low, upper] = places(form, k, r);
-        let low_mask = if form.bits == 8 { 255 } else { 15 };
-        let upper_mask = if matches!(form.bits, 5 | 6) { (1 << (form.bits - 4)) - 1 } else { 0 };
-        (group[low.0] >> low.1) & low_mask | ((group[upper.0] >> upper.1) & upper_mask) << upper.2
-    })
+    let word = |w: usize| u32::from_le_bytes(group[word_at(w, r)].try_into().expect("four bytes"));
+    let mut q = [0; BLOCK];
+    for (w, q) in q.chunks_exact_mut(4).enumerate() {
+        let low = || word(w / 2) >> (4 * (w % 2)) & NIBBLES;
+        let step = match form.bits {
+            8 => word(w),
+            5 => low() | (word(4) >> w & ONES) << 4,
+            6 => low() | (word(4 + w / 4) >> (2 * (w % 4)) & TWOS) << 4,
+            _ => low(),
+        };
+        q.copy_from_slice(&step.to_le_bytes());
+    }
+    q
 }
 
 fn put_scales(form: Form, group: &Group, r: usize, g: usize, scales: &mut [u8]) {

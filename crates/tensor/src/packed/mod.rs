@@ -9,6 +9,7 @@
 //! The plain reference is [`WeightKind::dequantize`] and a sum in f64 (see the tests).
 
 mod activations;
+mod arena;
 mod blocks;
 mod dot;
 mod float_kernels;
@@ -27,6 +28,7 @@ use crate::pool::Disjoint;
 use crate::split::piece;
 use crate::{Buf, Pool};
 use activations::Activations;
+use arena::Piece;
 use float_kernels::{FloatTiles, float_tiles, to_pairs, uses_pairs};
 use kernels::{BATCH_TILES, BatchTiles, COLS_MAX, DecodeTile, Sums, TILES_MAX, batch_tiles, decode_tile};
 use layout::{Form, TILE};
@@ -38,7 +40,7 @@ pub struct Packed {
     n_out: usize,
     n_in: usize,
     /// `ceil(n_out / 16)` tiles; rows past `n_out` are zero.
-    tiles: Buf<u8>,
+    tiles: Piece,
 }
 
 /// Memory [`project`] works in, kept between calls so that none allocates after the largest.
@@ -70,7 +72,7 @@ impl Packed {
     /// If `n_in` is no whole number of blocks.
     pub fn zeroed(kind: WeightKind, [n_out, n_in]: [usize; 2]) -> Self {
         assert!(kind.bytes(n_in).is_some_and(|bytes| bytes > 0), "rows of {n_in} are no whole blocks");
-        let tiles = Buf::zeroed(n_out.div_ceil(TILE) * layout::tile_bytes(kind, n_in));
+        let tiles = Piece::zeroed(n_out.div_ceil(TILE) * layout::tile_bytes(kind, n_in));
         Self { kind, n_out, n_in, tiles }
     }
 
