@@ -3,6 +3,7 @@
 mod adapters;
 mod architectures;
 mod embeddings;
+mod gemma;
 
 use std::path::{Path, PathBuf};
 
