@@ -103,16 +103,17 @@ fn greedy_decoding_gives_the_reference_answer() {
             panic!("a token with its log-probability");
         };
         assert_eq!((found, logprobs.top[0].0), (id, id));
-        // Activations of 16 bits move it in the fourth digit after the point; keys and values of
-        // bf16 would move it in the second.
-        assert!((logprobs.logprob - logprob).abs() < 1e-3, "{} instead of {logprob}", logprobs.logprob);
+        // Inputs of 16 bits move it in the third digit after the point; keys and values of bf16
+        // would move it in the second.
+        assert!((logprobs.logprob - logprob).abs() < 5e-3, "{} instead of {logprob}", logprobs.logprob);
     }
 }
 
-/// A draft model that is often wrong: its logits are turned by one id in every third step.
+/// A draft model that is often wrong: its logits are turned by one id in every other step.
 struct Careless {
     inner: ModelRunner,
     logits_rv: Vec<f32>,
+    /// That had logits.
     n_steps: usize,
 }
 
@@ -130,11 +131,11 @@ impl Runner for Careless {
         self.inner.context_max()
     }
     fn step(&mut self, input: &StepInput) -> Result<&[f32], RunnerError> {
-        self.n_steps += 1;
         self.logits_rv.clear();
         self.logits_rv.extend_from_slice(self.inner.step(input)?);
-        if self.n_steps.is_multiple_of(3) {
-            self.logits_rv.rotate_right(1);
+        if !self.logits_rv.is_empty() {
+            self.n_steps += 1;
+            self.logits_rv.rotate_right(self.n_steps % 2);
         }
         Ok(&self.logits_rv)
     }

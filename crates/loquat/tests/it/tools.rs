@@ -140,10 +140,11 @@ fn chat_talks_to_a_server_with_its_key() {
     command.args(["serve", text(&model), "--port", "0", "--api-key", "secret"]);
     let mut server = Running::start(&mut command);
     let client = server.client();
-    let with_key = ["--api-key", "secret", "--max-tokens", "5"];
+    let with_key = ["--api-key", "secret", "--max-tokens", "5", "--temperature", "0"];
     let output = chat(&home, &[&[client.base.as_str()], &with_key[..]].concat(), "hello\n");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("5 written"));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("5 written"), "{said}");
     let url = format!("{}/v1", client.base);
     for (args, word) in [
         (vec![url.as_str(), "--api-key", "wrong"], "401"),

@@ -7,8 +7,9 @@ mod gemma;
 
 use std::path::{Path, PathBuf};
 
-use model::{BLOCK_TOKENS, KvType, Scratch, StepInput, Transformer, gguf};
+use model::{BLOCK_TOKENS, Conversion, KvType, Scratch, StepInput, Transformer, gguf};
 use tensor::Pool;
+use tensor::packed::WeightKind;
 
 /// `../shared` beside the repository, or the path inside the repository.
 fn find(relative: &str) -> Option<PathBuf> {
@@ -70,9 +71,46 @@ fn ids(value: &serde_json::Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }
 
-/// The Q4_1 file against llama.cpp's F32 run of the same weights, which is exact arithmetic but for the rounding of f32:
-/// the same ids, and log-probabilities as near as 16-bit inputs of the weights allow (docs/decisions/0006; llama.cpp on
-/// this file itself: median 0.013, worst 0.25). With a bf16 cache the deviation is that of the cache.
+/// Distances of log-probabilities to those of the reference.
+#[derive(Debug)]
+struct Errors {
+    median: f64,
+    #[expect(dead_code, reason = "printed")]
+    p95: f64,
+    worst: f64,
+}
+
+/// The reference's texts token by token, and how far the top log-probabilities are off. With `same_ids` every token must
+/// be the one this model would choose, too.
+fn errors(
+    llama: &Transformer,
+    pool: &Pool,
+    reference: &serde_json::Value,
+    (kv_type, same_ids): (KvType, bool),
+) -> Errors {
+    let mut errors = Vec::new();
+    for entry in reference["entries"].as_array().unwrap() {
+        let (prompt, output) = (ids(&entry["prompt_ids"]), ids(&entry["output_ids"]));
+        let mut session = Session::new(pool, llama, prompt.len() + output.len(), kv_type);
+        let mut next = prompt;
+        for (i, (&id, token)) in output.iter().zip(entry["tokens"].as_array().unwrap()).enumerate() {
+            let logits = session.feed(&next);
+            assert!(!same_ids || argmax(logits) == id, "output token {i} of {:?}", entry["prompt"]);
+            for top in token["top"].as_array().unwrap() {
+                let (top_id, expected) = (top[0].as_u64().unwrap() as u32, top[1].as_f64().unwrap());
+                errors.push((log_prob(logits, top_id) - expected).abs());
+            }
+            next = vec![id];
+        }
+    }
+    errors.sort_by(f64::total_cmp);
+    let at = |share: usize| errors[(errors.len() - 1) * share / 100];
+    Errors { median: at(50), p95: at(95), worst: at(100) }
+}
+
+/// SmolLM2 in Q4_1 against llama.cpp's F32 run of the same weights, which is exact arithmetic but for the rounding of f32.
+/// Widened to F32, the weights give its numbers to 1e-3. As they are, their inputs have 16 bits (docs/decisions/0006), and
+/// the cache adds its own rounding. llama.cpp on this file: median 0.013, 95th percentile 0.11, worst 0.25.
 #[test]
 fn smollm2_agrees_with_the_reference() {
     let (Some(file), Some(reference)) =
@@ -81,34 +119,22 @@ fn smollm2_agrees_with_the_reference() {
         return;
     };
     let pool = Pool::new(2);
-    let llama = Transformer::new(gguf::read(&file).unwrap().weights, &pool).unwrap();
     let reference: serde_json::Value = serde_json::from_slice(&std::fs::read(reference).unwrap()).unwrap();
-    let caches = [(KvType::F32, 6e-4, 8e-3), (KvType::Bf16, 9e-3, 0.2), (KvType::Int8, 0.05, 0.5)];
-    for (kv_type, median_max, worst_max) in caches {
-        let mut errors = Vec::new();
-        for entry in reference["entries"].as_array().unwrap() {
-            let (prompt, output) = (ids(&entry["prompt_ids"]), ids(&entry["output_ids"]));
-            let mut session = Session::new(&pool, &llama, prompt.len() + output.len(), kv_type);
-            let mut next = prompt;
-            for (i, (&id, token)) in output.iter().zip(entry["tokens"].as_array().unwrap()).enumerate() {
-                let logits = session.feed(&next);
-                if kv_type == KvType::F32 {
-                    assert_eq!(argmax(logits), id, "output token {i} of {:?}", entry["prompt"]);
-                }
-                for top in token["top"].as_array().unwrap() {
-                    let (top_id, expected) = (top[0].as_u64().unwrap() as u32, top[1].as_f64().unwrap());
-                    errors.push((log_prob(logits, top_id) - expected).abs());
-                }
-                next = vec![id];
-            }
-        }
-        errors.sort_by(f64::total_cmp);
-        let [median, p95, worst] = [500, 950, 999].map(|at| errors[errors.len() * at / 1000]);
-        eprintln!(
-            "{kv_type:?} cache: off by {median:.1e} (median), {p95:.1e} (95th percentile), {worst:.1e} (99.9th)"
-        );
-        assert!(median < median_max, "{kv_type:?} cache: the median error is {median}");
-        assert!(errors[errors.len() - 1] < worst_max, "{kv_type:?} cache: the worst error is {worst}");
+    let mut exact = gguf::read(&file).unwrap().weights;
+    exact
+        .convert(Conversion { kind: WeightKind::F32, pure: true, vectors: true }, &pool, &mut |_, _| ())
+        .unwrap();
+    let exact = Transformer::new(exact, &pool).unwrap();
+    let packed = Transformer::new(gguf::read(&file).unwrap().weights, &pool).unwrap();
+    for (what, llama, kv_type, [median_max, worst_max]) in [
+        ("F32", &exact, KvType::F32, [2e-4, 1e-3]),
+        ("Q4_1", &packed, KvType::F32, [6e-4, 8e-3]),
+        ("Q4_1", &packed, KvType::Bf16, [9e-3, 0.2]),
+        ("Q4_1", &packed, KvType::Int8, [0.05, 0.8]),
+    ] {
+        let errors = errors(llama, &pool, &reference, (kv_type, kv_type == KvType::F32));
+        eprintln!("{what} weights, {kv_type:?} cache: {errors:?}");
+        assert!(errors.median < median_max && errors.worst < worst_max, "{what} {kv_type:?}: {errors:?}");
     }
 }
 
