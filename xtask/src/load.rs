@@ -73,7 +73,10 @@ impl Load {
             "temperature": 0, "ignore_eos": true, "stream": true, "stream_options": {"include_usage": true},
         });
         let asked = Instant::now();
-        let mut response = agent.post(format!("{url}/v1/completions")).send(body.to_string())?;
+        let mut response = agent
+            .post(format!("{url}/v1/completions"))
+            .header("content-type", "application/json")
+            .send(body.to_string())?;
         if response.status() != 200 {
             bail!("{}: {}", response.status(), response.body_mut().read_to_string()?);
         }
