@@ -1,6 +1,6 @@
 /** The server's API as this page uses it. */
 
-export type Model = { id: string; is_base: boolean; max_model_len: number };
+export type Model = { id: string; is_base: boolean; embeds_only: boolean; max_model_len: number };
 export type Role = 'system' | 'user' | 'assistant';
 export type Message = { role: Role; content: string };
 export type Usage = { prompt_tokens: number; completion_tokens: number };

@@ -13,7 +13,8 @@ use crate::error::{ApiError, Result};
 use crate::json::Fields;
 use crate::state::{AppState, Models, ServedModel};
 
-/// OpenAI's four fields, then what vLLM adds and clients have come to use, then `is_base` for the console.
+/// OpenAI's four fields, then what vLLM adds and clients have come to use, then `is_base` and
+/// `embeds_only` for the console.
 #[derive(Serialize)]
 pub(crate) struct ModelBody {
     id: String,
@@ -24,6 +25,7 @@ pub(crate) struct ModelBody {
     parent: Option<String>,
     max_model_len: usize,
     is_base: bool,
+    embeds_only: bool,
 }
 
 impl ModelBody {
@@ -37,6 +39,7 @@ impl ModelBody {
             parent: model.parent.clone(),
             max_model_len: model.context_max(),
             is_base: model.is_base,
+            embeds_only: false,
         }
     }
 
@@ -51,6 +54,7 @@ impl ModelBody {
             parent: None,
             max_model_len: model.embedder.context_max(),
             is_base: false,
+            embeds_only: true,
         }
     }
 }

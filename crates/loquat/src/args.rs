@@ -5,6 +5,7 @@ mod tools;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use tools::KvName;
 
 pub(crate) use tools::{
     Bench, Chat, EvalCommand, Export, ExportFormat, ModelCommand, Output, Perplexity, Quantize,
@@ -146,17 +147,34 @@ pub(crate) struct Listen {
     /// Port to listen on; 0 takes a free one.
     #[arg(long, default_value_t = 8080)]
     pub(crate) port: u16,
-    #[arg(long)]
+    #[arg(long, short = 't')]
     pub(crate) threads: Option<usize>,
     /// Memory for keys and values of running sequences, in MiB, for each model.
     #[arg(long, default_value_t = 256)]
     pub(crate) kv_mib: usize,
+    /// How keys and values are kept.
+    #[arg(long, alias = "cache-type-k", value_enum, default_value_t = KvName::Bf16)]
+    pub(crate) kv_cache_dtype: KvName,
+    /// Sequences that each model computes at the same time; more wait.
+    #[arg(long, alias = "parallel", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=512))]
+    pub(crate) max_num_seqs: u32,
+    /// Guess so many tokens ahead from what stands in the text already. Changes how fast answers come, never what they say.
+    #[arg(long, value_name = "TOKENS", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=16))]
+    pub(crate) prompt_lookup: u32,
 }
 
 impl Listen {
     /// For a server that only this process uses.
     pub(crate) fn local(threads: Option<usize>, kv_mib: usize) -> Listen {
-        Listen { host: "127.0.0.1".to_owned(), port: 0, threads, kv_mib }
+        Listen {
+            host: "127.0.0.1".to_owned(),
+            port: 0,
+            threads,
+            kv_mib,
+            kv_cache_dtype: KvName::Bf16,
+            max_num_seqs: 1,
+            prompt_lookup: 0,
+        }
     }
 }
 
@@ -165,6 +183,9 @@ pub(crate) struct Serve {
     /// A .gguf file, a Hugging Face directory or the name of a model kept here.
     #[arg(required = true)]
     pub(crate) models: Vec<String>,
+    /// What clients call the (first) model, instead of its file's name.
+    #[arg(long, alias = "alias")]
+    pub(crate) served_model_name: Option<String>,
     /// Clients must send this key; without it the service is open to whoever reaches the address.
     #[arg(long, env = "LOQUAT_API_KEY")]
     pub(crate) api_key: Option<String>,

@@ -7,7 +7,7 @@ use crate::args::Listen;
 use crate::embedder::{ModelEmbedder, TextTokenizer};
 use anyhow::{Context, Result, bail};
 use api::{AppState, LoadAdapter, ServedEmbedder, ServedModel};
-use engine::{Engine, EngineLimits, ModelRunner};
+use engine::{Engine, EngineLimits, ModelRunner, Speculation};
 use model::{Adapter, Config, KvType, Loaded, TokenizerFiles, Transformer};
 use telemetry::Metrics;
 use tensor::Pool;
@@ -17,13 +17,26 @@ use tokenizer::{ChatTemplate, GgufVocab, Tokenizer, WordPiece};
 #[derive(Clone, Copy)]
 pub(crate) struct Share {
     pub(crate) n_threads: usize,
-    pub(crate) kv_bytes: usize,
+    kv_bytes: usize,
+    kv_type: KvType,
+    max_running: usize,
+    speculation: Speculation,
 }
 
 impl Share {
     pub(crate) fn of(listen: &Listen) -> Share {
         let n_threads = listen.threads.unwrap_or_else(crate::n_threads);
-        Share { n_threads, kv_bytes: listen.kv_mib << 20 }
+        let speculation = match listen.prompt_lookup {
+            0 => Speculation::Off,
+            k_max => Speculation::PromptLookup { k_max: k_max as usize },
+        };
+        Share {
+            n_threads,
+            kv_bytes: listen.kv_mib << 20,
+            kv_type: listen.kv_cache_dtype.kv_type(),
+            max_running: listen.max_num_seqs as usize,
+            speculation,
+        }
     }
 }
 
@@ -95,9 +108,10 @@ fn start_engine(
     share: Share,
     metrics: &Metrics,
 ) -> Result<Engine> {
-    let limits = EngineLimits::default();
+    let Share { kv_bytes, kv_type, max_running, speculation, .. } = share;
+    let limits = EngineLimits { max_running, speculation, ..EngineLimits::default() };
     let context_max = model.context_max();
-    let runner = ModelRunner::new(model, pool, KvType::Bf16, share.kv_bytes, limits.max_running)?;
+    let runner = ModelRunner::new(model, pool, kv_type, kv_bytes, max_running)?;
     Ok(Engine::start(Box::new(runner), limits, metrics.engine(id, context_max)))
 }
 

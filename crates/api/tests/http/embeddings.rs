@@ -121,6 +121,7 @@ async fn it_is_listed_and_cannot_chat() {
     let listed =
         list["data"].as_array().unwrap().iter().find(|model| model["id"] == "counter").unwrap().clone();
     assert_eq!(listed["max_model_len"], CONTEXT_MAX);
+    assert_eq!(listed["embeds_only"], true);
     assert_eq!(get(&server(), "/v1/models/counter").await.json(), listed);
     let chat = json!({"model": "counter", "messages": [{"role": "user", "content": "hi"}]});
     assert_eq!(post(&server(), "/v1/chat/completions", chat).await.status, StatusCode::NOT_FOUND);

@@ -60,9 +60,9 @@ impl Replica {
         });
         let http = Http::start(&state, &args.listen)?;
         let share = Share::of(&args.listen);
-        for model in &args.models {
+        for (i, model) in args.models.iter().enumerate() {
             let path = crate::commands::model::resolve(home, model)?;
-            let id = crate::commands::model::name_of(model);
+            let id = served_name(args, i);
             serving::load(&id, &path, share, &state.metrics)?.publish(&state);
         }
         serve_adapters(&state, args)?;
@@ -80,9 +80,19 @@ impl Replica {
     }
 }
 
+/// What clients call model `i`.
+fn served_name(args: &args::Serve, i: usize) -> String {
+    match &args.served_model_name {
+        Some(name) if i == 0 => name.clone(),
+        _ => crate::commands::model::name_of(&args.models[i]),
+    }
+}
+
 fn serve_adapters(state: &AppState, args: &args::Serve) -> Result<()> {
-    let base = args.models.first().map(|model| crate::commands::model::name_of(model));
-    let base = base.and_then(|id| state.models.get(&id)).context("there is no model to adapt")?;
+    if args.lora_modules.is_empty() {
+        return Ok(());
+    }
+    let base = state.models.get(&served_name(args, 0)).context("there is no model to adapt")?;
     for module in &args.lora_modules {
         let (name, dir) =
             module.split_once('=').with_context(|| format!("--lora-modules {module}: not NAME=DIRECTORY"))?;

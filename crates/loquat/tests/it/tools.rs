@@ -289,3 +289,26 @@ fn the_gguf_package_reads_what_we_write() {
     assert!((theirs_sum / sums(down) - 1.0).abs() < 1e-6, "{theirs_sum} {}", sums(down));
     assert_eq!(theirs["sums"].as_object().unwrap().len(), ours.weights.tensors.len());
 }
+
+/// The flags under the names that llama-server and vLLM give them, and adapters of the served model.
+#[test]
+fn serve_takes_the_flags_of_its_peers() {
+    let dir = tempfile::tempdir().unwrap();
+    let golden = root().join("fixtures/golden");
+    let (home, model) = (dir.path().join("home"), tiny::directory(dir.path(), "tiny"));
+    let adapter = format!("misfit={}", golden.join("adapters/llama_all").display());
+    let refused = loquat(&home)
+        .args(["serve", text(&model), "--port", "0", "--lora-modules", &adapter])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success() && said.contains("llama_all") && said.contains("lora_A"), "{said}");
+    let mut command = loquat(&home);
+    command.args(["serve", text(&model), "--port", "0", "-t", "1", "--alias", "mine", "--parallel", "2"]);
+    command.args(["--cache-type-k", "q8_0", "--prompt-lookup", "4", "--api-key", "secret"]);
+    let mut server = Running::start(&mut command);
+    let client = server.client();
+    let output = chat(&home, &[client.base.as_str(), "--api-key", "secret", "--max-tokens", "5"], "hello\n");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("mine"), "{said}");
+}

@@ -74,6 +74,7 @@ impl Partner {
         let listen = Listen::local(args.threads, args.kv_mib);
         let serve = args::Serve {
             models: vec![model.to_owned()],
+            served_model_name: None,
             api_key: Some(key.clone()),
             lora_modules: Vec::new(),
             allow_runtime_lora: false,
