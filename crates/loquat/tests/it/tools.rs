@@ -308,7 +308,11 @@ fn serve_takes_the_flags_of_its_peers() {
     command.args(["--cache-type-k", "q8_0", "--prompt-lookup", "4", "--api-key", "secret"]);
     let mut server = Running::start(&mut command);
     let client = server.client();
-    let output = chat(&home, &[client.base.as_str(), "--api-key", "secret", "--max-tokens", "5"], "hello\n");
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && said.contains("mine"), "{said}");
+    // Only the name it was given is known there.
+    for (name, known) in [("mine", true), ("tiny", false)] {
+        let args = [client.base.as_str(), "--api-key", "secret", "--server-model", name, "--max-tokens", "5"];
+        let output = chat(&home, &args, "hello\n");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.success(), known, "{name}: {said}");
+    }
 }
