@@ -127,6 +127,10 @@ fn chains<S: Simd, W: Word, const R: usize, const C: usize>(
     for word in 0..n_whole {
         let mut w = [[s.zero(); 2]; R];
         for r in 0..R {
+            if c == 0 {
+                // The tiles that come next.
+                s.prefetch(tiles[r].wrapping_add(word * W::BYTES + task.tiles.len()).cast());
+            }
             // SAFETY: a register of the 16 rows of a word of the tile.
             w[r] = unsafe { W::load(s, tiles[r].add(word * W::BYTES)) };
         }

@@ -14,7 +14,7 @@ use super::dot::{Dot, STEPS, X_BYTES};
 use super::groups::{affine, ints};
 use super::kind::BLOCK;
 use super::layout::{Form, TILE};
-use crate::simd::dispatch;
+use crate::simd::{Simd, dispatch};
 
 /// Columns a task takes at a time: their sums (32 rows × 48 × 4 B = 6 KiB) stay in L1, their inputs in L2. A multiple of
 /// every step of columns below.
@@ -73,7 +73,7 @@ fn decode<S: Dot, const BITS: usize, const MIN: bool, const K: bool>(
     let mut acc = s.zero();
     for (g, group) in ints_part.chunks_exact(group_bytes).enumerate() {
         let x = task.x.block(g, 0..1);
-        prefetch(group);
+        prefetch(s, task.tile, task.tile.len(), [g, task.n_in / BLOCK]);
         // SAFETY: LANES rows from `row` on of a group, and of its scales.
         let (q, (a, b)) = unsafe {
             (
@@ -115,22 +115,18 @@ fn offset<const PARTS: usize>(zero: i32, x: &Block<'_>, c: usize, part: usize) -
     -zero * sum
 }
 
-/// How far ahead of the kernel the stream of weights is asked for.
-const PREFETCH_BYTES: usize = 2048;
-
-/// Asks for the cache lines that lie [`PREFETCH_BYTES`] after `group`. Past the end of the weights it does nothing harmful.
+/// Asks for the part of the tile `ahead` bytes after `tile` that falls to group `g` of `n_groups`: by the time the kernel
+/// comes there, the groups have asked for all of it, integers and scales. Past the end of the weights it does no harm.
 #[inline(always)]
-fn prefetch(group: &[u8]) {
-    #[cfg(target_arch = "x86_64")]
-    for line in 0..group.len().div_ceil(64) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        let ahead = group.as_ptr().wrapping_add(PREFETCH_BYTES + 64 * line);
-        // SAFETY: a prefetch never faults and changes no memory.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.cast()) };
+fn prefetch<S: Simd>(s: S, tile: &[u8], ahead: usize, [g, n_groups]: [usize; 2]) {
+    let share = tile.len() / n_groups;
+    for line in (0..share).step_by(LINE_BYTES) {
+        s.prefetch(tile.as_ptr().wrapping_add(ahead + g * share + line).cast());
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = group;
 }
+
+/// A cache line.
+const LINE_BYTES: usize = 64;
 
 /// Up to [`BATCH_TILES`] tiles times several columns of quantized inputs.
 pub(super) struct BatchTiles<'a> {
@@ -232,10 +228,10 @@ fn widen<S: Dot, const R: usize, const BITS: usize>(
     let tile_bytes = task.tiles.len() / task.n_tiles;
     for r in 0..R {
         let (tile, row) = (tile + r * S::LANES / TILE, r * S::LANES % TILE);
-        let (ints_part, scales) =
-            task.tiles[tile * tile_bytes..][..tile_bytes].split_at(form.ints_bytes(task.n_in));
+        let bytes = &task.tiles[tile * tile_bytes..][..tile_bytes];
+        let (ints_part, scales) = bytes.split_at(form.ints_bytes(task.n_in));
         let group = &ints_part[g * form.group_bytes()..][..form.group_bytes()];
-        prefetch(group);
+        prefetch(s, bytes, task.tiles.len(), [g, task.n_in / BLOCK]);
         // SAFETY: LANES rows from `row` on of a group, and of its scales; `w` has room for R registers.
         unsafe {
             let q = ints::<S, BITS>(s, group.as_ptr().add(4 * row));
