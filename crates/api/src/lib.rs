@@ -37,6 +37,7 @@ mod stall;
 mod state;
 mod stop;
 mod structured;
+mod tokenize;
 mod tools;
 
 pub use embeddings::{Embedder, Embedders, ServedEmbedder};

@@ -34,7 +34,9 @@ pub(crate) fn read_messages(fields: Fields, model: &ServedModel, tools: &[Value]
     }
     let n_bytes: usize = clean.iter().filter_map(|m| m["content"].as_str()).map(str::len).sum();
     refuse_hopeless(n_bytes, model, "messages")?;
-    let input = ChatInput { messages: &clean, tools, add_generation_prompt: true, ..ChatInput::default() };
+    // vLLM's; a chat ends with what makes the assistant speak.
+    let add_generation_prompt = fields.flag_or("add_generation_prompt", true)?;
+    let input = ChatInput { messages: &clean, tools, add_generation_prompt, ..ChatInput::default() };
     let tokens = model.template.encode_input(&model.tokenizer, &input).map_err(|e| {
         // The template's own refusals ("roles must alternate") are meant for whoever wrote the messages.
         ApiError::invalid("messages", echo(&e.to_string()))
