@@ -7,6 +7,7 @@ mod demo;
 mod fuzz;
 mod hub;
 mod kill;
+mod serve;
 mod support;
 mod tiny;
 mod tools;
