@@ -14,6 +14,7 @@
 mod adapters;
 mod auth;
 mod body;
+mod calls;
 mod chat;
 mod choice;
 mod completions;

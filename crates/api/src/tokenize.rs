@@ -83,8 +83,8 @@ fn piece(model: &ServedModel, id: u32) -> PieceBody<'_> {
 /// The ids of `content` (llama-server), `prompt` or `messages` (vLLM).
 fn read_tokens(fields: Fields, model: &ServedModel) -> Result<Vec<u32>> {
     if fields.get("messages").is_some() {
-        let declared = tools::read(fields)?.map_or(Vec::new(), |(tools, _)| tools.declared);
-        return Ok(prompt::read_messages(fields, model, &declared)?.tokens);
+        let tools = tools::read(fields)?.map(|(tools, _)| tools);
+        return Ok(prompt::read_messages(fields, model, tools.as_ref())?.tokens);
     }
     let (content, prompt) = (fields.text("content")?, fields.text("prompt")?);
     let text = match (content, prompt) {
