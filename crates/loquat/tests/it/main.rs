@@ -7,6 +7,8 @@ mod demo;
 mod fuzz;
 mod hub;
 mod kill;
+#[cfg(feature = "long")]
+mod peers;
 mod serve;
 mod support;
 mod tiny;
