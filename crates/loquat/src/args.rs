@@ -10,7 +10,7 @@ use tools::KvName;
 
 pub(crate) use serve::{Guess, Serve, spelled_out};
 pub(crate) use tools::{
-    Bench, Chat, EvalCommand, Export, ExportFormat, ModelCommand, Output, Perplexity, Quantize,
+    Bench, Chat, EvalCommand, Export, ExportFormat, ModelCommand, Output, Perplexity, Quantize, Tasks,
 };
 
 /// The infrastructure behind a ChatGPT, whole, in one program.
