@@ -110,7 +110,8 @@ impl Task {
 
 fn usual_delimiter(first: &Item) -> &'static str {
     let Item::Choice { context, .. } = first else { return " " };
-    let asks = ["Question:", "Passage:"].iter().any(|word| context.starts_with(word));
+    let starts = ["Question:", "Passage:"].iter().any(|word| context.starts_with(word));
+    let asks = starts || context.contains("\nQuestion:");
     if asks && !context.trim_end().ends_with("Answer:") { "\nAnswer: " } else { " " }
 }
 

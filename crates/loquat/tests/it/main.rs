@@ -4,6 +4,7 @@
 mod bad_input;
 mod clients;
 mod demo;
+mod evals;
 mod fuzz;
 mod hub;
 mod kill;

@@ -207,3 +207,46 @@ fn write_golden(name: &str, path: &Path) {
     let mut file = BufWriter::new(File::create(path).unwrap());
     gguf::write(&mut file, &loaded.weights, extras).unwrap();
 }
+
+/// The same accuracies as an evaluation of one sequence at a time by transformers, on a hundred items of each form.
+#[test]
+fn accuracies_are_those_of_the_reference() {
+    let Some(python) = peer("LOQUAT_PEERS_PYTHON", "var/venv-peers/bin/python") else { return };
+    let data = root().join("../shared/data/eval/core");
+    let Some(chat) = chat_model().filter(|_| data.exists()) else {
+        eprintln!("SKIPPED: {} is missing", data.display());
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("smollm2");
+    let model = model.to_str().unwrap();
+    succeed(dir.path(), &["model", "export", chat.to_str().unwrap(), model]);
+    for (name, limit, delimiter) in
+        [("arc_easy", 100, "\nAnswer: "), ("winograd_wsc", 100, " "), ("bigbench_qa_wikidata", 100, " ")]
+    {
+        let packed = data.join(format!("{name}.jsonl.gz"));
+        let file = dir.path().join(format!("{name}.jsonl"));
+        let unpack =
+            Command::new("gzip").arg("-dc").arg(&packed).stdout(File::create(&file).unwrap()).status();
+        assert!(unpack.unwrap().success());
+        let limit = limit.to_string();
+        let output = Command::new(&python)
+            .args(["tests/reference_eval.py", model, file.to_str().unwrap(), &limit, delimiter])
+            .current_dir(root())
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let theirs: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let packed = packed.to_str().unwrap();
+        let args = ["eval", "tasks", model, packed, "--limit", &limit, "--kv", "f32", "--json"];
+        let ours: Value = serde_json::from_str(&succeed(dir.path(), &args)).unwrap();
+        assert_eq!(ours["delimiter"], delimiter);
+        for (metric, theirs) in theirs.as_object().unwrap() {
+            let found = ours["metrics"].as_array().unwrap().iter().find(|m| m["name"] == **metric).unwrap();
+            eprintln!("{name}: {found}, by transformers {theirs}");
+            let off = |key: &str| (found[key].as_f64().unwrap() - theirs[key].as_f64().unwrap()).abs();
+            // One near-tie in a hundred may fall the other way.
+            assert!(off("value") < 0.0101 && off("stderr") < 0.002, "{name}, {metric}: {found} and {theirs}");
+        }
+    }
+}
