@@ -41,7 +41,7 @@ pub enum Form {
     Lettered,
     /// `context_options`, `continuation`, `gold`: Winograd.
     Schema,
-    /// `context`, `continuation`: Jeopardy, LAMBADA, arithmetic.
+    /// `context`, `continuation` (Jeopardy, LAMBADA, arithmetic) or `input`, `target` (BIG-Bench Hard).
     LanguageModeling,
     /// `context`, `answer`, `aliases`: TriviaQA.
     Aliases,
@@ -50,12 +50,13 @@ pub enum Form {
 }
 
 /// Fields that tell a form from all others, the most telling first.
-const FORMS: [(&[&str], Form); 8] = [
+const FORMS: [(&[&str], Form); 9] = [
     (&["context_options", "continuation"], Form::Schema),
     (&["ctx_a", "ctx_b", "endings"], Form::HellaSwag),
     (&["query", "choices"], Form::MultipleChoice),
     (&["question", "choices"], Form::Lettered),
     (&["context", "continuation"], Form::LanguageModeling),
+    (&["input", "target"], Form::LanguageModeling),
     (&["context", "answer", "aliases"], Form::Aliases),
     (&["context", "answer"], Form::Number),
     (&["question", "answer"], Form::Number),
@@ -81,11 +82,13 @@ impl Form {
             Form::Schema => {
                 let contexts = read_choices(line, "context_options")?;
                 let gold = line.index("gold", contexts.len())?;
-                Ok(Item::Schema { contexts, continuation: read_continuation(line)?, gold })
+                Ok(Item::Schema { contexts, continuation: read_continuation(line, "continuation")?, gold })
             }
             Form::LanguageModeling => {
-                let (context, continuation) = (line.text("context")?.to_owned(), read_continuation(line)?);
-                Ok(Item::Continuation { context, continuation })
+                let named = line.has("context");
+                let names = if named { ["context", "continuation"] } else { ["input", "target"] };
+                let context = line.text(names[0])?.to_owned();
+                Ok(Item::Continuation { context, continuation: read_continuation(line, names[1])? })
             }
             Form::Aliases => {
                 let answer = line.text("answer")?;
@@ -107,9 +110,9 @@ fn read_choices(line: &Line, field: &str) -> Result<Vec<String>> {
     }
 }
 
-fn read_continuation(line: &Line) -> Result<String> {
-    match line.text("continuation")? {
-        "" => Err(line.bad_field("continuation", "it is empty")),
+fn read_continuation(line: &Line, field: &str) -> Result<String> {
+    match line.text(field)? {
+        "" => Err(line.bad_field(field, "it is empty")),
         text => Ok(text.to_owned()),
     }
 }
@@ -214,6 +217,8 @@ mod tests {
         );
         let (form, _) = read(json!({"context_options": ["a", "b"], "continuation": "c", "gold": 0})).unwrap();
         assert_eq!(form, Form::Schema);
+        let (_, item) = read(json!({"task": "t", "input": "True is", "target": "True"})).unwrap();
+        assert_eq!(item, Item::Continuation { context: "True is".into(), continuation: "True".into() });
         let (_, item) = read(json!({"question": "2+2?", "answer": "Two and two.\n#### 4"})).unwrap();
         let (context, worked) = ("Question: 2+2?\nAnswer:".into(), "Two and two.\n#### 4".into());
         assert_eq!(item, Item::Answer { context, worked, expected: Expected::Number("4".into()) });
