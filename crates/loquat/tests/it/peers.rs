@@ -6,6 +6,7 @@ use std::io::BufWriter;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use model::{BLOCK_TOKENS, Conversion, KvType, Scratch, StepInput, Transformer, gguf, hf};
@@ -193,7 +194,7 @@ fn llama_cpp_reads_our_gguf_files() {
 fn write_golden(name: &str, path: &Path) {
     let mut loaded = model::load(&root().join("fixtures/golden/models").join(name)).unwrap();
     let exact = Conversion { kind: WeightKind::F32, pure: true, vectors: false };
-    loaded.weights.convert(exact, &Pool::new(1), &mut |_, _| ()).unwrap();
+    loaded.weights.convert(exact, &Arc::new(Pool::new(1)));
     let tokens = (0..loaded.weights.config.vocab).map(|id| format!("t{id}")).collect();
     let vocab = gguf::Vocab {
         model: "gpt2".into(),
