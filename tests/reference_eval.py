@@ -16,16 +16,16 @@ model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eva
 
 
 def logprob(context, continuation):
-    """Of the continuation. Spaces at the context's end are its own."""
+    """Of the continuation, and whether it is what the model would say. Spaces at the context's end are its own."""
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
     whole = tokenizer(context + continuation).input_ids
     n_context = len(tokenizer(context).input_ids)
     with torch.no_grad():
-        logprobs = model(torch.tensor([whole[:-1]])).logits[0].log_softmax(-1)
+        logits = model(torch.tensor([whole[:-1]]), logits_to_keep=len(whole) - n_context).logits[0]
+    logprobs = logits.log_softmax(-1)
     told = torch.tensor(whole[n_context:])
-    logprobs = logprobs[n_context - 1:]
     return logprobs.gather(1, told[:, None]).sum().item(), bool((logprobs.argmax(-1) == told).all())
 
 
