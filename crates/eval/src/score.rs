@@ -16,27 +16,27 @@ pub struct Metric {
 pub(crate) struct Tally {
     name: &'static str,
     n: usize,
-    mean: f64,
-    /// Sum of squared distances from the mean (Welford).
-    squares: f64,
+    sum: f64,
+    sum_of_squares: f64,
 }
 
 impl Tally {
     pub(crate) fn new(name: &'static str) -> Tally {
-        Tally { name, n: 0, mean: 0.0, squares: 0.0 }
+        Tally { name, n: 0, sum: 0.0, sum_of_squares: 0.0 }
     }
 
     pub(crate) fn add(&mut self, value: f64) {
         self.n += 1;
-        let before = value - self.mean;
-        self.mean += before / self.n as f64;
-        self.squares += before * (value - self.mean);
+        self.sum += value;
+        self.sum_of_squares += value * value;
     }
 
     pub(crate) fn metric(&self) -> Metric {
         let n = self.n as f64;
-        let stderr = if self.n < 2 { 0.0 } else { (self.squares / (n - 1.0) / n).sqrt() };
-        Metric { name: self.name, value: self.mean, stderr }
+        let mean = self.sum / n.max(1.0);
+        let squares = (self.sum_of_squares - n * mean * mean).max(0.0);
+        let stderr = if self.n < 2 { 0.0 } else { (squares / (n - 1.0) / n).sqrt() };
+        Metric { name: self.name, value: mean, stderr }
     }
 }
 
