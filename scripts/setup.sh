@@ -142,3 +142,14 @@ fetch_test_models() {
     rm -rf var/cache/minilm var/cache/minilm.whl
   fi
 }
+
+# PyTorch and transformers, which read our files in the long tests: 6 GB, in an environment of their own. A Python that
+# has them may be named by LOQUAT_PEERS_PYTHON instead. llama.cpp takes ten minutes to build; its llama-server is used
+# where LLAMA_SERVER names it or var/llama/bin has it.
+install_peers() {
+  [ -n "${LOQUAT_PEERS_PYTHON:-}" ] || [ -e var/venv-peers/.complete ] && return
+  say "installing PyTorch and transformers (6 GB)"
+  python3 -m venv var/venv-peers &&
+    var/venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.15.0 transformers==5.24.0 &&
+    touch var/venv-peers/.complete
+}

@@ -19,6 +19,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("model", &["tensor"]),
     // The tokenizer: a run writes samples of text as it learns.
     ("train", &["data", "model", "tensor", "comm", "store", "tokenizer"]),
+    // Without the engine, so that training can use it, too.
+    ("eval", &["model", "tensor", "tokenizer"]),
     ("engine", &["model", "tensor", "telemetry"]),
     ("control", &["telemetry"]),
     ("constrain", &["engine", "tokenizer"]),
@@ -31,6 +33,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "control",
             "data",
             "engine",
+            "eval",
             "model",
             "store",
             "telemetry",

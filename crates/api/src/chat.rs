@@ -10,6 +10,7 @@ use std::sync::Arc;
 use tokenizer::Tokenizer;
 
 use crate::body;
+use crate::calls::{CallReader, SPOKEN, Said};
 use crate::choice::{Finish, Piece};
 use crate::error::{ApiError, Result};
 use crate::generate::{self, Chunks, Envelope, Head, UsageBody, Whole, event};
@@ -32,8 +33,7 @@ pub(crate) async fn create(
         let fields = Fields(&map);
         let model = models::named(&models, fields)?;
         let (options, tools) = read_options(fields, &model)?;
-        let declared = tools.as_ref().map_or(&[][..], |tools| &tools.declared);
-        let prompt = prompt::read_messages(fields, &model, declared)?;
+        let prompt = prompt::read_messages(fields, &model, tools.as_ref())?;
         Ok((model, options, prompt, tools.map_or(Call::None, |tools| tools.call)))
     };
     let (model, mut options, prompt, call): (Arc<ServedModel>, Options, Prompt, Call) =
@@ -53,8 +53,8 @@ pub(crate) async fn create(
             head,
             tokenizer: model.tokenizer.clone(),
             logprobs: options.logprobs.is_some(),
+            readers: (0..options.n).map(|_| (call.reader(), 0)).collect(),
             call,
-            held: vec![String::new(); options.n],
         };
         return Ok(generate::stream(chunks, choices, &options, state.limits.keep_alive));
     }
@@ -90,6 +90,10 @@ fn read_options(fields: Fields, model: &ServedModel) -> Result<(Options, Option<
         options.max_tokens_field = "max_completion_tokens";
     }
     options.logprobs = read_logprobs(fields)?;
+    if tools.as_ref().is_some_and(|tools| tools.free) {
+        let ids = SPOKEN.iter().filter_map(|word| model.tokenizer.id_of(word));
+        options.spoken_ids = ids.collect();
+    }
     // A base model does not end its turn, it goes on with the next one.
     options.stops.extend(model.template.stop().map(str::to_owned));
     Ok((options, tools))
@@ -126,21 +130,38 @@ struct Message {
     role: &'static str,
     content: Option<String>,
     refusal: Value,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    tool_calls: Option<[ToolCall; 1]>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<ToolCall>,
 }
 
 impl Message {
-    fn new(text: String, call: Option<ToolCall>) -> Message {
-        let content = call.is_none().then_some(text);
-        Message { role: "assistant", content, refusal: Value::Null, tool_calls: call.map(|call| [call]) }
+    /// The answer `text` and the reader that has seen all of it.
+    fn new(call: &Call, reader: &mut CallReader, text: String, id: impl Fn(usize) -> String) -> Message {
+        let (content, tool_calls) = match call {
+            Call::None => (Some(text), Vec::new()),
+            Call::Of(name) => (None, vec![ToolCall::new(id(0), name, &text)]),
+            Call::Read { .. } => {
+                let mut content = String::new();
+                let mut calls = Vec::new();
+                let said = reader.push(&text).into_iter().chain(reader.finish());
+                said.for_each(|said| match said {
+                    Said::Text(text) => content.push_str(&text),
+                    Said::Call { name, arguments } => {
+                        calls.push(ToolCall::new(id(calls.len()), &name, &arguments));
+                    }
+                });
+                // Beside a call, no text is `null`.
+                (Some(content).filter(|text| calls.is_empty() || !text.trim().is_empty()), calls)
+            }
+        };
+        Message { role: "assistant", content, refusal: Value::Null, tool_calls }
     }
 }
 
-/// OpenAI's word for the end of an answer that calls a function: a call of one the client named just stops.
-fn finish(call: &Call, reason: Finish) -> Finish {
-    match (call, reason) {
-        (Call::Any, Finish::Stop) => Finish::ToolCalls,
+/// OpenAI's word for the end of an answer that calls functions: a call of one the client named just stops.
+fn finish(reader: &CallReader, reason: Finish) -> Finish {
+    match reason {
+        Finish::Stop if reader.has_called() => Finish::ToolCalls,
         _ => reason,
     }
 }
@@ -171,14 +192,13 @@ fn whole(head: &Head, tokenizer: &Tokenizer, answers: Vec<Whole>, wanted: &Wante
     let mut choices = Vec::with_capacity(answers.len());
     for (index, answer) in answers.into_iter().enumerate() {
         usage.add(answer.usage, index == 0);
+        let mut reader = call.reader();
+        let message = Message::new(call, &mut reader, answer.text, |n| call_id(head, index, n));
         choices.push(ChatChoice {
             index,
+            message,
             logprobs: logprobs.then(|| crate::logprobs::ChatLogprobs::new(tokenizer, &answer.tokens)),
-            finish_reason: finish(call, answer.finish),
-            message: {
-                let called = ToolCall::parse(call, call_id(head, index), &answer.text);
-                Message::new(answer.text, called)
-            },
+            finish_reason: finish(&reader, answer.finish),
         });
     }
     let envelope = head.envelope(&choices, Some(usage));
@@ -186,8 +206,8 @@ fn whole(head: &Head, tokenizer: &Tokenizer, answers: Vec<Whole>, wanted: &Wante
 }
 
 /// Unique in its conversation, which is all that clients ask of it.
-fn call_id(head: &Head, index: usize) -> String {
-    format!("call_{}{index}", head.id.trim_start_matches("chatcmpl-"))
+fn call_id(head: &Head, index: usize, n: usize) -> String {
+    format!("call_{}{index}{n}", head.id.trim_start_matches("chatcmpl-"))
 }
 
 struct ChatChunks {
@@ -195,8 +215,8 @@ struct ChatChunks {
     tokenizer: Tokenizer,
     logprobs: bool,
     call: Call,
-    /// Of each answer that may call any function: its text so far. Which one it calls is sent first.
-    held: Vec<String>,
+    /// One for each answer, and how many calls of it were sent.
+    readers: Vec<(CallReader, usize)>,
 }
 
 #[derive(Serialize)]
@@ -228,16 +248,28 @@ impl Delta {
 }
 
 impl ChatChunks {
-    /// What a piece of text says, if it can be said yet.
-    fn delta(&mut self, index: usize, text: String, is_last: bool) -> Option<Delta> {
+    /// What can be said once `text` is known.
+    fn deltas(&mut self, index: usize, text: String, is_last: bool) -> Vec<Delta> {
+        let (reader, n_calls) = &mut self.readers[index];
         match &self.call {
-            Call::None => Some(Delta::content(text)),
-            Call::Of(_) => Some(Delta::call(ToolCall::more(text))),
-            Call::Any => {
-                self.held[index].push_str(&text);
-                let text = is_last.then(|| std::mem::take(&mut self.held[index]))?;
-                let call = ToolCall::parse(&self.call, call_id(&self.head, index), &text);
-                Some(call.map_or_else(|| Delta::content(text), |call| Delta::call(call.in_stream())))
+            Call::None if text.is_empty() => Vec::new(),
+            Call::None => vec![Delta::content(text)],
+            Call::Of(_) => vec![Delta::call(ToolCall::more(text))],
+            Call::Read { .. } => {
+                let mut said = reader.push(&text);
+                if is_last {
+                    said.extend(reader.finish());
+                }
+                let head = &self.head;
+                let mut delta = |said| match said {
+                    Said::Text(text) => Delta::content(text),
+                    Said::Call { name, arguments } => {
+                        let call = ToolCall::new(call_id(head, index, *n_calls), &name, &arguments);
+                        *n_calls += 1;
+                        Delta::call(call.in_stream(*n_calls - 1))
+                    }
+                };
+                said.into_iter().map(&mut delta).collect()
             }
         }
     }
@@ -251,8 +283,8 @@ impl Chunks for ChatChunks {
     fn first(&mut self, index: usize) -> Option<Bytes> {
         let mut delta = match &self.call {
             Call::Of(name) => {
-                let call = ToolCall::new(call_id(&self.head, index), name, "");
-                Delta::call(call.in_stream())
+                let call = ToolCall::new(call_id(&self.head, index, 0), name, "");
+                Delta::call(call.in_stream(0))
             }
             _ => Delta::content(String::new()),
         };
@@ -261,12 +293,15 @@ impl Chunks for ChatChunks {
     }
 
     fn piece(&mut self, index: usize, piece: Piece) -> Vec<Bytes> {
-        let mut chunks = Vec::with_capacity(2);
-        let says_something =
-            !piece.text.is_empty() || !piece.tokens.is_empty() || !self.held[index].is_empty();
-        let logprobs =
+        let mut deltas = self.deltas(index, piece.text, piece.end.is_some());
+        let mut logprobs =
             self.logprobs.then(|| crate::logprobs::ChatLogprobs::new(&self.tokenizer, &piece.tokens));
-        if says_something && let Some(delta) = self.delta(index, piece.text, piece.end.is_some()) {
+        if deltas.is_empty() && !piece.tokens.is_empty() {
+            deltas.push(Delta::content(String::new()));
+        }
+        let mut chunks = Vec::with_capacity(2);
+        for delta in deltas {
+            let logprobs = logprobs.take();
             chunks.push(self.chunk(ChunkChoice { index, delta, logprobs, finish_reason: None }));
         }
         if let Some(end) = piece.end {
@@ -275,7 +310,7 @@ impl Chunks for ChatChunks {
                 index,
                 delta,
                 logprobs: None,
-                finish_reason: Some(finish(&self.call, end.reason)),
+                finish_reason: Some(finish(&self.readers[index].0, end.reason)),
             }));
         }
         chunks

@@ -16,6 +16,8 @@ pub(crate) struct Choice {
     stream: Option<engine::Stream>,
     tokenizer: Tokenizer,
     decoder: StreamDecoder,
+    /// Special tokens that are text here.
+    spoken_ids: Vec<u32>,
     stops: StopMatcher,
     /// Tokens whose text is not wholly passed on.
     pending: VecDeque<Token>,
@@ -73,7 +75,9 @@ impl Choice {
         Choice {
             stream: Some(stream),
             tokenizer: tokenizer.clone(),
-            decoder: tokenizer.decoder(),
+            // It spells out special tokens; those that are no text do not get there.
+            decoder: tokenizer.decoder_special(),
+            spoken_ids: options.spoken_ids.clone(),
             stops: StopMatcher::new(options.stops.clone()),
             pending: VecDeque::new(),
             n_decoded: 0,
@@ -111,7 +115,8 @@ impl Choice {
             self.pending.push_back(Token { id, offset: self.n_decoded, logprobs });
         }
         // Special tokens steer the model; they are no text.
-        let text = if self.tokenizer.is_special(id) { String::new() } else { self.decoder.push(id) };
+        let is_silent = self.tokenizer.is_special(id) && !self.spoken_ids.contains(&id);
+        let text = if is_silent { String::new() } else { self.decoder.push(id) };
         self.n_decoded += text.len();
         let passed = self.stops.push(&text);
         let end = passed.stopped.then(|| {

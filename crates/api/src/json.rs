@@ -124,7 +124,11 @@ impl<'a> Fields<'a> {
     }
 
     pub(crate) fn flag(self, name: &str) -> Result<bool> {
-        let Some(value) = self.get(name) else { return Ok(false) };
+        self.flag_or(name, false)
+    }
+
+    pub(crate) fn flag_or(self, name: &str, default: bool) -> Result<bool> {
+        let Some(value) = self.get(name) else { return Ok(default) };
         value.as_bool().ok_or_else(|| expected(name, "true or false", value))
     }
 

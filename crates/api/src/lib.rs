@@ -14,6 +14,7 @@
 mod adapters;
 mod auth;
 mod body;
+mod calls;
 mod chat;
 mod choice;
 mod completions;
@@ -37,6 +38,7 @@ mod stall;
 mod state;
 mod stop;
 mod structured;
+mod tokenize;
 mod tools;
 
 pub use embeddings::{Embedder, Embedders, ServedEmbedder};

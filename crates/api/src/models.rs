@@ -86,3 +86,15 @@ pub(crate) fn named(models: &Models, fields: Fields) -> Result<Arc<ServedModel>>
     let id = fields.text("model")?.ok_or_else(|| ApiError::invalid("model", "it is required"))?;
     models.get(id).ok_or_else(|| ApiError::ModelNotFound(id.to_owned()))
 }
+
+/// The same, for routes whose clients may leave the field out: the only model there is then, adapters aside.
+pub(crate) fn named_or_only(models: &Models, fields: Fields) -> Result<Arc<ServedModel>> {
+    if fields.get("model").is_some() {
+        return named(models, fields);
+    }
+    let mut all = models.list().into_iter().filter(|model| model.parent.is_none());
+    match (all.next(), all.next()) {
+        (Some(only), None) => Ok(only),
+        _ => Err(ApiError::invalid("model", "it is required, because this server does not have exactly one")),
+    }
+}

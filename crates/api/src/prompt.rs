@@ -7,13 +7,15 @@ use crate::error::{ApiError, Result, echo};
 use crate::json::{Fields, expected};
 use crate::sampling::{Prompt, read_token_id};
 use crate::state::ServedModel;
+use crate::tools::Tools;
 
 /// Messages of one chat.
 const MESSAGES_MAX: usize = 4096;
 const ROLES: &[&str] = &["system", "developer", "user", "assistant", "tool", "function"];
 
 /// The messages of a chat, laid out by the model's template with the functions it may call, ready for the assistant's turn.
-pub(crate) fn read_messages(fields: Fields, model: &ServedModel, tools: &[Value]) -> Result<Prompt> {
+pub(crate) fn read_messages(fields: Fields, model: &ServedModel, tools: Option<&Tools>) -> Result<Prompt> {
+    let declared = tools.map_or(&[][..], |tools| &tools.declared);
     let messages = fields.list("messages")?;
     let messages = messages.ok_or_else(|| ApiError::invalid("messages", "it is required"))?;
     if messages.is_empty() {
@@ -29,12 +31,15 @@ pub(crate) fn read_messages(fields: Fields, model: &ServedModel, tools: &[Value]
     if !model.template.source().contains("tool_calls") {
         spell_calls(&mut clean);
     }
-    if !tools.is_empty() && !model.template.source().contains("tools") {
+    if let Some(tools) = tools.filter(|_| !model.template.source().contains("tools")) {
         describe_tools(&mut clean, tools);
     }
     let n_bytes: usize = clean.iter().filter_map(|m| m["content"].as_str()).map(str::len).sum();
     refuse_hopeless(n_bytes, model, "messages")?;
-    let input = ChatInput { messages: &clean, tools, add_generation_prompt: true, ..ChatInput::default() };
+    // vLLM's; a chat ends with what makes the assistant speak.
+    let add_generation_prompt = fields.flag_or("add_generation_prompt", true)?;
+    let input =
+        ChatInput { messages: &clean, tools: declared, add_generation_prompt, ..ChatInput::default() };
     let tokens = model.template.encode_input(&model.tokenizer, &input).map_err(|e| {
         // The template's own refusals ("roles must alternate") are meant for whoever wrote the messages.
         ApiError::invalid("messages", echo(&e.to_string()))
@@ -43,9 +48,12 @@ pub(crate) fn read_messages(fields: Fields, model: &ServedModel, tools: &[Value]
 }
 
 /// For templates that know no functions: the system's message says what they are.
-fn describe_tools(messages: &mut Vec<Value>, tools: &[Value]) {
-    let functions: Vec<String> = tools.iter().map(|tool| tool["function"].to_string()).collect();
-    let about = format!("You can call these functions with arguments in JSON:\n{}", functions.join("\n"));
+fn describe_tools(messages: &mut Vec<Value>, tools: &Tools) {
+    let functions: Vec<String> = tools.declared.iter().map(|tool| tool["function"].to_string()).collect();
+    let mut about = format!("You can call these functions with arguments in JSON:\n{}", functions.join("\n"));
+    if tools.free {
+        about += "\nTo call one, answer with <tool_call>{\"name\": …, \"arguments\": {…}}</tool_call>.";
+    }
     match messages.first_mut().filter(|first| first["role"] == "system") {
         Some(system) => {
             let said = system["content"].as_str().unwrap_or_default();
@@ -103,7 +111,8 @@ fn read_calls(calls: &Value, at: &str) -> Result<Value> {
 fn spell_calls(messages: &mut [Value]) {
     for message in messages.iter_mut().filter(|message| message["content"] == "") {
         let calls = message["tool_calls"].as_array().into_iter().flatten();
-        let texts: Vec<String> = calls.map(|call| call["function"].to_string()).collect();
+        let texts: Vec<String> =
+            calls.map(|call| format!("<tool_call>{}</tool_call>", call["function"])).collect();
         message["content"] = texts.join("\n").into();
     }
 }

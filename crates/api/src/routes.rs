@@ -10,7 +10,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::error::ApiError;
 use crate::state::AppState;
-use crate::{adapters, auth, chat, completions, console, edge, embeddings, models, probes, runs};
+use crate::{adapters, auth, chat, completions, console, edge, embeddings, models, probes, runs, tokenize};
 
 /// Routes that need no key and are answered whatever else the server does.
 const PROBES: &[&str] =
@@ -25,6 +25,8 @@ const TEMPLATES: &[&str] = &[
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
     "/v1/embeddings",
+    "/tokenize",
+    "/detokenize",
     "/v1/runs",
     "/v1/runs/{name}",
     "/v1/jobs",
@@ -41,6 +43,8 @@ pub fn app(state: AppState) -> Router {
         .route("/v1/load_lora_adapter", post(adapters::load))
         .route("/v1/unload_lora_adapter", post(adapters::unload))
         .route("/v1/embeddings", post(embeddings::create))
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/detokenize", post(tokenize::detokenize))
         .route("/v1/runs", get(runs::list))
         .route("/v1/runs/{name}", get(runs::get))
         .route("/v1/jobs", get(runs::jobs))

@@ -39,6 +39,8 @@ pub(crate) struct Options {
     /// What the answers must look like, and, once it is compiled, what holds them to it.
     pub(crate) structure: Option<Structure>,
     pub(crate) constraint: Option<Box<dyn Constraint>>,
+    /// Special tokens that are part of the answer's text all the same.
+    pub(crate) spoken_ids: Vec<u32>,
     pub(crate) stream: bool,
     pub(crate) include_usage: bool,
 }
@@ -62,6 +64,7 @@ impl Options {
             prompt_logprobs: read_prompt_logprobs(fields, stream)?,
             structure: structured::read(fields)?,
             constraint: None,
+            spoken_ids: Vec::new(),
             stream,
             include_usage: read_include_usage(fields, stream)?,
         })

@@ -208,8 +208,16 @@ impl ServedModel {
 }
 
 /// Names under which chat models of today end a turn; only special tokens count.
-const END_OF_TURN: &[&str] =
-    &["<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<end_of_turn>", "<|end_of_text|>", "</s>"];
+const END_OF_TURN: &[&str] = &[
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<end_of_turn>",
+    "<|end_of_text|>",
+    "</s>",
+];
 
 impl Models {
     /// Serves `model` from now on, in place of an older one of the same name and that one's adapters; running requests go

@@ -1,12 +1,15 @@
-//! Functions a model is made to call: what a client declares, the grammar that follows, and the call in the answer.
+//! Functions a model may call: what a client declares, the grammar that follows, and the calls in the answer.
 //!
-//! Only calls that the client demands (`tool_choice` is `required` or names one) are supported: those are held to the
-//! functions' schemas, whatever the model. Whether to call one by itself is a habit each model spells differently.
+//! A call that the client demands (`tool_choice` is `required` or names one) is held to the functions' schemas, whatever
+//! the model. Whether to call one by itself (`auto`) is the model's own habit: `calls.rs` reads how each spells it.
+
+use std::sync::Arc;
 
 use constrain::Source;
 use serde::Serialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
+use crate::calls::CallReader;
 use crate::error::{ApiError, Result, echo};
 use crate::json::{Fields, expected};
 use crate::structured::Structure;
@@ -21,6 +24,8 @@ pub(crate) struct Tools {
     /// As the client sent them; chat templates know this form.
     pub(crate) declared: Vec<Value>,
     pub(crate) call: Call,
+    /// Whether to call one is left to the model.
+    pub(crate) free: bool,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -29,8 +34,26 @@ pub(crate) enum Call {
     None,
     /// The answer is the arguments of this function.
     Of(String),
-    /// The answer is an object of `name` and `arguments`.
+    /// Calls of these functions are read from the answer, only the first if `single`.
+    Read { names: Arc<[String]>, single: bool },
+}
+
+impl Call {
+    /// Reads calls from one answer, if any are to be read.
+    pub(crate) fn reader(&self) -> CallReader {
+        match self {
+            Call::Read { names, single } => CallReader::new(names.clone(), *single),
+            Call::None | Call::Of(_) => CallReader::new([].into(), false),
+        }
+    }
+}
+
+/// What a request says about calling.
+enum Wanted {
+    Nothing,
+    Free,
     Any,
+    One(String),
 }
 
 struct Function<'a> {
@@ -59,17 +82,26 @@ pub(crate) fn read(fields: Fields) -> Result<Option<(Tools, Option<Structure>)>>
         }
         functions.push(function);
     }
-    let call = read_choice(fields, &functions)?;
+    let wanted = read_choice(fields, &functions)?;
     if functions.is_empty() {
         return Ok(None);
     }
-    let schema = match &call {
-        Call::None => None,
-        Call::Of(name) => functions.iter().find(|f| f.name == *name).map(|f| f.parameters.clone()),
-        Call::Any => Some(any_call(&functions)),
+    let schema = match &wanted {
+        Wanted::Nothing | Wanted::Free => None,
+        Wanted::One(name) => functions.iter().find(|f| f.name == *name).map(|f| f.parameters.clone()),
+        Wanted::Any => Some(any_call(&functions)),
     };
     let structure = schema.map(|schema| Structure { source: Source::JsonSchema(schema), param: "tools" });
-    Ok(Some((Tools { declared: declared.to_vec(), call }, structure)))
+    let free = matches!(wanted, Wanted::Free);
+    let single = !fields.flag_or("parallel_tool_calls", true)?;
+    let call = match wanted {
+        Wanted::Nothing => Call::None,
+        Wanted::One(name) => Call::Of(name),
+        Wanted::Free | Wanted::Any => {
+            Call::Read { names: functions.iter().map(|f| f.name.to_owned()).collect(), single }
+        }
+    };
+    Ok(Some((Tools { declared: declared.to_vec(), call, free }, structure)))
 }
 
 fn read_function<'a>(tool: &'a Value, at: &str) -> Result<Function<'a>> {
@@ -95,33 +127,26 @@ fn read_function<'a>(tool: &'a Value, at: &str) -> Result<Function<'a>> {
     Ok(Function { name, parameters })
 }
 
-fn read_choice(fields: Fields, functions: &[Function]) -> Result<Call> {
+fn read_choice(fields: Fields, functions: &[Function]) -> Result<Wanted> {
     const PARAM: &str = "tool_choice";
-    let Some(choice) = fields.get(PARAM) else { return automatic(functions) };
-    let wanted = match choice {
-        Value::String(word) if word == "none" => return Ok(Call::None),
-        Value::String(word) if word == "auto" => return automatic(functions),
-        Value::String(word) if word == "required" => match functions {
+    let free = if functions.is_empty() { Wanted::Nothing } else { Wanted::Free };
+    let wanted = match fields.get(PARAM) {
+        None => return Ok(free),
+        Some(Value::String(word)) if word == "auto" => return Ok(free),
+        Some(Value::String(word)) if word == "none" => return Ok(Wanted::Nothing),
+        Some(Value::String(word)) if word == "required" => match functions {
             [] => return Err(ApiError::invalid(PARAM, "there are no `tools` to call")),
             [only] => only.name,
-            _ => return Ok(Call::Any),
+            _ => return Ok(Wanted::Any),
         },
-        named => named["function"]["name"].as_str().ok_or_else(|| {
+        Some(named) => named["function"]["name"].as_str().ok_or_else(|| {
             expected(PARAM, "one of none, auto, required, or an object that names a function", named)
         })?,
     };
     if !functions.iter().any(|function| function.name == wanted) {
         return Err(ApiError::invalid(PARAM, format!("there is no function `{}` in `tools`", echo(wanted))));
     }
-    Ok(Call::Of(wanted.to_owned()))
-}
-
-fn automatic(functions: &[Function]) -> Result<Call> {
-    if functions.is_empty() {
-        return Ok(Call::None);
-    }
-    let why = "this server calls functions on demand only: say `required`, `none` or name a function";
-    Err(ApiError::invalid("tool_choice", why))
+    Ok(Wanted::One(wanted.to_owned()))
 }
 
 /// One schema for a call of any of them.
@@ -179,26 +204,14 @@ struct CalledFunction {
 }
 
 impl ToolCall {
-    /// The call that a whole answer is, unless it was cut off before it says what it calls.
-    pub(crate) fn parse(call: &Call, id: String, text: &str) -> Option<ToolCall> {
-        match call {
-            Call::None => None,
-            Call::Of(name) => Some(ToolCall::new(id, name, text)),
-            Call::Any => {
-                let object: Map<String, Value> = serde_json::from_str(text).ok()?;
-                Some(ToolCall::new(id, object.get("name")?.as_str()?, &object.get("arguments")?.to_string()))
-            }
-        }
-    }
-
     pub(crate) fn new(id: String, name: &str, arguments: &str) -> ToolCall {
         let function = CalledFunction { name: Some(name.to_owned()), arguments: arguments.to_owned() };
         ToolCall { index: None, id: Some(id), kind: Some("function"), function }
     }
 
-    /// The same as a piece of a stream.
-    pub(crate) fn in_stream(self) -> ToolCall {
-        ToolCall { index: Some(0), ..self }
+    /// The same as a piece of a stream, in which it is call `index`.
+    pub(crate) fn in_stream(self, index: usize) -> ToolCall {
+        ToolCall { index: Some(index), ..self }
     }
 
     /// More of the arguments of a call whose beginning was sent.

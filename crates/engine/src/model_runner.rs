@@ -14,6 +14,7 @@ pub struct ModelRunner {
     pool: Arc<Pool>,
     scratch: Scratch,
     logits_rv: Vec<f32>,
+    context_max: usize,
 }
 
 impl ModelRunner {
@@ -41,7 +42,14 @@ impl ModelRunner {
             return Err(RunnerError(why));
         }
         let kv = model.new_kv(n_blocks, kv_type);
-        Ok(ModelRunner { model, kv, pool, scratch: Scratch::default(), logits_rv: Vec::new() })
+        let context_max = model.context_max();
+        Ok(ModelRunner { model, kv, pool, scratch: Scratch::default(), logits_rv: Vec::new(), context_max })
+    }
+
+    /// Sequences may have `n` positions, if the model was made for more.
+    #[must_use]
+    pub fn with_context_max(self, n: usize) -> ModelRunner {
+        ModelRunner { context_max: n.min(self.context_max), ..self }
     }
 }
 
@@ -59,11 +67,11 @@ impl Runner for ModelRunner {
     }
 
     fn context_max(&self) -> usize {
-        self.model.context_max()
+        self.context_max
     }
 
     fn step(&mut self, input: &StepInput) -> Result<&[f32], RunnerError> {
-        let ModelRunner { model, kv, pool, scratch, logits_rv } = self;
+        let ModelRunner { model, kv, pool, scratch, logits_rv, .. } = self;
         for copy in input.copies.iter().filter(|copy| copy.from != copy.to) {
             kv.copy_block(copy.from, copy.to, copy.n_positions);
         }

@@ -1,5 +1,6 @@
 //! The command line, in the order of the way from text to a chat answer.
 
+mod serve;
 mod tools;
 
 use std::path::PathBuf;
@@ -7,8 +8,9 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use tools::KvName;
 
+pub(crate) use serve::{Guess, Serve, spelled_out};
 pub(crate) use tools::{
-    Bench, Chat, EvalCommand, Export, ExportFormat, ModelCommand, Output, Perplexity, Quantize,
+    Bench, Chat, EvalCommand, Export, ExportFormat, ModelCommand, Output, Perplexity, Quantize, Tasks,
 };
 
 /// The infrastructure behind a ChatGPT, whole, in one program.
@@ -149,9 +151,13 @@ pub(crate) struct Listen {
     pub(crate) port: u16,
     #[arg(long, short = 't')]
     pub(crate) threads: Option<usize>,
-    /// Memory for keys and values of running sequences, in MiB, for each model.
-    #[arg(long, default_value_t = 256)]
-    pub(crate) kv_mib: usize,
+    /// Tokens that one sequence may have, prompt and answer together; 0 is what the model was made for.
+    #[arg(long, short = 'c', alias = "max-model-len", default_value_t = 0)]
+    pub(crate) ctx_size: usize,
+    /// Memory for keys and values of running sequences, in MiB, for each model. [default: 256, or more if --ctx-size
+    /// needs it]
+    #[arg(long)]
+    pub(crate) kv_mib: Option<usize>,
     /// How keys and values are kept.
     #[arg(long, alias = "cache-type-k", value_enum, default_value_t = KvName::Bf16)]
     pub(crate) kv_cache_dtype: KvName,
@@ -170,33 +176,21 @@ impl Listen {
             host: "127.0.0.1".to_owned(),
             port: 0,
             threads,
-            kv_mib,
+            ctx_size: 0,
+            kv_mib: Some(kv_mib),
             kv_cache_dtype: KvName::Bf16,
             max_num_seqs: 1,
             prompt_lookup: 0,
         }
     }
-}
 
-#[derive(Args)]
-pub(crate) struct Serve {
-    /// A .gguf file, a Hugging Face directory or the name of a model kept here.
-    #[arg(required = true)]
-    pub(crate) models: Vec<String>,
-    /// What clients call the (first) model, instead of its file's name.
-    #[arg(long, alias = "alias")]
-    pub(crate) served_model_name: Option<String>,
-    /// Clients must send this key; without it the service is open to whoever reaches the address.
-    #[arg(long, env = "LOQUAT_API_KEY")]
-    pub(crate) api_key: Option<String>,
-    /// LoRA adapters of the (first) model, as PEFT saves them: NAME=DIRECTORY. Each is served as a model of that name.
-    #[arg(long, value_name = "NAME=DIRECTORY", num_args = 1..)]
-    pub(crate) lora_modules: Vec<String>,
-    /// Clients may load adapters from this machine's disk and unload them (POST /v1/load_lora_adapter).
-    #[arg(long)]
-    pub(crate) allow_runtime_lora: bool,
-    #[command(flatten)]
-    pub(crate) listen: Listen,
+    /// How tokens are guessed ahead, as far as these flags say.
+    pub(crate) fn guess(&self) -> Guess {
+        match self.prompt_lookup {
+            0 => Guess::Off,
+            k_max => Guess::Lookup { k_max: k_max as usize },
+        }
+    }
 }
 
 #[derive(Args)]

@@ -30,7 +30,7 @@ use sha2::{Digest, Sha256};
 use telemetry::LogFormat;
 
 fn main() -> ExitCode {
-    let loquat = Loquat::parse();
+    let loquat = Loquat::parse_from(args::spelled_out(std::env::args_os()));
     let format = if loquat.log_json { LogFormat::Json } else { LogFormat::Text };
     let filter = std::env::var("LOQUAT_LOG").unwrap_or_else(|_| "warn".to_owned());
     if let Err(error) = telemetry::init_logs(format, &filter) {

@@ -56,7 +56,8 @@ impl Service {
             store,
             state: state.clone(),
             models_dir: home.models(),
-            share: Share::of(listen),
+            // Nothing to resolve: there is no draft model.
+            share: Share::of(listen, listen.guess(), |path| Ok(path.into()))?,
             served: Mutex::default(),
         });
         let models = spawn_keeper(keeper.clone(), stop.clone())?;
@@ -134,7 +135,7 @@ impl ModelKeeper {
             served.insert(model.name.clone(), version);
             let loaded = self
                 .local_path(&model.name, &model.source)
-                .and_then(|path| serving::load(&model.name, &path, self.share, &self.state.metrics));
+                .and_then(|path| serving::load(&model.name, &path, &self.share, &self.state.metrics));
             match loaded {
                 Ok(ready) => {
                     ready.publish(&self.state);

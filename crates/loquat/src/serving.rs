@@ -1,42 +1,77 @@
 //! From a model's files to something the API can serve.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use crate::args::Listen;
-use crate::embedder::{ModelEmbedder, TextTokenizer};
 use anyhow::{Context, Result, bail};
 use api::{AppState, LoadAdapter, ServedEmbedder, ServedModel};
-use engine::{Engine, EngineLimits, ModelRunner, Speculation};
-use model::{Adapter, Config, KvType, Loaded, TokenizerFiles, Transformer};
+use engine::{Engine, EngineLimits, ModelRunner, Runner, Speculation};
+use model::{Adapter, BLOCK_TOKENS, Config, KvType, Loaded, TokenizerFiles, Transformer};
 use telemetry::Metrics;
 use tensor::Pool;
 use tokenizer::{ChatTemplate, GgufVocab, Tokenizer, WordPiece};
 
+use crate::args::{Guess, Listen};
+use crate::embedder::{ModelEmbedder, TextTokenizer};
+use crate::machine::bytes_text;
+
+/// Bytes of keys and values when nobody says.
+const KV_BYTES_DEFAULT: usize = 256 << 20;
+
 /// What serving one model may take of the machine.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(crate) struct Share {
     pub(crate) n_threads: usize,
-    kv_bytes: usize,
+    kv_bytes: Option<usize>,
     kv_type: KvType,
+    /// Positions of one sequence; `None` is the model's own.
+    context: Option<usize>,
     max_running: usize,
     speculation: Speculation,
+    draft: Option<PathBuf>,
 }
 
 impl Share {
-    pub(crate) fn of(listen: &Listen) -> Share {
-        let n_threads = listen.threads.unwrap_or_else(crate::n_threads);
-        let speculation = match listen.prompt_lookup {
-            0 => Speculation::Off,
-            k_max => Speculation::PromptLookup { k_max: k_max as usize },
+    /// `resolve` finds the files of a draft model.
+    pub(crate) fn of(
+        listen: &Listen,
+        guess: Guess,
+        resolve: impl Fn(&str) -> Result<PathBuf>,
+    ) -> Result<Share> {
+        let (speculation, draft) = match guess {
+            Guess::Off => (Speculation::Off, None),
+            Guess::Lookup { k_max } => (Speculation::PromptLookup { k_max }, None),
+            Guess::Draft { model, k_max } => (Speculation::Draft { k_max }, Some(resolve(&model)?)),
         };
-        Share {
-            n_threads,
-            kv_bytes: listen.kv_mib << 20,
+        Ok(Share {
+            n_threads: listen.threads.unwrap_or_else(crate::n_threads),
+            kv_bytes: listen.kv_mib.map(|mib| mib << 20),
             kv_type: listen.kv_cache_dtype.kv_type(),
+            context: Some(listen.ctx_size).filter(|&n| n > 0),
             max_running: listen.max_num_seqs as usize,
             speculation,
+            draft,
+        })
+    }
+
+    /// The model with as much memory for keys and values as it may have. A context that was asked for is refused
+    /// where it does not fit, never shortened.
+    fn runner(&self, model: Arc<Transformer>, pool: &Arc<Pool>) -> Result<ModelRunner> {
+        let block_bytes = model.kv_block_bytes(self.kv_type);
+        let mut kv_bytes = self.kv_bytes.unwrap_or(KV_BYTES_DEFAULT);
+        let context_max = self.context.unwrap_or(model.context_max());
+        if let Some(n) = self.context {
+            if n > model.context_max() {
+                bail!("--ctx-size {n}: the model was made for {}", model.context_max());
+            }
+            let need = n.div_ceil(BLOCK_TOKENS) * block_bytes;
+            if self.kv_bytes.is_some_and(|bytes| bytes < need) {
+                bail!("--ctx-size {n} needs {} of keys and values, see --kv-mib", bytes_text(need as u64));
+            }
+            kv_bytes = kv_bytes.max(need).min(need.saturating_mul(self.max_running));
         }
+        let runner = ModelRunner::new(model, pool.clone(), self.kv_type, kv_bytes, self.max_running)?;
+        Ok(runner.with_context_max(context_max))
     }
 }
 
@@ -57,7 +92,7 @@ impl Served {
 }
 
 /// Loads a .gguf file or a Hugging Face directory and starts its engine.
-pub(crate) fn load(id: &str, path: &Path, share: Share, metrics: &Metrics) -> Result<Served> {
+pub(crate) fn load(id: &str, path: &Path, share: &Share, metrics: &Metrics) -> Result<Served> {
     let loaded = model::load(path).with_context(|| format!("cannot load the model {}", path.display()))?;
     let pool = Arc::new(Pool::new(share.n_threads));
     let text = || format!("cannot load the tokenizer of {}", path.display());
@@ -70,7 +105,11 @@ pub(crate) fn load(id: &str, path: &Path, share: Share, metrics: &Metrics) -> Re
         };
         let model = Arc::new(Transformer::new(loaded.weights, &pool)?);
         let adapters = load_adapter(model.config().clone(), pool.clone());
-        let engine = start_engine(id, model.clone(), pool.clone(), share, metrics)?;
+        let engine = start_engine(
+            Starting { id, model: model.clone(), pool: &pool, tokenizer: &tokenizer },
+            share,
+            metrics,
+        )?;
         let served = ServedModel::new(id, crate::now_unix_s(), engine, tokenizer.clone(), template);
         (Some(served.with_adapters(adapters)), model, TextTokenizer::Merges(tokenizer))
     } else {
@@ -101,18 +140,42 @@ fn load_adapter(config: Config, pool: Arc<Pool>) -> Arc<LoadAdapter> {
     })
 }
 
-fn start_engine(
-    id: &str,
+/// A model on its way into an engine.
+struct Starting<'a> {
+    id: &'a str,
     model: Arc<Transformer>,
-    pool: Arc<Pool>,
-    share: Share,
-    metrics: &Metrics,
-) -> Result<Engine> {
-    let Share { kv_bytes, kv_type, max_running, speculation, .. } = share;
-    let limits = EngineLimits { max_running, speculation, ..EngineLimits::default() };
-    let context_max = model.context_max();
-    let runner = ModelRunner::new(model, pool, kv_type, kv_bytes, max_running)?;
-    Ok(Engine::start(Box::new(runner), limits, metrics.engine(id, context_max)))
+    pool: &'a Arc<Pool>,
+    tokenizer: &'a Tokenizer,
+}
+
+fn start_engine(starting: Starting, share: &Share, metrics: &Metrics) -> Result<Engine> {
+    let speculation = share.speculation;
+    let limits = EngineLimits { max_running: share.max_running, speculation, ..EngineLimits::default() };
+    let runner = share.runner(starting.model.clone(), starting.pool)?;
+    let metrics = metrics.engine(starting.id, runner.context_max());
+    let Some(path) = &share.draft else {
+        return Ok(Engine::start(Box::new(runner), limits, metrics));
+    };
+    let draft = draft_runner(path, &starting, share, runner.n_blocks());
+    let draft = draft.with_context(|| format!("cannot guess with the model {}", path.display()))?;
+    Ok(Engine::start_with_draft(Box::new(runner), Box::new(draft), limits, metrics))
+}
+
+/// A draft model with room for every sequence of the model it guesses for.
+fn draft_runner(path: &Path, target: &Starting, share: &Share, n_blocks: usize) -> Result<ModelRunner> {
+    let loaded = model::load(path)?;
+    let (n_ids, vocab) = (loaded.weights.config.vocab, target.model.config().vocab);
+    if n_ids != vocab {
+        bail!("it has {n_ids} ids, {} has {vocab}", target.id);
+    }
+    let tokenizer = tokenizer(&loaded.tokenizer).context("its tokenizer")?;
+    let differs = |&id: &u32| tokenizer.token_bytes(id) != target.tokenizer.token_bytes(id);
+    if let Some(id) = (0..vocab as u32).find(differs) {
+        bail!("its tokenizer is another one: they differ at the id {id}");
+    }
+    let draft = Transformer::new(loaded.weights, target.pool)?;
+    let kv_bytes = n_blocks * draft.kv_block_bytes(share.kv_type);
+    Ok(ModelRunner::new(draft, target.pool.clone(), share.kv_type, kv_bytes, share.max_running)?)
 }
 
 /// Builds the tokenizer that lies beside a model's weights.

@@ -1,10 +1,11 @@
 //! Weights of one kind to weights of another.
 
+use std::sync::Arc;
+
 use tensor::Pool;
 use tensor::packed::WeightKind;
 
-use crate::weights::unreadable;
-use crate::{Result, WeightTensor, Weights};
+use crate::{WeightTensor, Weights};
 
 /// Rows converted by one task.
 const TASK_ROWS: usize = 64;
@@ -57,39 +58,22 @@ fn bits(kind: WeightKind) -> usize {
 }
 
 impl Weights {
-    /// Converts every tensor, one after the other, so that little more than one copy is in memory at a time.
-    /// `progress` hears how many of how many are done.
-    ///
-    /// # Errors
-    /// If a tensor can no longer be read from its file.
-    pub fn convert(
-        &mut self,
-        conversion: Conversion,
-        pool: &Pool,
-        progress: &mut dyn FnMut(usize, usize),
-    ) -> Result<()> {
-        let n = self.tensors.len();
-        for (i, (name, tensor)) in self.tensors.iter_mut().enumerate() {
-            progress(i, n);
-            let kind = conversion.kind_of(name, tensor);
-            if kind != tensor.kind {
-                *tensor = tensor.converted(kind, pool).map_err(|err| unreadable(name, &err))?;
-            }
-        }
-        progress(n, n);
-        Ok(())
+    /// Every tensor becomes one that is converted when it is wanted, so that whoever writes them one after the other has
+    /// little more than one in memory.
+    pub fn convert(&mut self, conversion: Conversion, pool: &Arc<Pool>) {
+        let tensors = std::mem::take(&mut self.tensors);
+        let convert = |(name, tensor): (String, WeightTensor)| {
+            let kind = conversion.kind_of(&name, &tensor);
+            let tensor = if kind == tensor.kind { tensor } else { tensor.converted(kind, pool.clone()) };
+            (name, tensor)
+        };
+        self.tensors = tensors.into_iter().map(convert).collect();
     }
 }
 
 impl WeightTensor {
-    /// The same numbers, as well as `kind` can hold them.
-    ///
-    /// # Errors
-    /// If the file can no longer be read.
-    ///
-    /// # Panics
-    /// If rows are no whole number of the kind's blocks.
-    pub fn converted(&self, kind: WeightKind, pool: &Pool) -> std::io::Result<WeightTensor> {
+    /// The bytes of the same numbers in another kind, whose blocks make up rows.
+    pub(crate) fn bytes_as(&self, kind: WeightKind, pool: &Pool) -> std::io::Result<Vec<u8>> {
         let n_in = self.dims.last().copied().unwrap_or(0);
         let row_bytes = kind.bytes(n_in).expect("rows are whole blocks");
         let n_rows = self.n_elems() / n_in.max(1);
@@ -103,7 +87,7 @@ impl WeightTensor {
             self.kind.dequantize(source, &mut values);
             out.copy_from_slice(&kind.quantize(&values));
         });
-        Ok(WeightTensor::new(kind, self.dims.clone(), bytes))
+        Ok(bytes)
     }
 }
 
@@ -116,7 +100,7 @@ mod tests {
         let values: Vec<f32> = (0..150 * 64).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
         let tensor = WeightTensor::from_f32(&[150, 64], &values);
         for kind in [WeightKind::Q4_1, WeightKind::Q8_0, WeightKind::Bf16] {
-            let converted = tensor.converted(kind, &Pool::new(2)).unwrap();
+            let converted = tensor.clone().converted(kind, Arc::new(Pool::new(2)));
             assert_eq!(*converted.bytes().unwrap(), *kind.quantize(&values));
             assert_eq!((converted.kind, &converted.dims), (kind, &tensor.dims));
         }

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use tensor::Pool;
 use tensor::packed::{Packed, WeightKind};
@@ -39,6 +40,11 @@ enum Data {
         at: u64,
         order: Order,
     },
+    /// Made of another tensor each time it is wanted.
+    Converted {
+        from: Box<WeightTensor>,
+        pool: Arc<Pool>,
+    },
 }
 
 /// How a file's bytes become ours.
@@ -63,6 +69,17 @@ impl WeightTensor {
     /// A tensor whose bytes are in `source` from `at` on, as many as kind and shape say: the reader has checked that.
     pub(crate) fn stored(kind: WeightKind, dims: Vec<usize>, source: Source, at: u64) -> Self {
         Self { kind, dims, data: Data::Stored { source, at, order: Order::AsStored } }
+    }
+
+    /// The same numbers, as well as `kind` can hold them, once they are wanted: nothing is computed yet.
+    ///
+    /// # Panics
+    /// If rows are no whole number of the kind's blocks.
+    pub fn converted(self, kind: WeightKind, pool: Arc<Pool>) -> Self {
+        let n_in = self.dims.last().copied().unwrap_or(0);
+        assert!(n_in.is_multiple_of(kind.block_elems()), "rows of {n_in} as {}", kind.name());
+        let dims = self.dims.clone();
+        Self { kind, dims, data: Data::Converted { from: Box::new(self), pool } }
     }
 
     /// The same numbers, to be brought from a file's order into ours (or back: a matrix transposed twice is itself).
@@ -100,6 +117,7 @@ impl WeightTensor {
                 source.read_at(&mut bytes, *at)?;
                 Ok(Cow::Owned(order.apply(self.kind, &self.dims, bytes)))
             }
+            Data::Converted { from, pool } => Ok(Cow::Owned(from.bytes_as(self.kind, pool)?)),
         }
     }
 
@@ -130,7 +148,7 @@ impl WeightTensor {
     /// Rows a piece has: whole tiles of packed weights and whole heads; all rows where they are scattered in the file.
     fn piece_rows(&self) -> usize {
         let unit = match self.data {
-            Data::Stored { order: Order::Transposed, .. } => return self.n_rows(),
+            Data::Stored { order: Order::Transposed, .. } | Data::Converted { .. } => return self.n_rows(),
             Data::Stored { order: Order::Interleaved(d), .. } => d * Packed::ROWS_STEP,
             _ => Packed::ROWS_STEP,
         };
@@ -142,7 +160,7 @@ impl WeightTensor {
         let bytes = rows.start * row_bytes..rows.end * row_bytes;
         match &self.data {
             Data::Memory(memory) => Ok(Cow::Borrowed(&memory[bytes])),
-            Data::Stored { order: Order::Transposed, .. } => self.bytes(),
+            Data::Stored { order: Order::Transposed, .. } | Data::Converted { .. } => self.bytes(),
             Data::Stored { source, at, order } => {
                 let mut piece = vec![0; bytes.len()];
                 source.read_at(&mut piece, at + bytes.start as u64)?;
@@ -176,7 +194,7 @@ impl WeightTensor {
         let needed = n_elems.and_then(|n| self.kind.bytes(n)).filter(|_| whole_rows);
         let fits = match &self.data {
             Data::Memory(bytes) => needed == Some(bytes.len()),
-            Data::Stored { .. } => needed.is_some(),
+            Data::Stored { .. } | Data::Converted { .. } => needed.is_some(),
         };
         if fits {
             return Ok(());

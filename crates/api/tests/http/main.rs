@@ -9,4 +9,5 @@ mod embeddings;
 mod fake;
 mod specification;
 mod structured;
+mod tokenize;
 mod tools;

@@ -132,6 +132,68 @@ async fn functions_that_are_not_called_are_only_known() {
     assert!(with_all > without_call && without_call > without_tools + 100);
 }
 
+/// A chat in which the model says `says`, free to call a function.
+fn free(says: &str, more: Value) -> Value {
+    let messages = json!([{"role": "user", "content": format!("say [{says}]")}]);
+    let mut body = json!({"model": "chat", "messages": messages, "tools": [weather(), dice()]});
+    more.as_object().unwrap().iter().for_each(|(key, value)| body[key] = value.clone());
+    body
+}
+
+const TWO_CALLS: &str = "Well.<tool_call>{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Oslo\"}}</tool_call>\n\
+    <tool_call>{\"name\": \"roll-dice\", \"arguments\": {\"sides\": 6}}</tool_call>";
+
+#[tokio::test]
+async fn a_model_may_call_by_itself() {
+    let server = server();
+    let choice = post(&server, CHAT, free(TWO_CALLS, json!({}))).await.json()["choices"][0].clone();
+    assert_eq!(
+        (&choice["finish_reason"], &choice["message"]["content"]),
+        (&json!("tool_calls"), &json!("Well."))
+    );
+    let calls = choice["message"]["tool_calls"].as_array().unwrap();
+    let said: Vec<&Value> = calls.iter().map(|call| &call["function"]).collect();
+    assert_eq!(
+        said,
+        [
+            &json!({"name": "get_weather", "arguments": "{\"city\":\"Oslo\"}"}),
+            &json!({"name": "roll-dice", "arguments": "{\"sides\":6}"}),
+        ]
+    );
+    assert_ne!(calls[0]["id"], calls[1]["id"]);
+    let one = post(&server, CHAT, free(TWO_CALLS, json!({"parallel_tool_calls": false}))).await.json();
+    assert_eq!(one["choices"][0]["message"]["tool_calls"].as_array().unwrap().len(), 1);
+    for says in ["Sunny.", "<tool_call>{\"name\": \"nobody\"}</tool_call>"] {
+        let plain = post(&server, CHAT, free(says, json!({"tool_choice": "auto"}))).await.json();
+        let choice = &plain["choices"][0];
+        assert_eq!(choice["message"], json!({"role": "assistant", "content": says, "refusal": null}));
+        assert_eq!(choice["finish_reason"], "stop");
+    }
+}
+
+#[tokio::test]
+async fn calls_by_itself_are_streamed_when_they_are_clear() {
+    let server = server();
+    let events =
+        post(&server, CHAT, free(TWO_CALLS, json!({"stream": true, "logprobs": true}))).await.events();
+    let deltas: Vec<&Value> = events.iter().map(|event| &event["choices"][0]["delta"]).collect();
+    let content: String = deltas.iter().filter_map(|delta| delta["content"].as_str()).collect();
+    assert_eq!(content, "Well.");
+    let calls: Vec<&Value> = deltas.iter().filter_map(|d| d["tool_calls"].as_array()).flatten().collect();
+    let said: Vec<(&Value, &Value)> =
+        calls.iter().map(|call| (&call["index"], &call["function"]["name"])).collect();
+    assert_eq!(said, [(&json!(0), &json!("get_weather")), (&json!(1), &json!("roll-dice"))]);
+    assert_eq!(calls[1]["function"]["arguments"], "{\"sides\":6}");
+    assert_eq!(events.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
+    // Every token is accounted for, also those of the calls.
+    let n_tokens: usize = events
+        .iter()
+        .filter_map(|event| event["choices"][0]["logprobs"]["content"].as_array())
+        .map(Vec::len)
+        .sum();
+    assert_eq!(n_tokens, TWO_CALLS.len());
+}
+
 #[tokio::test]
 async fn bad_functions_are_refused_by_name() {
     let server = server();
@@ -152,8 +214,7 @@ async fn bad_functions_are_refused_by_name() {
         (required(function(json!({"name": "f", "parameters": 5}))), "tools[0].function.parameters"),
         (required(function(json!({"name": "f", "parameters": {"type": "king"}}))), "tools"),
         (required(json!([dice(), dice()])), "tools[1].function.name"),
-        (json!({"tools": [dice()]}), "tool_choice"),
-        (json!({"tools": [dice()], "tool_choice": "auto"}), "tool_choice"),
+        (json!({"tools": [dice()], "parallel_tool_calls": 1}), "parallel_tool_calls"),
         (json!({"tools": [dice()], "tool_choice": "maybe"}), "tool_choice"),
         (json!({"tools": [dice()], "tool_choice": {"type": "function"}}), "tool_choice"),
         (

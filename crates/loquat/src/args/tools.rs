@@ -101,6 +101,40 @@ pub(crate) enum EvalCommand {
     /// How well a model foretells a text: e to the mean surprise a token. Counted as llama-perplexity counts it: the
     /// text is cut into contexts, and the second half of each is scored.
     Perplexity(Perplexity),
+    /// How a model does the tasks of JSONL files, counted as lm-evaluation-harness counts: multiple choice (HellaSwag,
+    /// ARC, BoolQ, MMLU, Winograd, …), continuations (Jeopardy, LAMBADA), answers (GSM8K, TriviaQA).
+    Tasks(Tasks),
+}
+
+#[derive(Args)]
+pub(crate) struct Tasks {
+    /// A .gguf file, a Hugging Face directory or the name of a model kept here.
+    pub(crate) model: String,
+    /// Files of one item a line: .jsonl or .jsonl.gz.
+    #[arg(required = true)]
+    pub(crate) files: Vec<PathBuf>,
+    /// Worked examples before each item, drawn from the others of its file.
+    #[arg(long, alias = "num-fewshot", default_value_t = 0)]
+    pub(crate) shots: usize,
+    /// Of the examples that are drawn.
+    #[arg(long, default_value_t = 1234)]
+    pub(crate) seed: u64,
+    /// The first so many items of each file.
+    #[arg(long)]
+    pub(crate) limit: Option<usize>,
+    /// Between a question and its answer. Default: a space, or `\nAnswer: ` where texts begin with `Question:`.
+    #[arg(long)]
+    pub(crate) delimiter: Option<String>,
+    #[arg(short, long)]
+    pub(crate) threads: Option<usize>,
+    /// Memory for keys and values, in MiB.
+    #[arg(long, default_value_t = 256)]
+    pub(crate) kv_mib: usize,
+    #[arg(long, value_enum, default_value_t = KvName::Bf16)]
+    pub(crate) kv: KvName,
+    /// One line of JSON for each file.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Args)]

@@ -59,11 +59,11 @@ impl Replica {
             now_unix_s: crate::now_unix_s,
         });
         let http = Http::start(&state, &args.listen)?;
-        let share = Share::of(&args.listen);
-        for (i, model) in args.models.iter().enumerate() {
-            let path = crate::commands::model::resolve(home, model)?;
-            let id = served_name(args, i);
-            serving::load(&id, &path, share, &state.metrics)?.publish(&state);
+        let resolve = |model: &str| crate::commands::model::resolve(home, model);
+        let share = Share::of(&args.listen, args.guess()?, resolve)?;
+        for (i, model) in args.models().into_iter().enumerate() {
+            let (id, path) = (served_name(args, i), resolve(model)?);
+            serving::load(&id, &path, &share, &state.metrics)?.publish(&state);
         }
         serve_adapters(&state, args)?;
         state.lifecycle.set_ready();
@@ -84,7 +84,7 @@ impl Replica {
 fn served_name(args: &args::Serve, i: usize) -> String {
     match &args.served_model_name {
         Some(name) if i == 0 => name.clone(),
-        _ => crate::commands::model::name_of(&args.models[i]),
+        _ => crate::commands::model::name_of(args.models()[i]),
     }
 }
 

@@ -4,9 +4,13 @@
 mod bad_input;
 mod clients;
 mod demo;
+mod evals;
 mod fuzz;
 mod hub;
 mod kill;
+#[cfg(feature = "long")]
+mod peers;
+mod serve;
 mod support;
 mod tiny;
 mod tools;

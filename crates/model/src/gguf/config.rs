@@ -10,7 +10,7 @@ use crate::{Architecture, Config, Error, Result, Rope, RopeScaling, Window};
 const END_OF_TURN: [&str; 4] = ["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"];
 const CONTROL: i64 = 3;
 /// Gemma 3's last layer of each group of six sees everything.
-const GEMMA3_GROUP: usize = 6;
+pub(super) const GEMMA3_GROUP: usize = 6;
 /// Layers of Gemma 3 27B, the one whose scores are scaled by another number than its head width; files do not say so.
 const GEMMA3_27B_LAYERS: usize = 62;
 
@@ -181,9 +181,8 @@ impl Keys<'_> {
     }
 
     fn query_scalar(&self, n_layers: usize, width: usize, n_heads: usize, head_width: usize) -> Option<f32> {
-        let of_27b = n_layers == GEMMA3_27B_LAYERS && n_heads > 0;
-        let scalar = if of_27b { width / n_heads } else { head_width };
-        (self.architecture == Architecture::Gemma3).then_some(scalar as f32)
+        let is_gemma = self.architecture == Architecture::Gemma3;
+        is_gemma.then(|| gemma3_query_scalar(n_layers, width, n_heads, head_width))
     }
 
     fn window(&self, n_layers: usize) -> Result<Option<Window>> {
@@ -204,6 +203,12 @@ impl Keys<'_> {
         let rope_theta = Some(self.float("rope.freq_base_swa")?.unwrap_or(10_000.0));
         Ok(layers.contains(&true).then_some(Window { n_positions, rope_theta, layers }))
     }
+}
+
+/// What Gemma 3's scores are divided by the root of, as everybody who reads these files takes it to be.
+pub(super) fn gemma3_query_scalar(n_layers: usize, width: usize, n_heads: usize, head_width: usize) -> f32 {
+    let of_27b = n_layers == GEMMA3_27B_LAYERS && n_heads > 0;
+    (if of_27b { width / n_heads } else { head_width }) as f32
 }
 
 /// Llama 3's scaling where the divisors are its, which other formats can say; otherwise the divisors.

@@ -5,11 +5,12 @@ use std::io::Write;
 
 use tensor::packed::WeightKind;
 
+use super::config::{GEMMA3_GROUP, gemma3_query_scalar};
 use super::tensors::{ROPE_DIVISORS, interleaved, kind_id};
 use super::{MAGIC, Vocab};
-use crate::names::{split_suffix, to_gguf};
+use crate::names::{LayerPart, Part, split_suffix, to_gguf};
 use crate::weights::unreadable;
-use crate::{Config, Error, Result, RopeScaling, WeightTensor, Weights};
+use crate::{Architecture, Config, Error, Result, RopeScaling, WeightTensor, Weights, Window};
 
 const VERSION: u32 = 3;
 /// The format's default.
@@ -46,6 +47,12 @@ pub fn write(out: &mut dyn Write, weights: &Weights, extras: Extras<'_>) -> Resu
     if !config.block().causal {
         let problem = format!("files of {} models are not written", config.architecture.gguf_name());
         return Err(bad("general.architecture", problem));
+    }
+    if let Some(window) = config.window.as_ref().filter(|_| config.architecture == Architecture::Gemma3)
+        && window.layers != Window::full_every(GEMMA3_GROUP, config.n_layers)
+    {
+        let problem = format!("not every {GEMMA3_GROUP}th layer sees everything, as readers take it to be");
+        return Err(bad("gemma3.attention.sliding_window", problem));
     }
     let divisors = divisors(config).map(|values| WeightTensor::from_f32(&[values.len()], &values));
     let mut tensors = weights
@@ -104,6 +111,8 @@ struct Planned<'a> {
     kind: WeightKind,
     /// llama.cpp turns neighbours (2i, 2i + 1) of its heads together, and not halves.
     in_pairs: bool,
+    /// Its numbers are multiplied by this.
+    scale: f32,
     tensor: &'a WeightTensor,
 }
 
@@ -116,11 +125,12 @@ impl<'a> Planned<'a> {
         let part = split_suffix(hf_name).and_then(|(module, _)| config.architecture.part_of_hf(module));
         let in_pairs = part.is_some_and(|part| interleaved(config.architecture, part));
         let kind = if tensor.dims.len() == 1 { WeightKind::F32 } else { tensor.kind };
-        Ok(Planned { name, kind, in_pairs, tensor })
+        let scale = if part == Some(Part::Layer(LayerPart::QNorm)) { query_scale(config) } else { 1.0 };
+        Ok(Planned { name, kind, in_pairs, scale, tensor })
     }
 
     fn divisors(tensor: &'a WeightTensor) -> Planned<'a> {
-        Planned { name: ROPE_DIVISORS.to_owned(), kind: WeightKind::F32, in_pairs: false, tensor }
+        Planned { name: ROPE_DIVISORS.to_owned(), kind: WeightKind::F32, in_pairs: false, scale: 1.0, tensor }
     }
 
     fn n_bytes(&self) -> usize {
@@ -136,8 +146,9 @@ impl<'a> Planned<'a> {
     }
 
     fn data(&self, config: &Config) -> std::io::Result<Cow<'a, [u8]>> {
-        if self.kind != self.tensor.kind {
-            return Ok(self.kind.quantize(&self.tensor.to_f32()?).into());
+        if self.kind != self.tensor.kind || self.scale != 1.0 {
+            let values: Vec<f32> = self.tensor.to_f32()?.into_iter().map(|x| x * self.scale).collect();
+            return Ok(self.kind.quantize(&values).into());
         }
         let bytes = self.tensor.bytes()?;
         Ok(match self.in_pairs {
@@ -145,6 +156,14 @@ impl<'a> Planned<'a> {
             false => bytes,
         })
     }
+}
+
+/// Files of Gemma 3 do not say what scores are divided by. Where a model has another divisor than readers take it to be,
+/// the scales of its queries make up for it.
+fn query_scale(config: &Config) -> f32 {
+    let Config { n_layers, width, n_heads, head_width, .. } = *config;
+    let implied = gemma3_query_scalar(n_layers, width, n_heads, head_width);
+    config.query_scalar.map_or(1.0, |actual| (implied / actual).sqrt())
 }
 
 fn bad(field: &str, problem: String) -> Error {
@@ -185,9 +204,13 @@ fn describe(pairs: &mut Pairs, weights: &Weights, extras: Extras<'_>) -> Result<
 /// The shape; what reading takes it from is in `config.rs`.
 fn describe_config(pairs: &mut Pairs, config: &Config) {
     let name = config.architecture.gguf_name();
+    // Readers know a window for Gemma 3 alone. Others are exact as far as their window reaches.
+    let knows_windows = config.architecture == Architecture::Gemma3;
+    let window = config.window.as_ref();
+    let reach = window.filter(|_| !knows_windows).map_or(config.context_max, |window| window.n_positions);
     for (key, value) in [
         ("block_count", config.n_layers),
-        ("context_length", config.context_max),
+        ("context_length", config.context_max.min(reach)),
         ("embedding_length", config.width),
         ("feed_forward_length", config.ff_width),
         ("vocab_size", config.vocab),
@@ -206,7 +229,7 @@ fn describe_config(pairs: &mut Pairs, config: &Config) {
         pairs.f32(&format!("{name}.rope.freq_base"), config.rope.theta);
         describe_scaling(pairs, config);
     }
-    if let Some(window) = &config.window {
+    if let Some(window) = window.filter(|_| knows_windows) {
         pairs.u32(&format!("{name}.attention.sliding_window"), window.n_positions as u32);
         if let Some(theta) = window.rope_theta {
             pairs.f32(&format!("{name}.rope.freq_base_swa"), theta);

@@ -6,6 +6,7 @@ mod arrange;
 mod safetensors;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -51,13 +52,23 @@ pub fn read_dir(dir: &Path) -> Result<Weights> {
 /// The directory's files, by name: `config.json` and `model.safetensors`.
 pub fn files(weights: &Weights) -> Result<Vec<(&'static str, Vec<u8>)>> {
     let tensors = safetensors::write(&arrange::to_files(weights.config.architecture, &weights.tensors)?)?;
+    Ok(vec![(CONFIG_FILE, config_json(weights).into_bytes()), (TENSORS_FILE, tensors)])
+}
+
+/// What `config.json` says.
+pub fn config_json(weights: &Weights) -> String {
     let kind = weights.tensors.values().map(|tensor| tensor.kind).find(|kind| *kind != WeightKind::F32);
     let dtype = match kind {
         None => "float32",
         Some(WeightKind::F16) => "float16",
         Some(_) => "bfloat16",
     };
-    Ok(vec![(CONFIG_FILE, weights.config.to_json(dtype).into_bytes()), (TENSORS_FILE, tensors)])
+    weights.config.to_json(dtype)
+}
+
+/// Writes what `model.safetensors` holds, one tensor after the other.
+pub fn write_tensors(out: &mut dyn Write, weights: &Weights) -> Result<()> {
+    safetensors::write_to(out, &arrange::to_files(weights.config.architecture, &weights.tensors)?)
 }
 
 /// Writes a directory, which is made if it is not there.

@@ -5,7 +5,7 @@
 //! the crate reads our files in the tests.
 
 use std::collections::BTreeMap;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom, Write};
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -161,6 +161,14 @@ fn place(name: &str, value: Value, data_bytes: u64) -> std::result::Result<Place
 
 /// The bytes of a file with these tensors, in the order of their names.
 pub(super) fn write(tensors: &BTreeMap<String, WeightTensor>) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    write_to(&mut bytes, tensors)?;
+    Ok(bytes)
+}
+
+/// The same, one tensor after the other.
+pub(super) fn write_to(out: &mut dyn Write, tensors: &BTreeMap<String, WeightTensor>) -> Result<()> {
+    let failed = |source| Error::WriteTo { what: "the safetensors file".to_owned(), source };
     let mut header = Map::new();
     header.insert(METADATA.to_owned(), json!({"format": "pt"})); // transformers refuses a file that does not say so
     let mut at = 0;
@@ -172,13 +180,13 @@ pub(super) fn write(tensors: &BTreeMap<String, WeightTensor>) -> Result<Vec<u8>>
     }
     let mut header = Value::Object(header).to_string().into_bytes();
     header.resize(header.len().next_multiple_of(8), b' ');
-    let mut bytes = Vec::with_capacity(8 + header.len() + at);
-    bytes.extend_from_slice(&(header.len() as u64).to_le_bytes());
-    bytes.extend_from_slice(&header);
+    out.write_all(&(header.len() as u64).to_le_bytes()).map_err(failed)?;
+    out.write_all(&header).map_err(failed)?;
     for (name, tensor) in tensors {
-        bytes.extend_from_slice(&tensor.bytes().map_err(|err| unreadable(name, &err))?);
+        let bytes = tensor.bytes().map_err(|err| unreadable(name, &err))?;
+        out.write_all(&bytes).map_err(failed)?;
     }
-    Ok(bytes)
+    out.flush().map_err(failed)
 }
 
 fn dtype(name: &str, tensor: &WeightTensor) -> Result<&'static str> {

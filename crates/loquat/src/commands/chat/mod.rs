@@ -72,14 +72,7 @@ impl Partner {
         }
         let key = random_key()?;
         let listen = Listen::local(args.threads, args.kv_mib);
-        let serve = args::Serve {
-            models: vec![model.to_owned()],
-            served_model_name: None,
-            api_key: Some(key.clone()),
-            lora_modules: Vec::new(),
-            allow_runtime_lora: false,
-            listen,
-        };
+        let serve = args::Serve::local(model, key.clone(), listen);
         let replica = Replica::start(home, &serve)?;
         let server = Server::connect(&format!("http://{}", replica.address()), Some(key), None)?;
         Ok(Partner { server, replica: Some(replica) })

@@ -3,10 +3,11 @@
 use std::fs::{self, File};
 use std::io::{BufWriter, IsTerminal, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use model::gguf::{self, Extras, Vocab};
-use model::{Conversion, Loaded, TokenizerFiles, hf};
+use model::{Conversion, Loaded, TokenizerFiles, Weights, hf};
 use tensor::Pool;
 use tensor::packed::WeightKind;
 
@@ -32,7 +33,7 @@ pub(super) fn export(home: &Home, args: &Export) -> Result<()> {
     };
     if let Some(kind) = conversion {
         let conversion = Conversion { kind, pure: true, vectors: format == ExportFormat::Safetensors };
-        convert(&mut loaded, conversion)?;
+        convert(&mut loaded, conversion);
     }
     let bytes = match format {
         ExportFormat::Gguf => write_gguf(&loaded, &name_of(&args.model), &args.out)?,
@@ -50,7 +51,7 @@ pub(super) fn quantize(home: &Home, args: &Quantize) -> Result<()> {
     }
     let mut loaded = load(home, &args.model)?;
     let before: usize = loaded.weights.tensors.values().map(|t| t.n_bytes()).sum();
-    convert(&mut loaded, Conversion { kind, pure: args.pure, vectors: false })?;
+    convert(&mut loaded, Conversion { kind, pure: args.pure, vectors: false });
     let bytes = write_gguf(&loaded, &name_of(&args.model), &args.out)?;
     println!("{}: {}, was {}", args.out.display(), bytes_text(bytes), bytes_text(before as u64));
     println!("compare them: loquat eval perplexity {} TEXT", args.out.display());
@@ -79,21 +80,51 @@ fn load(home: &Home, model: &str) -> Result<Loaded> {
     model::load(&path).with_context(|| format!("cannot load {}", path.display()))
 }
 
-fn convert(loaded: &mut Loaded, conversion: Conversion) -> Result<()> {
-    let shown = std::io::stderr().is_terminal();
-    let pool = Pool::new(crate::n_threads());
-    let converted = loaded.weights.convert(conversion, &pool, &mut |done, n| {
-        if shown {
-            let share = done as f64 / n.max(1) as f64;
-            eprint!(
-                "\r\x1b[K{}",
-                if done == n { String::new() } else { format!("{} {done}/{n}", bar(share, 24)) }
-            );
+/// Nothing is computed before it is written, so that a model larger than memory can be converted.
+fn convert(loaded: &mut Loaded, conversion: Conversion) {
+    loaded.weights.convert(conversion, &Arc::new(Pool::new(crate::n_threads())));
+}
+
+/// A file, and how much of it there is.
+struct Shown {
+    file: BufWriter<File>,
+    n_written: u64,
+    /// About as much as there will be.
+    n_total: u64,
+    percent: u64,
+}
+
+impl Shown {
+    fn create(path: &Path, weights: &Weights) -> std::io::Result<Shown> {
+        let file = BufWriter::with_capacity(1 << 20, File::create(path)?);
+        Ok(Shown { file, n_written: 0, n_total: weights.n_bytes().max(1) as u64, percent: 0 })
+    }
+
+    fn finish(self) -> std::io::Result<()> {
+        if std::io::stderr().is_terminal() {
+            eprint!("\r\x1b[K");
+        }
+        self.file.into_inner().map_err(|error| error.into_error())?.sync_all()
+    }
+}
+
+impl Write for Shown {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let n = self.file.write(bytes)?;
+        self.n_written += n as u64;
+        let percent = (100 * self.n_written / self.n_total).min(100);
+        if percent > self.percent && std::io::stderr().is_terminal() {
+            self.percent = percent;
+            eprint!("\r\x1b[K{} {percent} %", bar(percent as f64 / 100.0, 24));
             // Progress is only for looking at.
             let _ = std::io::stderr().flush();
         }
-    });
-    converted.context("cannot convert")
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.file.flush()
+    }
 }
 
 /// Writes the file under another name first, so that it is there whole or not at all.
@@ -101,11 +132,9 @@ fn write_gguf(loaded: &Loaded, name: &str, out: &Path) -> Result<u64> {
     let vocab = gguf_vocab(&loaded.tokenizer)?;
     let extras = Extras { name, vocab: vocab.as_ref(), chat_template: loaded.chat_template.as_deref() };
     let part = part_of(out);
-    let written = File::create(&part).map_err(anyhow::Error::from).and_then(|file| {
-        let mut file = BufWriter::with_capacity(1 << 20, file);
+    let written = Shown::create(&part, &loaded.weights).map_err(anyhow::Error::from).and_then(|mut file| {
         gguf::write(&mut file, &loaded.weights, extras)?;
-        let file = file.into_inner().map_err(|error| error.into_error())?;
-        file.sync_all()?;
+        file.finish()?;
         fs::rename(&part, out)?;
         Ok(out.metadata()?.len())
     });
@@ -148,7 +177,7 @@ fn gguf_vocab(files: &TokenizerFiles) -> Result<Option<Vocab>> {
 /// Writes a Hugging Face directory; like a file, it gets its name when it is whole.
 fn write_directory(loaded: &Loaded, out: &Path) -> Result<u64> {
     let failed = || format!("cannot write {}", out.display());
-    let mut files: Vec<(&str, Vec<u8>)> = hf::files(&loaded.weights).with_context(failed)?;
+    let mut files = vec![(hf::CONFIG_FILE, hf::config_json(&loaded.weights).into_bytes())];
     let template = loaded.chat_template.as_deref();
     match &loaded.tokenizer {
         TokenizerFiles::Json { tokenizer, config } => {
@@ -164,7 +193,10 @@ fn write_directory(loaded: &Loaded, out: &Path) -> Result<u64> {
         TokenizerFiles::None => {}
     }
     let part = part_of(out);
-    let written = write_files(&part, &files).and_then(|bytes| fs::rename(&part, out).map(|()| bytes));
+    let written = write_files(&part, &files, &loaded.weights).and_then(|bytes| {
+        fs::rename(&part, out)?;
+        Ok(bytes)
+    });
     if written.is_err() {
         // As above.
         let _ = fs::remove_dir_all(&part);
@@ -172,7 +204,7 @@ fn write_directory(loaded: &Loaded, out: &Path) -> Result<u64> {
     written.with_context(failed)
 }
 
-fn write_files(dir: &Path, files: &[(&str, Vec<u8>)]) -> std::io::Result<u64> {
+fn write_files(dir: &Path, files: &[(&str, Vec<u8>)], weights: &Weights) -> Result<u64> {
     if dir.exists() {
         // Left by one that was killed.
         fs::remove_dir_all(dir)?;
@@ -183,5 +215,10 @@ fn write_files(dir: &Path, files: &[(&str, Vec<u8>)]) -> std::io::Result<u64> {
         file.write_all(bytes)?;
         file.sync_all()?;
     }
-    Ok(files.iter().map(|(_, bytes)| bytes.len() as u64).sum())
+    let path = dir.join(hf::TENSORS_FILE);
+    let mut file = Shown::create(&path, weights)?;
+    hf::write_tensors(&mut file, weights)?;
+    file.finish()?;
+    let others: u64 = files.iter().map(|(_, bytes)| bytes.len() as u64).sum();
+    Ok(others + path.metadata()?.len())
 }

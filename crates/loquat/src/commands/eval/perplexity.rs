@@ -1,4 +1,4 @@
-//! `loquat eval`: how good a model is.
+//! `loquat eval perplexity`: how well a model foretells a text.
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use tensor::Pool;
 
-use crate::args::{EvalCommand, Perplexity};
+use crate::args::Perplexity;
 use crate::home::Home;
 use crate::serving;
 use crate::session::{self, Row, Session};
@@ -17,18 +17,12 @@ const SCORED_AT_ONCE: usize = 64;
 /// The longest text that is read.
 const TEXT_BYTES_MAX: u64 = 1 << 30;
 
-pub(crate) fn run(home: &Home, command: &EvalCommand) -> Result<ExitCode> {
-    match command {
-        EvalCommand::Perplexity(args) => perplexity(home, args),
-    }
-}
-
-fn perplexity(home: &Home, args: &Perplexity) -> Result<ExitCode> {
+pub(super) fn run(home: &Home, args: &Perplexity) -> Result<ExitCode> {
     if args.context < 4 || !args.context.is_multiple_of(2) {
         bail!("--context {} is not an even number of at least 4", args.context);
     }
     let text = read_text(&args.file)?;
-    let path = super::model::resolve(home, &args.model)?;
+    let path = crate::commands::model::resolve(home, &args.model)?;
     let pool = Pool::new(args.threads.unwrap_or_else(crate::n_threads));
     let (model, loaded) = session::load(&path, &pool)?;
     let tokenizer = serving::tokenizer(&loaded.tokenizer)
