@@ -64,8 +64,7 @@ fn what_the_assistant_says_is_learned_with_its_end() {
     check(
         SAYS_ITSELF,
         &["<|im_start|>user\nHi <|im_end|><|im_end|>\n<|im_start|>assistant\n[Hello.<|im_end|>]\n\
-           <|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n[So long <|im_start|>!<|im_end|>]\n\
-           <|im_start|>user\nNobody answers this.<|im_end|>\n"],
+           <|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n[So long <|im_start|>!<|im_end|>]"],
     );
 }
 
