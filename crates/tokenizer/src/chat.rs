@@ -94,6 +94,11 @@ impl ChatTemplate {
         self.0.is_plain.then_some("\nUser:")
     }
 
+    /// What a model's files say of it; nothing for [`ChatTemplate::plain`].
+    pub fn own_source(&self) -> Option<&str> {
+        (!self.0.is_plain).then_some(&self.0.source)
+    }
+
     pub fn source(&self) -> &str {
         &self.0.source
     }

@@ -1,7 +1,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use data::{Batches, Dataset, Error, Split};
+use data::{Batches, Dataset, Error, Row, Split};
 use store::Store;
 
 use crate::ingest::{corpus, plan, ram, run};
@@ -14,6 +14,33 @@ fn dataset() -> (Arc<dyn Store>, Dataset) {
     (store, dataset)
 }
 
+/// The ids that a row of text was cut from.
+fn window(row: Result<Row, Error>) -> Vec<u32> {
+    let row = row.unwrap();
+    assert_eq!(row.targets[..row.targets.len() - 1], row.tokens[1..]);
+    assert!(row.starts.len() == row.tokens.len() && row.starts.iter().all(|start| *start == 0));
+    row.tokens.iter().chain(row.targets.last()).copied().collect()
+}
+
+#[test]
+fn isolated_documents_begin_after_the_end_of_text() {
+    let (_store, dataset) = dataset();
+    let eot = dataset.info().end_of_text;
+    let plain = Batches::new(&dataset, Split::Train, 5, 500).unwrap();
+    let isolated = plain.clone().isolated(true);
+    let mut n_starts = 0;
+    for i in 0..plain.n_rows() {
+        let (plain, isolated) = (plain.row(i).unwrap(), isolated.row(i).unwrap());
+        assert_eq!((&plain.tokens, &plain.targets), (&isolated.tokens, &isolated.targets));
+        for at in 1..500 {
+            let expected = if isolated.tokens[at - 1] == eot { at as u32 } else { isolated.starts[at - 1] };
+            assert_eq!(isolated.starts[at], expected, "row {i}, token {at}");
+            n_starts += usize::from(isolated.starts[at] == at as u32);
+        }
+    }
+    assert!(n_starts > 5, "no documents met in a row");
+}
+
 #[test]
 fn an_epoch_is_every_window_once() {
     let (_store, dataset) = dataset();
@@ -21,14 +48,14 @@ fn an_epoch_is_every_window_once() {
     let stream = dataset.tokens(Split::Train, 0..n_tokens).unwrap();
     for t in [1, 7, 64, 1000, n_tokens as usize - 1] {
         let batches = Batches::new(&dataset, Split::Train, 5, t).unwrap();
-        let n = batches.n_windows();
+        let n = batches.n_rows();
         assert_eq!(n, (n_tokens - 1) / t as u64);
-        let in_order: Vec<_> = (0..n).map(|i| batches.window_at(i).unwrap()).collect();
+        let in_order: Vec<_> = (0..n).map(|i| window(batches.row_at(i))).collect();
         for (i, window) in in_order.iter().enumerate() {
             assert_eq!(window[..], stream[i * t..i * t + t + 1]);
         }
         let epoch =
-            |epoch: u64| (epoch * n..(epoch + 1) * n).map(|i| batches.window(i).unwrap()).collect::<Vec<_>>();
+            |epoch: u64| (epoch * n..(epoch + 1) * n).map(|i| window(batches.row(i))).collect::<Vec<_>>();
         let (first, second) = (epoch(0), epoch(1));
         let mut sorted = [in_order.clone(), first.clone(), second.clone()];
         sorted.iter_mut().for_each(|windows| windows.sort());
@@ -40,7 +67,7 @@ fn an_epoch_is_every_window_once() {
             assert!(first != in_order && second != first, "the order is not random, or the same every epoch");
         }
         assert_eq!((batches.epoch(n - 1), batches.epoch(n), batches.epoch(6 * n - 1)), (0, 1, 5));
-        assert!(matches!(batches.window_at(n), Err(Error::OutOfRange { .. })));
+        assert!(matches!(batches.row_at(n), Err(Error::OutOfRange { .. })));
     }
 }
 
@@ -52,7 +79,7 @@ fn a_window_depends_on_seed_and_index_only() {
     let again = Batches::new(&Dataset::open(&store, "speeches").unwrap(), Split::Train, 7, 16).unwrap();
     let other_seed = Batches::new(&dataset, Split::Train, 8, 16).unwrap();
     let indices = [1_000_000, 3, 2, 1 << 40, 3, u64::MAX];
-    let of = |batches: &Batches| indices.map(|i| batches.window(i).unwrap());
+    let of = |batches: &Batches| indices.map(|i| window(batches.row(i)));
     assert_eq!(of(&batches), of(&again));
     assert_ne!(of(&batches), of(&other_seed));
     // From several threads at once, as ranks do.
@@ -62,8 +89,8 @@ fn a_window_depends_on_seed_and_index_only() {
             scope.spawn(|| assert_eq!(of(&batches), expected));
         }
     });
-    let distinct: BTreeSet<_> = (0..batches.n_windows()).map(|i| batches.window(i).unwrap()).collect();
-    assert!(distinct.len() as u64 > batches.n_windows() / 2);
+    let distinct: BTreeSet<_> = (0..batches.n_rows()).map(|i| window(batches.row(i))).collect();
+    assert!(distinct.len() as u64 > batches.n_rows() / 2);
 }
 
 #[test]
