@@ -21,6 +21,7 @@ mod error;
 mod info;
 mod ingest;
 mod input;
+mod mixture;
 mod packing;
 mod parts;
 mod permutation;
@@ -37,5 +38,6 @@ pub use document::{BadRows, Content, Document, Documents, ReadOptions, Source, d
 pub use error::{Error, Place, Result};
 pub use info::{ChatsInfo, DATASET_VERSION, DatasetInfo, InputInfo, Split, SplitInfo};
 pub use ingest::ingest;
+pub use mixture::Mixture;
 pub use permutation::Permutation;
 pub use plan::{IngestPlan, IngestProgress, IngestStage, TokenizerSource};

@@ -1,7 +1,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use data::{Batches, Dataset, Error, Row, Split};
+use data::{Batches, Dataset, Error, Mixture, Row, Split};
 use store::Store;
 
 use crate::ingest::{corpus, plan, ram, run};
@@ -91,6 +91,43 @@ fn a_window_depends_on_seed_and_index_only() {
     });
     let distinct: BTreeSet<_> = (0..batches.n_rows()).map(|i| window(batches.row(i))).collect();
     assert!(distinct.len() as u64 > batches.n_rows() / 2);
+}
+
+/// Every dataset has its share, its rows come in its own order and none is left out.
+#[test]
+fn a_mixture_keeps_its_weights_and_every_row() {
+    let (_store, dataset) = dataset();
+    let part = |t: usize, seed: u64| Batches::new(&dataset, Split::Train, seed, t).unwrap();
+    let new = |seed| {
+        let parts = vec![(part(16, 1), 3.0), (part(16, 2), 1.0), (part(16, 3), 4.0)];
+        Mixture::new(parts, seed).unwrap()
+    };
+    let mixture = new(5);
+    let mut seen: [Vec<u64>; 3] = Default::default();
+    for index in 0..3 * 4096 {
+        let (which, row) = mixture.place(index);
+        seen[which].push(row);
+        assert_eq!((which, row), new(5).place(index));
+    }
+    for (rows, n) in seen.iter().zip([3 * 1536, 3 * 512, 3 * 2048]) {
+        let mut sorted = rows.clone();
+        sorted.sort_unstable();
+        assert_eq!(sorted, (0..n).collect::<Vec<u64>>());
+    }
+    // Mixed through and through: the first 256 places hold about 96, 32 and 128 rows.
+    let first = |which| (0..256).filter(|&i| mixture.place(i).0 == which).count();
+    assert!((70..125).contains(&first(0)) && (15..50).contains(&first(1)), "{} {}", first(0), first(1));
+    assert_ne!(
+        (0..64).map(|i| new(6).place(i)).collect::<Vec<_>>(),
+        (0..64).map(|i| mixture.place(i)).collect::<Vec<_>>()
+    );
+    let (which, row) = mixture.place(1000);
+    assert_eq!(mixture.row(1000).unwrap(), part(16, which as u64 + 1).row(row).unwrap());
+    let alone = Mixture::new(vec![(part(16, 1), 0.3)], 5).unwrap();
+    assert_eq!(alone.row(77).unwrap(), part(16, 1).row(77).unwrap());
+    assert!(Mixture::new(vec![(part(16, 1), 1.0), (part(16, 2), 1e-6)], 5).is_none());
+    assert!(Mixture::new(vec![(part(16, 1), 0.0)], 5).is_none());
+    assert!(Mixture::new(Vec::new(), 5).is_none());
 }
 
 #[test]
