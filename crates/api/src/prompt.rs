@@ -26,12 +26,7 @@ pub(crate) fn read_messages(fields: Fields, model: &ServedModel, tools: &[Value]
     for (index, message) in messages.iter().enumerate() {
         clean.push(read_message(index, message)?);
     }
-    if !model.template.source().contains("tool_calls") {
-        spell_calls(&mut clean);
-    }
-    if !tools.is_empty() && !model.template.source().contains("tools") {
-        describe_tools(&mut clean, tools);
-    }
+    model.template.spell_tools(&mut clean, tools);
     let n_bytes: usize = clean.iter().filter_map(|m| m["content"].as_str()).map(str::len).sum();
     refuse_hopeless(n_bytes, model, "messages")?;
     let input = ChatInput { messages: &clean, tools, add_generation_prompt: true, ..ChatInput::default() };
@@ -40,19 +35,6 @@ pub(crate) fn read_messages(fields: Fields, model: &ServedModel, tools: &[Value]
         ApiError::invalid("messages", echo(&e.to_string()))
     })?;
     Ok(Prompt { tokens, text: String::new(), param: "messages" })
-}
-
-/// For templates that know no functions: the system's message says what they are.
-fn describe_tools(messages: &mut Vec<Value>, tools: &[Value]) {
-    let functions: Vec<String> = tools.iter().map(|tool| tool["function"].to_string()).collect();
-    let about = format!("You can call these functions with arguments in JSON:\n{}", functions.join("\n"));
-    match messages.first_mut().filter(|first| first["role"] == "system") {
-        Some(system) => {
-            let said = system["content"].as_str().unwrap_or_default();
-            system["content"] = format!("{said}\n\n{about}").into();
-        }
-        None => messages.insert(0, json!({"role": "system", "content": about})),
-    }
 }
 
 fn read_message(index: usize, message: &Value) -> Result<Value> {
@@ -97,15 +79,6 @@ fn read_calls(calls: &Value, at: &str) -> Result<Value> {
         );
     }
     Ok(clean.into())
-}
-
-/// For templates that know no calls: what was called, as text.
-fn spell_calls(messages: &mut [Value]) {
-    for message in messages.iter_mut().filter(|message| message["content"] == "") {
-        let calls = message["tool_calls"].as_array().into_iter().flatten();
-        let texts: Vec<String> = calls.map(|call| call["function"].to_string()).collect();
-        message["content"] = texts.join("\n").into();
-    }
 }
 
 /// A string, or an array of text parts, which are joined by line ends.
