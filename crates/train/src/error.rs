@@ -27,6 +27,18 @@ pub enum Error {
         "the loss of step {step} is not a number (micro-batch {micro_batch}, rows {rows:?} of the data's order)"
     )]
     NotANumber { step: u64, micro_batch: usize, rows: std::ops::Range<u64> },
+    #[error(
+        "the run {run} has no model to start from, or another than its plan names; start a run of another name"
+    )]
+    StartChanged { run: String },
+    #[error("cannot read the tensor {name} of the model to start from")]
+    StartTensor {
+        name: String,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("the dataset {name} holds {found}, the objective needs {needed}")]
+    Pairs { name: String, found: &'static str, needed: &'static str },
     #[error("checkpoint {prefix}: {what}")]
     Checkpoint { prefix: String, what: String },
     #[error("no checkpoint of run {run} could be read")]

@@ -9,7 +9,7 @@ pub enum Event {
     /// The run begins, or goes on from the checkpoint of `step`.
     Started(Started),
     Step(Step),
-    /// Loss on whole held-out documents.
+    /// Loss on held-out rows: a token's, or where pairs are judged a pair's.
     Eval {
         step: u64,
         nats_per_token: f64,
@@ -71,7 +71,7 @@ pub struct Started {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Step {
     pub step: u64,
-    /// Mean cross-entropy of the step's tokens, in nats.
+    /// Mean of the objective over the step's tokens, or pairs, in nats.
     pub loss: f64,
     pub lr: f32,
     /// Norm of the mean gradient before clipping.
@@ -83,6 +83,9 @@ pub struct Step {
     pub data_seconds: f64,
     /// Seconds of training since the run began, without the time it was stopped.
     pub elapsed_seconds: f64,
+    /// Where pairs are judged: by how much the better one is ahead, on average.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub margin: Option<f64>,
 }
 
 impl Event {
@@ -123,6 +126,7 @@ mod tests {
             tokens_per_second: 100.0,
             data_seconds: 0.0,
             elapsed_seconds: 1.5,
+            margin: None,
         };
         let event = Event::Step(step);
         let line = event.to_line();

@@ -20,11 +20,13 @@ mod rank;
 mod run;
 mod sample;
 mod schedule;
+mod start;
 
 pub use curve::Curve;
 pub use error::{Error, Result};
 pub use event::{Event, Started, Step};
 pub use metrics_log::read_metrics;
-pub use plan::{AdamW, CheckpointPolicy, Evaluate, PLAN_VERSION, Plan, Sample};
+pub use plan::{AdamW, CheckpointPolicy, Evaluate, Method, PLAN_VERSION, Plan, Sample, Start};
 pub use run::{Context, Outcome, create, read_plan, run};
 pub use schedule::{Decay, Schedule};
+pub use start::start_files;

@@ -5,9 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use comm::{Comm, tree};
-use data::Batches;
-use model::{MicroBatch, Objective, TrainModel, Trainable};
-use tensor::cross_entropy::IGNORED;
+use data::{Batches, NO_TARGET, Row};
+use model::{LossSum, MicroBatch, Objective, TrainModel, Trainable};
 use tensor::{Buf, Pool};
 
 use crate::checkpoint::{Rate, State};
@@ -98,57 +97,58 @@ impl Rank<'_> {
     fn step(&mut self) -> Result<Step> {
         let start = (self.seconds)();
         let plan = self.plan;
-        let n_tokens = plan.tokens_per_step() as f64;
-        let (nats, data_seconds) = self.gradients()?;
+        let (sums, data_seconds) = self.gradients()?;
         self.comm.all_reduce_tree(&mut self.grads)?;
-        let nats = self.comm.all_gather(&nats)?;
-        if let Some(micro_batch) = nats.iter().position(|n| !n.is_finite()) {
+        let sums = Sums(self.comm.all_gather(&sums.0)?);
+        if let Some(micro_batch) = sums.nats().position(|n| !n.is_finite()) {
             let first = self.first_row(micro_batch);
             let rows = first..first + plan.rows as u64;
             return Err(Error::NotANumber { step: self.state.step + 1, micro_batch, rows });
         }
+        let n_counted = sums.n_counted();
         let squares = tensor::adamw::sum_squares(&self.pool, &self.grads, &mut self.squares);
-        let grad_norm = squares.sqrt() / n_tokens;
+        let grad_norm = squares.sqrt() / n_counted;
         let lr = plan.schedule.lr(self.state.step, plan.steps);
         let clip = (f64::from(plan.clip_norm) / grad_norm).min(1.0);
-        let rate = Rate { lr, grad_scale: (clip / n_tokens) as f32 };
+        let rate = Rate { lr, grad_scale: (clip / n_counted) as f32 };
         self.state.update(&self.pool, &self.grads, &self.decayed, plan.adamw, rate);
         let seconds = (self.seconds)() - start;
+        let n_tokens = plan.tokens_per_step();
         self.state.tokens += n_tokens as u64;
         self.state.elapsed_seconds += seconds;
         Ok(Step {
             step: self.state.step,
-            loss: nats.iter().sum::<f64>() / n_tokens,
+            loss: sums.nats().sum::<f64>() / n_counted,
             lr,
             grad_norm,
             tokens: self.state.tokens,
-            tokens_per_second: n_tokens / seconds.max(1e-9),
+            tokens_per_second: n_tokens as f64 / seconds.max(1e-9),
             data_seconds,
             elapsed_seconds: self.state.elapsed_seconds,
+            margin: plan.objective.is_of_pairs().then(|| sums.margin() / n_counted),
         })
     }
 
-    /// Sums the gradients of this rank's micro-batches in tree order. Returns the summed loss of each micro-batch and
-    /// the seconds spent on data.
-    fn gradients(&mut self) -> Result<(Vec<f64>, f64)> {
+    /// Sums the gradients of this rank's micro-batches in tree order. Returns what each micro-batch lost, and the seconds
+    /// spent on data.
+    fn gradients(&mut self) -> Result<(Sums, f64)> {
         let mine = tree::share(self.plan.micro_batches, self.comm.rank(), self.comm.n_ranks());
-        let mut nats = Vec::with_capacity(mine.len());
+        let mut sums = Sums::default();
         let mut data_seconds = 0.0;
         let rows = self.plan.rows as u64;
         let first_row = self.first_row(0);
-        let Rank { pool, model, train, state, grads, spare, seconds, .. } = self;
+        let Rank { plan, pool, model, train, state, grads, spare, seconds, .. } = self;
         let mut leaf = |micro_batch: usize, dparams: &mut [f32]| -> Result<()> {
             let start = seconds();
             let first = first_row + micro_batch as u64 * rows;
-            let (tokens_bt, targets_bt) = windows(train, first..first + rows)?;
+            let rows = Rows::read(train, first..first + rows)?;
             data_seconds += seconds() - start;
-            let of = (MicroBatch::plain(&tokens_bt, &targets_bt), Objective::CrossEntropy);
-            let sum = model.loss_and_grads(pool, &state.params, of, dparams);
-            nats.push(sum.nats);
+            let of = (rows.batch(), plan.objective);
+            sums.push(model.loss_and_grads(pool, &state.params, of, dparams));
             Ok(())
         };
         tree::reduce(mine, grads, spare, &mut leaf)?;
-        Ok((nats, data_seconds))
+        Ok((sums, data_seconds))
     }
 
     /// Index of the first row of a micro-batch of the current step in the data's order.
@@ -157,39 +157,83 @@ impl Rank<'_> {
         (self.state.step * micro_batches + micro_batch as u64) * rows
     }
 
-    /// Mean nats a token and bits a byte over the first validation rows, shared among ranks, summed in row order.
+    /// The mean of the objective, and bits a byte, over the first validation rows, shared among ranks, summed in row order.
     fn evaluate(&mut self) -> Result<(f64, f64)> {
-        let n_rows = (self.plan.evaluate.rows_max as u64).min(self.validation.n_windows());
+        let n_rows = (self.plan.evaluate.rows_max as u64).min(self.validation.n_rows());
         let rows = self.plan.rows as u64;
         let n_batches = n_rows.div_ceil(rows);
         let (rank, n_ranks) = (self.comm.rank() as u64, self.comm.n_ranks() as u64);
         let mut sums = Vec::new();
         for batch in n_batches * rank / n_ranks..n_batches * (rank + 1) / n_ranks {
             let present = batch * rows..((batch + 1) * rows).min(n_rows);
-            let (mut tokens_bt, mut targets_bt) = windows(&mut self.validation, present)?;
-            let full = self.plan.rows * self.plan.context;
-            tokens_bt.resize(full, 0);
-            targets_bt.resize(full, IGNORED);
-            let of = (MicroBatch::plain(&tokens_bt, &targets_bt), Objective::CrossEntropy);
-            let sum = self.model.loss(&self.pool, &self.state.params, of);
-            let real = targets_bt.iter().filter(|t| **t != IGNORED);
+            let mut rows = Rows::read(&self.validation, present)?;
+            rows.pad(self.plan.rows * self.plan.context);
+            let mut loss =
+                |objective| self.model.loss(&self.pool, &self.state.params, (rows.batch(), objective));
+            let tokens = loss(Objective::CrossEntropy);
+            let sum = if self.plan.objective.is_of_pairs() { loss(self.plan.objective) } else { tokens };
+            let real = rows.targets_bt.iter().filter(|t| **t != NO_TARGET);
             let bytes: u64 = real.map(|t| u64::from(self.token_bytes[*t as usize])).sum();
-            sums.extend([sum.nats, sum.n_tokens as f64, bytes as f64]);
+            sums.extend([sum.nats, sum.n_tokens as f64, tokens.nats, bytes as f64]);
         }
         let sums = self.comm.all_gather(&sums)?;
-        let total = |at: usize| sums.iter().skip(at).step_by(3).sum::<f64>();
-        let (nats, n_tokens, bytes) = (total(0), total(1), total(2));
-        Ok((nats / n_tokens, nats / std::f64::consts::LN_2 / bytes))
+        let total = |at: usize| sums.iter().skip(at).step_by(4).sum::<f64>();
+        Ok((total(0) / total(1), total(2) / std::f64::consts::LN_2 / total(3)))
     }
 }
 
-/// Rows `range` of the data's order as inputs and the targets one position later, row by row.
-fn windows(batches: &mut Batches, range: Range<u64>) -> Result<(Vec<u32>, Vec<u32>)> {
-    let (mut tokens_bt, mut targets_bt) = (Vec::new(), Vec::new());
-    for index in range {
-        let window = batches.window(index)?;
-        tokens_bt.extend_from_slice(&window[..window.len() - 1]);
-        targets_bt.extend_from_slice(&window[1..]);
+/// What micro-batches lost, three numbers each, in their order: nats, what counts, margins.
+#[derive(Default)]
+struct Sums(Vec<f64>);
+
+impl Sums {
+    fn push(&mut self, loss: LossSum) {
+        self.0.extend([loss.nats, loss.n_tokens as f64, loss.margin]);
     }
-    Ok((tokens_bt, targets_bt))
+
+    fn nats(&self) -> impl Iterator<Item = f64> {
+        self.0.iter().step_by(3).copied()
+    }
+
+    /// At least 1: a step in which nothing counts changes nothing.
+    fn n_counted(&self) -> f64 {
+        self.0.iter().skip(1).step_by(3).sum::<f64>().max(1.0)
+    }
+
+    fn margin(&self) -> f64 {
+        self.0.iter().skip(2).step_by(3).sum()
+    }
+}
+
+/// Rows of the data's order, one after the other.
+#[derive(Default)]
+struct Rows {
+    tokens_bt: Vec<u32>,
+    targets_bt: Vec<u32>,
+    starts_bt: Vec<u32>,
+}
+
+impl Rows {
+    fn read(batches: &Batches, range: Range<u64>) -> Result<Rows> {
+        let mut rows = Rows::default();
+        for index in range {
+            let Row { tokens, targets, starts } = batches.row(index)?;
+            rows.tokens_bt.extend(tokens);
+            rows.targets_bt.extend(targets);
+            rows.starts_bt.extend(starts);
+        }
+        Ok(rows)
+    }
+
+    /// Fills up with rows of nothing that counts.
+    fn pad(&mut self, n_tokens: usize) {
+        self.tokens_bt.resize(n_tokens, 0);
+        self.targets_bt.resize(n_tokens, NO_TARGET);
+        self.starts_bt.resize(n_tokens, 0);
+    }
+
+    fn batch(&self) -> MicroBatch<'_> {
+        let starts_bt = Some(&self.starts_bt[..]);
+        MicroBatch { tokens_bt: &self.tokens_bt, targets_bt: &self.targets_bt, starts_bt }
+    }
 }

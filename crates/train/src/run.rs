@@ -17,9 +17,10 @@ use tensor::{Buf, Pool, Precision};
 
 use crate::checkpoint::{Checkpoints, State, chain};
 use crate::metrics_log::MetricsLog;
+use crate::plan::Method;
 use crate::rank::{Lead, Rank};
 use crate::sample::Sampler;
-use crate::{Curve, Error, Event, Plan, Result, Started, read_metrics};
+use crate::{Curve, Error, Event, Plan, Result, Started, read_metrics, start};
 
 /// How often metrics reach the store while steps go on.
 const FLUSH_SECONDS: f64 = 2.0;
@@ -50,13 +51,19 @@ pub enum Outcome {
     Interrupted,
 }
 
-/// Writes the plan into the run. A run that exists keeps its plan: another one is refused, naming the first field
-/// that differs.
-pub fn create(store: &Arc<dyn Store>, run: &str, plan: &Plan) -> Result<()> {
+/// Writes the plan into the run, and the files of the model it starts from, if it names one (see [`crate::start_files`]).
+/// A run that exists keeps its plan: another one is refused, naming the first field that differs.
+pub fn create(store: &Arc<dyn Store>, run: &str, plan: &Plan, start: Option<&model::Files>) -> Result<()> {
     plan.check()?;
     let name = plan_name(run)?;
-    if store.put_if_absent(&name, &plan.to_json())? == Put::Created {
-        return Ok(());
+    if read_plan(store, run)?.is_none() {
+        // First, so that a run with a plan has all that it needs.
+        if let Some(files) = start {
+            start::keep(store, run, files)?;
+        }
+        if store.put_if_absent(&name, &plan.to_json())? == Put::Created {
+            return Ok(());
+        }
     }
     let old = Plan::from_json(&store.get(&name)?)?;
     match first_difference(&as_value(&old)?, &as_value(plan)?, String::new()) {
@@ -80,7 +87,7 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
     let plan = read_plan(&context.store, run)?.ok_or_else(|| Error::NoRun { run: run.clone() })?;
     plan.check_ranks(context.n_ranks)?;
     let dataset = open_dataset(context, &plan)?;
-    let trainable = Trainable::new(&plan.config()?);
+    let trainable = start::trainable(&context.store, run, &plan)?;
     let checkpoints = Checkpoints {
         store: context.store.clone(),
         run: run.clone(),
@@ -107,7 +114,7 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
         Some(state) => state.clone(),
         None => State::initial(&trainable, plan.seed),
     });
-    let ranks = ranks(context, &plan, &dataset, states)?;
+    let ranks = ranks(context, (&plan, &trainable), &dataset, states)?;
     let (finished, params) = run_ranks(ranks, &mut leader, context.stop)?;
     if finished {
         leader.finish(&dataset, &trainable, &params)?;
@@ -125,7 +132,9 @@ fn open_dataset(context: &Context, plan: &Plan) -> Result<Dataset> {
         return Err(Error::DatasetChanged { name: name.clone(), found, planned });
     }
     let (model, dataset_vocab) = (plan.config()?.vocab, dataset.info().vocab_size);
-    if model != dataset_vocab {
+    // Published models have ids that no tokenizer gives, to fill up a round number.
+    let fits = if plan.start.is_some() { model >= dataset_vocab } else { model == dataset_vocab };
+    if !fits {
         return Err(Error::Vocabulary { model, dataset: dataset_vocab });
     }
     Ok(dataset)
@@ -133,7 +142,7 @@ fn open_dataset(context: &Context, plan: &Plan) -> Result<Dataset> {
 
 fn ranks<'a>(
     context: &Context<'a>,
-    plan: &'a Plan,
+    (plan, trainable): (&'a Plan, &Trainable),
     dataset: &Dataset,
     states: impl Iterator<Item = State>,
 ) -> Result<Vec<Rank<'a>>> {
@@ -141,10 +150,20 @@ fn ranks<'a>(
     let precision = if plan.bf16 { Precision::Bf16 } else { Precision::F32 };
     let n_threads = (context.n_threads / context.n_ranks).max(1);
     let tokenizer = dataset.tokenizer();
-    let bytes = |id: u32| if tokenizer.is_special(id) { 0 } else { tokenizer.token_bytes(id).len() as u32 };
+    let n_ids = dataset.info().vocab_size as u32;
+    let is_text = |id: u32| id < n_ids && !tokenizer.is_special(id);
+    let bytes = |id: u32| if is_text(id) { tokenizer.token_bytes(id).len() as u32 } else { 0 };
     let token_bytes: Arc<[u32]> = (0..config.vocab as u32).map(bytes).collect();
-    let trainable = Trainable::new(&config);
     let group: Vec<ThreadComm> = comm::threads(context.n_ranks)?;
+    let batches = |split, seed| -> Result<Batches> {
+        let batches = Batches::new(dataset, split, seed, plan.context)?;
+        let (is_pairs, name) = (batches.is_pairs(), dataset.info().name.clone());
+        match (is_pairs, plan.objective.is_of_pairs()) {
+            (true, false) => Err(Error::Pairs { name, found: "pairs", needed: "rows of their own" }),
+            (false, true) => Err(Error::Pairs { name, found: "no pairs", needed: "pairs" }),
+            _ => Ok(batches),
+        }
+    };
     let rank = |(comm, state): (ThreadComm, State)| -> Result<Rank<'a>> {
         Ok(Rank {
             plan,
@@ -152,8 +171,8 @@ fn ranks<'a>(
             pool: Pool::new(n_threads),
             model: TrainModel::new(trainable.clone(), plan.rows, plan.context, precision),
             trainable: trainable.clone(),
-            train: Batches::new(dataset, Split::Train, plan.seed, plan.context)?,
-            validation: Batches::new(dataset, Split::Validation, VALIDATION_SEED, plan.context)?,
+            train: batches(Split::Train, plan.seed)?,
+            validation: batches(Split::Validation, VALIDATION_SEED)?,
             token_bytes: token_bytes.clone(),
             grads: Buf::zeroed(state.params.len()),
             spare: Vec::new(),
@@ -229,7 +248,7 @@ impl Leader<'_, '_> {
     /// Publishes the model, draws the curve.
     fn finish(&mut self, dataset: &Dataset, trainable: &Trainable, params: &[f32]) -> Result<()> {
         if let Some(name) = &self.plan.publish {
-            publish(self.context, self.plan, name, dataset, trainable, params)?;
+            publish(self.context, (self.plan, name), dataset, trainable, params)?;
         }
         self.event(Event::Finished { step: self.plan.steps, model: self.plan.publish.clone() });
         self.flush();
@@ -281,26 +300,37 @@ impl Lead for Leader<'_, '_> {
     }
 }
 
-/// The finished model as a Hugging Face directory, visible with its manifest.
+/// The finished model as a Hugging Face directory, `models/<name>`, or as an adapter, `adapters/<name>`; visible with its
+/// manifest.
 fn publish(
     context: &Context,
-    plan: &Plan,
-    name: &str,
+    (plan, name): (&Plan, &str),
     dataset: &Dataset,
     trainable: &Trainable,
     params: &[f32],
 ) -> Result<()> {
-    let pool = Pool::new(context.n_threads);
-    let weights = trainable.to_weights(&pool, params, WeightKind::F32);
-    let mut bundle = BundleWriter::new(&context.store, &format!("models/{name}"))?;
-    for (file, bytes) in model::hf::files(&weights)? {
+    let base = plan.start.as_ref().map_or("", |start| &start.model);
+    let adapter = match plan.method {
+        Method::Lora { merge: false, .. } => trainable.adapter_files(params, base).transpose()?,
+        _ => None,
+    };
+    let kind = if adapter.is_some() { "adapter" } else { "model" };
+    let mut bundle = BundleWriter::new(&context.store, &format!("{kind}s/{name}"))?;
+    let files = match adapter {
+        Some(files) => files,
+        None => {
+            let pool = Pool::new(context.n_threads);
+            let mut files = model::hf::files(&trainable.to_weights(&pool, params, WeightKind::F32))?;
+            files.extend(dataset.tokenizer_files()?);
+            files
+        }
+    };
+    for (file, bytes) in files {
         bundle.add(file, &bytes)?;
     }
-    bundle.add("tokenizer.json", dataset.tokenizer().to_json().as_bytes())?;
-    bundle.add("tokenizer_config.json", dataset.tokenizer().config_json(None).as_bytes())?;
-    let meta =
-        serde_json::json!({ "run": context.run, "dataset": plan.dataset, "steps": plan.steps, "base": true });
-    bundle.publish("model", meta)?;
+    let is_base = dataset.info().chats.is_none();
+    let meta = serde_json::json!({ "run": context.run, "dataset": plan.dataset, "steps": plan.steps, "base": is_base });
+    bundle.publish(kind, meta)?;
     Ok(())
 }
 
