@@ -6,7 +6,7 @@
 
 use std::time::Instant;
 
-use model::{Architecture, Config, LossSum, Rope, TrainModel};
+use model::{Architecture, Config, LossSum, MicroBatch, Objective, Rope, TrainModel, Trainable};
 use tensor::adamw::{AdamW, AdamWState, adamw, sum_squares};
 use tensor::{Buf, Pool, Precision, cpu, limits};
 
@@ -79,14 +79,15 @@ struct Run {
 
 impl Run {
     fn new(config: &Config, precision: Precision) -> Self {
-        let model = TrainModel::new(config, ROWS, POSITIONS, precision);
-        let params = model.table().init(1);
+        let model = TrainModel::new(Trainable::new(config), ROWS, POSITIONS, precision);
+        let params = model.trainable().init(1);
         let [dparams, m, v] = [(); 3].map(|()| Buf::zeroed(params.len()));
         Self { model, params, dparams, m, v, scratch: Vec::new(), n_steps: 0 }
     }
 
     fn step(&mut self, pool: &Pool, tokens: &[u32], targets: &[u32]) -> LossSum {
-        let loss = self.model.loss_and_grads(pool, &self.params, tokens, targets, &mut self.dparams);
+        let of = (MicroBatch::plain(tokens, targets), Objective::CrossEntropy);
+        let loss = self.model.loss_and_grads(pool, &self.params, of, &mut self.dparams);
         let mean = 1.0 / loss.n_tokens as f64;
         let norm = sum_squares(pool, &self.dparams, &mut self.scratch).sqrt() * mean;
         self.n_steps += 1;
@@ -100,7 +101,7 @@ impl Run {
             grad_scale: (mean * (CLIP / norm).min(1.0)) as f32,
         };
         let state = AdamWState { params: &mut self.params, m: &mut self.m, v: &mut self.v };
-        adamw(pool, state, &self.dparams, &self.model.table().decayed(), &settings);
+        adamw(pool, state, &self.dparams, &self.model.trainable().decayed(), &settings);
         loss
     }
 }

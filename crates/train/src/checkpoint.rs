@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use model::ParamTable;
+use model::Trainable;
 use serde::{Deserialize, Serialize};
 use store::{Bundle, BundleWriter, Store};
 use tensor::adamw::AdamWState;
@@ -56,10 +56,10 @@ pub(crate) struct Checkpoints {
 }
 
 impl State {
-    pub(crate) fn initial(table: &ParamTable, seed: u64) -> State {
-        let n = table.n_params();
+    pub(crate) fn initial(trainable: &Trainable, seed: u64) -> State {
+        let n = trainable.n_params();
         State {
-            params: table.init(seed),
+            params: trainable.init(seed),
             adam_m: Buf::zeroed(n),
             adam_v: Buf::zeroed(n),
             step: 0,

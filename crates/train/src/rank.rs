@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use comm::{Comm, tree};
 use data::Batches;
-use model::{ParamTable, TrainModel};
+use model::{MicroBatch, Objective, TrainModel, Trainable};
 use tensor::cross_entropy::IGNORED;
 use tensor::{Buf, Pool};
 
@@ -19,7 +19,7 @@ pub(crate) struct Rank<'a> {
     pub(crate) comm: Box<dyn Comm>,
     pub(crate) pool: Pool,
     pub(crate) model: TrainModel,
-    pub(crate) table: ParamTable,
+    pub(crate) trainable: Trainable,
     pub(crate) train: Batches,
     pub(crate) validation: Batches,
     /// Bytes of text that each token id stands for.
@@ -41,7 +41,7 @@ pub(crate) trait Lead {
     fn event(&mut self, event: Event);
     /// Returns whether the checkpoint is there; why not has been told as an event.
     fn save(&mut self, state: &State) -> bool;
-    fn sample(&mut self, pool: &Pool, table: &ParamTable, state: &State) -> Result<()>;
+    fn sample(&mut self, pool: &Pool, trainable: &Trainable, state: &State) -> Result<()>;
 }
 
 impl Rank<'_> {
@@ -89,7 +89,7 @@ impl Rank<'_> {
         if let Some(lead) = lead
             && (must || step.is_multiple_of(self.plan.sample.every_steps))
         {
-            lead.sample(&self.pool, &self.table, &self.state)?;
+            lead.sample(&self.pool, &self.trainable, &self.state)?;
         }
         Ok(())
     }
@@ -142,7 +142,8 @@ impl Rank<'_> {
             let first = first_row + micro_batch as u64 * rows;
             let (tokens_bt, targets_bt) = windows(train, first..first + rows)?;
             data_seconds += seconds() - start;
-            let sum = model.loss_and_grads(pool, &state.params, &tokens_bt, &targets_bt, dparams);
+            let of = (MicroBatch::plain(&tokens_bt, &targets_bt), Objective::CrossEntropy);
+            let sum = model.loss_and_grads(pool, &state.params, of, dparams);
             nats.push(sum.nats);
             Ok(())
         };
@@ -169,7 +170,8 @@ impl Rank<'_> {
             let full = self.plan.rows * self.plan.context;
             tokens_bt.resize(full, 0);
             targets_bt.resize(full, IGNORED);
-            let sum = self.model.loss(&self.pool, &self.state.params, &tokens_bt, &targets_bt);
+            let of = (MicroBatch::plain(&tokens_bt, &targets_bt), Objective::CrossEntropy);
+            let sum = self.model.loss(&self.pool, &self.state.params, of);
             let real = targets_bt.iter().filter(|t| **t != IGNORED);
             let bytes: u64 = real.map(|t| u64::from(self.token_bytes[*t as usize])).sum();
             sums.extend([sum.nats, sum.n_tokens as f64, bytes as f64]);

@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicBool;
 
 use comm::ThreadComm;
 use data::{Batches, Dataset, Split};
-use model::{ParamTable, TrainModel};
+use model::{TrainModel, Trainable};
 use sha2::{Digest, Sha256};
 use store::{BundleWriter, ObjectName, Put, Store};
 use tensor::packed::WeightKind;
@@ -80,12 +80,12 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
     let plan = read_plan(&context.store, run)?.ok_or_else(|| Error::NoRun { run: run.clone() })?;
     plan.check_ranks(context.n_ranks)?;
     let dataset = open_dataset(context, &plan)?;
-    let table = ParamTable::new(&plan.config()?);
+    let trainable = Trainable::new(&plan.config()?);
     let checkpoints = Checkpoints {
         store: context.store.clone(),
         run: run.clone(),
         plan_sha256: hex::encode(Sha256::digest(plan.to_json())),
-        n_params: table.n_params(),
+        n_params: trainable.n_params(),
     };
     let mut refused = Vec::new();
     let state = checkpoints.load_newest(&mut |event| refused.push(event))?;
@@ -102,15 +102,15 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
     for event in refused {
         leader.event(event);
     }
-    leader.started(step, table.n_params())?;
+    leader.started(step, trainable.n_params())?;
     let states = (0..context.n_ranks).map(|_| match &state {
         Some(state) => state.clone(),
-        None => State::initial(&table, plan.seed),
+        None => State::initial(&trainable, plan.seed),
     });
     let ranks = ranks(context, &plan, &dataset, states)?;
     let (finished, params) = run_ranks(ranks, &mut leader, context.stop)?;
     if finished {
-        leader.finish(&dataset, &table, &params)?;
+        leader.finish(&dataset, &trainable, &params)?;
     }
     leader.flush();
     Ok(if finished { Outcome::Finished } else { Outcome::Interrupted })
@@ -143,22 +143,22 @@ fn ranks<'a>(
     let tokenizer = dataset.tokenizer();
     let bytes = |id: u32| if tokenizer.is_special(id) { 0 } else { tokenizer.token_bytes(id).len() as u32 };
     let token_bytes: Arc<[u32]> = (0..config.vocab as u32).map(bytes).collect();
-    let table = ParamTable::new(&config);
+    let trainable = Trainable::new(&config);
     let group: Vec<ThreadComm> = comm::threads(context.n_ranks)?;
     let rank = |(comm, state): (ThreadComm, State)| -> Result<Rank<'a>> {
         Ok(Rank {
             plan,
             comm: Box::new(comm),
             pool: Pool::new(n_threads),
-            model: TrainModel::new(&config, plan.rows, plan.context, precision),
-            table: table.clone(),
+            model: TrainModel::new(trainable.clone(), plan.rows, plan.context, precision),
+            trainable: trainable.clone(),
             train: Batches::new(dataset, Split::Train, plan.seed, plan.context)?,
             validation: Batches::new(dataset, Split::Validation, VALIDATION_SEED, plan.context)?,
             token_bytes: token_bytes.clone(),
             grads: Buf::zeroed(state.params.len()),
             spare: Vec::new(),
             squares: Vec::new(),
-            decayed: table.decayed(),
+            decayed: trainable.decayed(),
             state,
             seconds: context.seconds,
         })
@@ -227,9 +227,9 @@ impl Leader<'_, '_> {
     }
 
     /// Publishes the model, draws the curve.
-    fn finish(&mut self, dataset: &Dataset, table: &ParamTable, params: &[f32]) -> Result<()> {
+    fn finish(&mut self, dataset: &Dataset, trainable: &Trainable, params: &[f32]) -> Result<()> {
         if let Some(name) = &self.plan.publish {
-            publish(self.context, self.plan, name, dataset, table, params)?;
+            publish(self.context, self.plan, name, dataset, trainable, params)?;
         }
         self.event(Event::Finished { step: self.plan.steps, model: self.plan.publish.clone() });
         self.flush();
@@ -270,8 +270,8 @@ impl Lead for Leader<'_, '_> {
         saved.is_ok()
     }
 
-    fn sample(&mut self, pool: &Pool, table: &ParamTable, state: &State) -> Result<()> {
-        let text = self.sampler.continue_prompt(pool, table, state)?;
+    fn sample(&mut self, pool: &Pool, trainable: &Trainable, state: &State) -> Result<()> {
+        let text = self.sampler.continue_prompt(pool, trainable, state)?;
         let name = ObjectName::parse(&format!("runs/{}/samples/{:08}.txt", self.context.run, state.step))?;
         if let Err(error) = self.context.store.put(&name, text.as_bytes()) {
             (self.on_event)(&Event::MetricsFailed { step: state.step, why: chain(&error) });
@@ -287,10 +287,11 @@ fn publish(
     plan: &Plan,
     name: &str,
     dataset: &Dataset,
-    table: &ParamTable,
+    trainable: &Trainable,
     params: &[f32],
 ) -> Result<()> {
-    let weights = table.to_weights(&plan.config()?, params, WeightKind::F32);
+    let pool = Pool::new(context.n_threads);
+    let weights = trainable.to_weights(&pool, params, WeightKind::F32);
     let mut bundle = BundleWriter::new(&context.store, &format!("models/{name}"))?;
     for (file, bytes) in model::hf::files(&weights)? {
         bundle.add(file, &bytes)?;

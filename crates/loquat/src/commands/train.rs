@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use data::{Dataset, DatasetInfo};
-use model::{Architecture, Config, ParamTable, Rope, TrainModel};
+use model::{Architecture, Config, MicroBatch, Objective, Rope, TrainModel, Trainable};
 use store::Store;
 use tensor::{Buf, Pool, Precision};
 use train::{AdamW, CheckpointPolicy, Decay, Evaluate, Event, Outcome, PLAN_VERSION, Plan, Sample, Schedule};
@@ -117,15 +117,16 @@ fn steps_in(plan: &Plan, config: &Config, minutes: f64, n_threads: usize) -> Res
     }
     let precision = if plan.bf16 { Precision::Bf16 } else { Precision::F32 };
     let pool = Pool::new(n_threads);
-    let mut model = TrainModel::new(config, plan.rows, plan.context, precision);
-    let params = ParamTable::new(config).init(plan.seed);
+    let mut model = TrainModel::new(Trainable::new(config), plan.rows, plan.context, precision);
+    let params = model.trainable().init(plan.seed);
     let mut dparams = Buf::zeroed(params.len());
     let n = plan.rows * plan.context;
     let tokens: Vec<u32> = (0..n).map(|i| (i * 7919 % config.vocab) as u32).collect();
     let mut best = f64::INFINITY;
     for _ in 0..5 {
         let start = Instant::now();
-        model.loss_and_grads(&pool, &params, &tokens, &tokens, &mut dparams);
+        let of = (MicroBatch::plain(&tokens, &tokens), Objective::CrossEntropy);
+        model.loss_and_grads(&pool, &params, of, &mut dparams);
         best = best.min(start.elapsed().as_secs_f64());
     }
     let step_seconds = best * plan.micro_batches as f64;

@@ -45,7 +45,7 @@ pub enum ConfigError {
     Unsupported { field: &'static str, value: String },
     #[error("config.json has format version {found}, this build reads up to {FORMAT_VERSION}")]
     Newer { found: u64 },
-    #[error("models of type {0} cannot be trained here, only plain Llamas can")]
+    #[error("models of type {0} cannot be trained here, only those that predict the next token can")]
     NotTrainable(&'static str),
 }
 
@@ -157,12 +157,11 @@ impl Config {
     /// Refuses what `TrainModel` does not compute.
     ///
     /// # Errors
-    /// If the model is another than a Llama that sees all its positions.
+    /// If the model does not predict the next token.
     pub fn check_trainable(&self) -> Result<()> {
-        match (self.architecture, &self.window) {
-            (Architecture::Llama, None) => Ok(()),
-            (Architecture::Llama, Some(_)) => Err(ConfigError::NotTrainable("mistral")),
-            (other, _) => Err(ConfigError::NotTrainable(other.gguf_name())),
+        match self.block().causal {
+            true => Ok(()),
+            false => Err(ConfigError::NotTrainable(self.architecture.gguf_name())),
         }
     }
 

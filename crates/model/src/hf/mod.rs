@@ -105,6 +105,11 @@ pub(crate) fn read_tensors(dir: &Path, file: &str) -> Result<BTreeMap<String, We
     safetensors::read(&Source::open(&dir.join(file))?, file)
 }
 
+/// The bytes of a file with these tensors.
+pub(crate) fn write_tensors(tensors: &BTreeMap<String, WeightTensor>) -> Result<Vec<u8>> {
+    safetensors::write(tensors)
+}
+
 pub(crate) fn read_json(path: &Path) -> Result<Vec<u8>> {
     let failed = |source| Error::Read { path: path.to_owned(), source };
     let bytes = std::fs::metadata(path).map_err(failed)?.len();
