@@ -11,7 +11,10 @@ use data::{Dataset, DatasetInfo};
 use model::{Architecture, Config, MicroBatch, Objective, Rope, TrainModel, Trainable};
 use store::Store;
 use tensor::{Buf, Pool, Precision};
-use train::{AdamW, CheckpointPolicy, Decay, Evaluate, Event, Outcome, PLAN_VERSION, Plan, Sample, Schedule};
+use train::{
+    AdamW, CheckpointPolicy, DataPart, Decay, Evaluate, Event, Guard, Outcome, PLAN_VERSION, Plan, Sample,
+    Schedule,
+};
 
 use crate::args;
 use crate::home::Home;
@@ -19,6 +22,8 @@ use crate::view::View;
 
 /// Steps of a run that is told neither steps nor minutes.
 const STEPS_DEFAULT: u64 = 300;
+/// Steps in a row that may go wrong before a run ends.
+const SKIPS_MAX: u64 = 10;
 /// Share of `--minutes` that goes to steps; the rest is evaluation, samples and checkpoints.
 const STEP_SHARE: f64 = 0.93;
 
@@ -45,6 +50,8 @@ pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
         peak_flops: if tensor::cpu::features().bf16 { limits.bf16_per_s } else { limits.f32_per_s },
         stop: &stop,
         seconds: &|| start.elapsed().as_secs_f64(),
+        started_unix: crate::now_unix_s() as f64,
+        yield_to_others: crate::machine::lower_priority,
     };
     let mut view = View::new();
     if !args.json {
@@ -79,8 +86,12 @@ fn plan(store: &Arc<dyn Store>, args: &args::Train, n_threads: usize) -> Result<
     };
     let mut plan = Plan {
         version: PLAN_VERSION,
-        dataset: name.clone(),
-        dataset_sha256: dataset.info().plan_sha256.clone(),
+        data: vec![DataPart {
+            dataset: name.clone(),
+            sha256: dataset.info().plan_sha256.clone(),
+            weight: 1.0,
+        }],
+        isolated: false,
         publish: args.publish.clone(),
         model: serde_json::from_str(&config.to_json("float32"))?,
         context: args.context,
@@ -89,6 +100,9 @@ fn plan(store: &Arc<dyn Store>, args: &args::Train, n_threads: usize) -> Result<
         steps: 1,
         schedule: Schedule { decay: Decay::Wsd, lr_peak: args.lr, lr_final_share: 0.05, warmup_steps: 0 },
         adamw: AdamW { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 },
+        muon: None,
+        z_loss: 0.0,
+        guard: Guard { skips_max: SKIPS_MAX, spike_sigmas: None },
         clip_norm: 1.0,
         seed: args.seed,
         bf16: tensor::cpu::features().bf16,
