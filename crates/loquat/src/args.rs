@@ -116,9 +116,11 @@ pub(crate) struct Train {
     /// Tokens of one row.
     #[arg(long, default_value_t = 256)]
     pub(crate) context: usize,
-    /// Peak learning rate.
-    #[arg(long, default_value_t = 3e-3)]
-    pub(crate) lr: f32,
+    #[command(flatten)]
+    pub(crate) method: Method,
+    /// Peak learning rate. Default: 3e-3 from random weights, 2e-4 with LoRA, 2e-5 from a model; less with --dpo.
+    #[arg(long)]
+    pub(crate) lr: Option<f32>,
     /// Steps between checkpoints.
     #[arg(long, default_value_t = 25)]
     pub(crate) checkpoint_every: u64,
@@ -136,6 +138,36 @@ pub(crate) struct Train {
     /// Report as JSON lines instead of the live view.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// What to start from, what of it to train, and to what end.
+#[derive(Args)]
+pub(crate) struct Method {
+    /// Start from this model: a Hugging Face directory, a .gguf file, or the name of a model kept here. The dataset must
+    /// have been made with its tokenizer.
+    #[arg(long, value_name = "MODEL", conflicts_with = "config")]
+    pub(crate) init: Option<String>,
+    /// Train low-rank changes (LoRA) of this rank instead of all parameters.
+    #[arg(long, value_name = "R", requires = "init")]
+    pub(crate) lora_rank: Option<usize>,
+    /// Changes count alpha / rank times. Default: twice the rank.
+    #[arg(long, value_name = "ALPHA", requires = "lora_rank")]
+    pub(crate) lora_alpha: Option<f32>,
+    /// Matrices to change, by the ends of their names: q_proj,v_proj.
+    #[arg(
+        long,
+        value_name = "NAMES",
+        value_delimiter = ',',
+        default_value = "all-linear",
+        requires = "lora_rank"
+    )]
+    pub(crate) lora_targets: Vec<String>,
+    /// Publish the whole model with the changes in it, not an adapter.
+    #[arg(long, requires = "lora_rank")]
+    pub(crate) merge: bool,
+    /// Learn preferences (DPO) from a dataset of pairs; BETA small lets the model go far from where it started.
+    #[arg(long, value_name = "BETA", num_args = 0..=1, default_missing_value = "0.1", requires = "init")]
+    pub(crate) dpo: Option<f32>,
 }
 
 /// Where and how to serve.

@@ -221,6 +221,7 @@ mod tests {
             tokens_per_second: 5000.0,
             data_seconds: 0.0,
             elapsed_seconds: 41.0,
+            margin: None,
         }));
         let status = view.status().join("\n");
         assert!(status.contains("step 50/100") && status.contains("41 s left"), "{status}");

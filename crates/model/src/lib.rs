@@ -41,6 +41,6 @@ pub use lora::Lora;
 pub use params::{ParamSpec, ParamTable};
 pub use step::{BlockCopy, StepInput, StepRow};
 pub use train::{LossSum, MicroBatch, Objective, TrainModel};
-pub use trainable::Trainable;
+pub use trainable::{Files, Trainable};
 pub use transformer::{BLOCK_TOKENS, KvCache, KvType, Transformer};
 pub use weights::{WeightTensor, Weights};

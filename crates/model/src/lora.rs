@@ -14,6 +14,7 @@ use tensor::{Accumulate, Buf, Mat, Pool, Precision, matmul};
 use crate::adapter::{ADAPTER_CONFIG_FILE, ADAPTER_TENSORS_FILE, PREFIX, RANK_MAX};
 use crate::names::Part;
 use crate::params::{Init, ParamSpec};
+use crate::trainable::Files;
 use crate::transformer::{Linears, Site};
 use crate::{Architecture, Config, Error, Result, WeightTensor, hf};
 
@@ -164,9 +165,6 @@ impl LoraTable {
         }
     }
 }
-
-/// Files by name.
-type Files = Vec<(&'static str, Vec<u8>)>;
 
 impl LowRank {
     /// Adds s·B·A to the rows of W that begin at `w`. `scaled` is kept between calls.

@@ -11,6 +11,9 @@ use crate::params::{decayed, init, n_params};
 use crate::transformer::Site;
 use crate::{Config, Lora, ParamSpec, ParamTable, Result, Weights};
 
+/// Files by name.
+pub type Files = Vec<(&'static str, Vec<u8>)>;
+
 /// All parameters of a model, or low-rank changes to a model that stays as it is. Optimizer, exchange of gradients and
 /// checkpoints see a flat vector of what is trained and nothing else. Clones share the model they start from.
 #[derive(Clone)]
@@ -111,7 +114,7 @@ impl Trainable {
     ///
     /// # Errors
     /// If the tensors are more than a file can hold.
-    pub fn adapter_files(&self, params: &[f32], base: &str) -> Option<Result<Vec<(&'static str, Vec<u8>)>>> {
+    pub fn adapter_files(&self, params: &[f32], base: &str) -> Option<Result<Files>> {
         Some(self.lora.as_ref()?.files(&self.config, params, base))
     }
 

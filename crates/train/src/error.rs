@@ -35,6 +35,18 @@ pub enum Error {
     StepsWentWrong { n: u64, step: u64, what: &'static str, bad: BadBatch },
     #[error("the thread that loads rows stopped")]
     LoaderStopped,
+    #[error(
+        "the run {run} has no model to start from, or another than its plan names; start a run of another name"
+    )]
+    StartChanged { run: String },
+    #[error("cannot read the tensor {name} of the model to start from")]
+    StartTensor {
+        name: String,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("the dataset {name} holds {found}, the objective needs {needed}")]
+    Pairs { name: String, found: &'static str, needed: &'static str },
     #[error("checkpoint {prefix}: {what}")]
     Checkpoint { prefix: String, what: String },
     #[error("no checkpoint of run {run} could be read")]

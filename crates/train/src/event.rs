@@ -22,7 +22,7 @@ pub enum Event {
         /// Since the run began.
         n_skipped: u64,
     },
-    /// Loss on whole held-out documents; of several datasets the mean by their weights.
+    /// Loss on held-out rows: a token's, or where pairs are judged a pair's; of several datasets the mean by their weights.
     Eval {
         step: u64,
         nats_per_token: f64,
@@ -90,7 +90,7 @@ pub struct Started {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Step {
     pub step: u64,
-    /// Mean cross-entropy of the step's tokens, in nats.
+    /// Mean of the objective over the step's tokens, or pairs, in nats.
     pub loss: f64,
     pub lr: f32,
     /// Norm of the mean gradient before clipping.
@@ -102,6 +102,9 @@ pub struct Step {
     pub data_seconds: f64,
     /// Seconds of training since the run began, without the time it was stopped.
     pub elapsed_seconds: f64,
+    /// Where pairs are judged: by how much the better one is ahead, on average.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub margin: Option<f64>,
 }
 
 /// Held-out loss on one of several datasets.
@@ -170,6 +173,7 @@ mod tests {
             tokens_per_second: 100.0,
             data_seconds: 0.0,
             elapsed_seconds: 1.5,
+            margin: None,
         };
         let event = Event::Step(step);
         let line = event.to_line();

@@ -25,6 +25,7 @@ mod sample;
 mod saver;
 mod schedule;
 mod sources;
+mod start;
 mod state;
 mod tensorboard;
 
@@ -33,6 +34,9 @@ pub use error::{Error, Result};
 pub use event::{BadBatch, EvalPart, Event, Started, Step};
 pub use guard::Wrong;
 pub use metrics_log::read_metrics;
-pub use plan::{AdamW, CheckpointPolicy, DataPart, Evaluate, Guard, Muon, PLAN_VERSION, Plan, Sample};
+pub use plan::{
+    AdamW, CheckpointPolicy, DataPart, Evaluate, Guard, Method, Muon, PLAN_VERSION, Plan, Sample, Start,
+};
 pub use run::{Context, Outcome, create, read_plan, run};
 pub use schedule::{Decay, Schedule};
+pub use start::start_files;

@@ -4,7 +4,7 @@
 //! threads and however often they were killed. What may differ between two starts of one run (threads, ranks, the
 //! place of the store) is therefore not part of the plan.
 
-use model::Config;
+use model::{Config, Lora, Objective};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result, Schedule};
@@ -32,6 +32,15 @@ pub struct Plan {
     pub publish: Option<String>,
     /// The model's shape: a Hugging Face `config.json`.
     pub model: serde_json::Value,
+    /// The model that training starts from; without one, weights are random.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<Start>,
+    /// What of it is trained. (Fields that old plans lack are left out where they say what old plans mean.)
+    #[serde(default, skip_serializing_if = "Method::is_full")]
+    pub method: Method,
+    /// What is minimized.
+    #[serde(default, skip_serializing_if = "is_cross_entropy")]
+    pub objective: Objective,
     /// t, tokens in a row.
     pub context: usize,
     /// b, rows in a micro-batch: what one rank computes at once.
@@ -97,6 +106,41 @@ impl Default for Muon {
     fn default() -> Muon {
         Muon { lr_peak: 0.02, momentum: 0.95, weight_decay: 0.0 }
     }
+}
+
+/// A model to start from. Its files are kept in the run, see [`crate::create`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Start {
+    /// What it is called, for those who use an adapter of it.
+    pub model: String,
+    /// The sha256 of its tensors' file.
+    pub sha256: String,
+}
+
+/// What of a model is trained.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Method {
+    /// All parameters.
+    #[default]
+    Full,
+    /// Low-rank changes.
+    Lora {
+        changes: Lora,
+        /// Publish the whole model, changes merged, instead of an adapter.
+        merge: bool,
+    },
+}
+
+impl Method {
+    fn is_full(&self) -> bool {
+        *self == Method::Full
+    }
+}
+
+fn is_cross_entropy(objective: &Objective) -> bool {
+    *objective == Objective::CrossEntropy
 }
 
 /// Loshchilov and Hutter 2019, "Decoupled weight decay regularization".
@@ -183,22 +227,9 @@ impl Plan {
         let micro_batches = 1..=MICRO_BATCHES_MAX;
         check(micro_batches.contains(&self.micro_batches), "micro_batches", "must be 1 to 65536")?;
         check(self.steps >= 1, "steps", "must be at least 1")?;
-        check(!self.data.is_empty(), "data", "must name a dataset")?;
-        let weights = || self.data.iter().map(|part| part.weight);
-        check(weights().all(|w| w.is_finite() && w >= 0.0), "data.weight", "must be a number, 0 or more")?;
-        check(weights().sum::<f64>() > 0.0, "data.weight", "must be more than 0 for one dataset at least")?;
-        let mut names: Vec<&str> = self.data.iter().map(|part| part.dataset.as_str()).collect();
-        names.sort_unstable();
-        names.dedup();
-        check(names.len() == self.data.len(), "data.dataset", "must not be named twice")?;
-        check(finite(self.z_loss), "z_loss", "must be a number, 0 or more")?;
-        let sigmas = self.guard.spike_sigmas;
-        check(sigmas.is_none_or(|s| finite(s) && s > 0.0), "guard.spike_sigmas", "must be more than 0")?;
-        if let Some(muon) = &self.muon {
-            check(finite(muon.lr_peak), "muon.lr_peak", "must be a number, 0 or more")?;
-            check((0.0..1.0).contains(&muon.momentum), "muon.momentum", "must be in [0, 1)")?;
-            check(finite(muon.weight_decay), "muon.weight_decay", "must be a number, 0 or more")?;
-        }
+        self.check_method()?;
+        self.check_data()?;
+        self.check_optimizer()?;
         check(finite(self.schedule.lr_peak), "schedule.lr_peak", "must be a number, 0 or more")?;
         let share = self.schedule.lr_final_share;
         check(finite(share) && share <= 1.0, "schedule.lr_final_share", "must be 0 to 1")?;
@@ -216,6 +247,37 @@ impl Plan {
         check(self.checkpoint.every_steps >= 1, "checkpoint.every_steps", "must be at least 1")?;
         check(self.checkpoint.keep >= 1, "checkpoint.keep", "must be at least 1")?;
         check(self.sample.every_steps >= 1, "sample.every_steps", "must be at least 1")
+    }
+
+    fn check_data(&self) -> Result<()> {
+        check(!self.data.is_empty(), "data", "must name a dataset")?;
+        let weights = || self.data.iter().map(|part| part.weight);
+        check(weights().all(|w| w.is_finite() && w >= 0.0), "data.weight", "must be a number, 0 or more")?;
+        check(weights().sum::<f64>() > 0.0, "data.weight", "must be more than 0 for one dataset at least")?;
+        let mut names: Vec<&str> = self.data.iter().map(|part| part.dataset.as_str()).collect();
+        names.sort_unstable();
+        names.dedup();
+        check(names.len() == self.data.len(), "data.dataset", "must not be named twice")
+    }
+
+    fn check_optimizer(&self) -> Result<()> {
+        let finite = |x: f32| x.is_finite() && x >= 0.0;
+        check(finite(self.z_loss), "z_loss", "must be a number, 0 or more")?;
+        let sigmas = self.guard.spike_sigmas;
+        check(sigmas.is_none_or(|s| finite(s) && s > 0.0), "guard.spike_sigmas", "must be more than 0")?;
+        let Some(muon) = &self.muon else { return Ok(()) };
+        check(finite(muon.lr_peak), "muon.lr_peak", "must be a number, 0 or more")?;
+        check((0.0..1.0).contains(&muon.momentum), "muon.momentum", "must be in [0, 1)")?;
+        check(finite(muon.weight_decay), "muon.weight_decay", "must be a number, 0 or more")
+    }
+
+    fn check_method(&self) -> Result<()> {
+        let has_start = self.start.is_some();
+        check(has_start || self.method.is_full(), "method", "changes a model: name one to start from")?;
+        let Objective::Dpo { beta } = self.objective else { return Ok(()) };
+        check(has_start, "objective", "compares with a model: name one to start from")?;
+        check(beta > 0.0 && beta <= 100.0, "objective.dpo.beta", "must be more than 0 and at most 100")?;
+        check(self.rows.is_multiple_of(2), "rows", "must be even: preferences are pairs of rows")
     }
 
     /// Refuses ranks among which the step's micro-batches cannot be shared evenly.

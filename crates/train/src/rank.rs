@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use comm::{Comm, tree};
 use data::{Batches, Mixture, NO_TARGET};
-use model::{Objective, TrainModel, Trainable};
+use model::{LossSum, Objective, TrainModel, Trainable};
 use tensor::{Buf, Pool};
 
 use crate::guard::Wrong;
@@ -21,7 +21,6 @@ pub(crate) struct Rank<'a> {
     pub(crate) comm: Box<dyn Comm>,
     pub(crate) pool: Pool,
     pub(crate) model: TrainModel,
-    pub(crate) objective: Objective,
     pub(crate) trainable: Trainable,
     pub(crate) mixture: Mixture,
     /// Of every dataset that holds something out.
@@ -57,11 +56,35 @@ pub(crate) trait Lead {
     fn sample(&mut self, pool: &Pool, trainable: &Trainable, state: &State) -> Result<()>;
 }
 
-/// What a step's micro-batches lost: the sums of each, in their order.
-struct Losses {
-    nats: Vec<f64>,
-    n_targets: Vec<f64>,
-    data_seconds: f64,
+/// What micro-batches lost, three numbers each, in their order: nats, what counts (tokens with a target, or pairs),
+/// margins of pairs.
+#[derive(Default)]
+struct Sums(Vec<f64>);
+
+impl Sums {
+    fn push(&mut self, loss: LossSum) {
+        self.0.extend([loss.nats, loss.n_tokens as f64, loss.margin]);
+    }
+
+    fn nats(&self) -> f64 {
+        self.0.iter().step_by(3).sum()
+    }
+
+    /// At least 1: a step in which nothing counts changes nothing.
+    fn n_counted(&self) -> f64 {
+        self.0.iter().skip(1).step_by(3).sum::<f64>().max(1.0)
+    }
+
+    fn margin(&self) -> f64 {
+        self.0.iter().skip(2).step_by(3).sum()
+    }
+
+    /// The micro-batch that lost most of what counts in it, or is no number.
+    fn worst(&self) -> usize {
+        let loss = |nats: f64, n: f64| if nats.is_finite() { nats / n.max(1.0) } else { f64::INFINITY };
+        let losses = self.0.as_chunks::<3>().0.iter().map(|[nats, n, _]| loss(*nats, *n)).enumerate();
+        losses.max_by(|a, b| a.1.total_cmp(&b.1)).map_or(0, |(i, _)| i)
+    }
 }
 
 impl Rank<'_> {
@@ -133,19 +156,18 @@ impl Rank<'_> {
     fn step(&mut self, loader: &Loader) -> Result<Event> {
         let start = (self.seconds)();
         let plan = self.plan;
-        let losses = self.gradients(loader)?;
+        let (sums, data_seconds) = self.gradients(loader)?;
         self.comm.all_reduce_tree(&mut self.grads)?;
-        let nats = self.comm.all_gather(&losses.nats)?;
-        let n_targets = self.comm.all_gather(&losses.n_targets)?;
-        let n_counted = n_targets.iter().sum::<f64>().max(1.0);
-        let loss = nats.iter().sum::<f64>() / n_counted;
+        let sums = Sums(self.comm.all_gather(&sums.0)?);
+        let n_counted = sums.n_counted();
+        let loss = sums.nats() / n_counted;
         let squares = tensor::adamw::sum_squares(&self.pool, &self.grads, &mut self.squares);
         let grad_norm = squares.sqrt() / n_counted;
         // From numbers that all ranks have alike, so that all decide alike.
         let wrong = self.state.health.judge(loss, grad_norm, plan.guard);
         let lr_share = plan.schedule.share(self.state.step, plan.steps);
         if let Some(wrong) = wrong {
-            let bad = self.bad_batch(&nats, &n_targets);
+            let bad = self.bad_batch(sums.worst());
             return self.skip(wrong, [loss, grad_norm], bad);
         }
         let clip = (f64::from(plan.clip_norm) / grad_norm).min(1.0);
@@ -161,8 +183,9 @@ impl Rank<'_> {
             grad_norm,
             tokens: self.state.tokens,
             tokens_per_second: n_tokens / seconds.max(1e-9),
-            data_seconds: losses.data_seconds,
+            data_seconds,
             elapsed_seconds: self.state.elapsed_seconds,
+            margin: plan.objective.is_of_pairs().then(|| sums.margin() / n_counted),
         }))
     }
 
@@ -190,11 +213,8 @@ impl Rank<'_> {
         })
     }
 
-    /// The micro-batch that lost most, or is no number, and where its rows are from.
-    fn bad_batch(&self, nats: &[f64], n_targets: &[f64]) -> BadBatch {
-        let loss =
-            |i: usize| if nats[i].is_finite() { nats[i] / n_targets[i].max(1.0) } else { f64::INFINITY };
-        let micro_batch = (0..nats.len()).max_by(|a, b| loss(*a).total_cmp(&loss(*b))).unwrap_or_default();
+    /// Where the rows of a micro-batch are from.
+    fn bad_batch(&self, micro_batch: usize) -> BadBatch {
         let rows = self.order().rows_of(self.state.step, micro_batch);
         let place = |index: u64| {
             let (part, row) = self.mixture.place(index);
@@ -204,25 +224,24 @@ impl Rank<'_> {
         BadBatch { micro_batch, from: rows.clone().map(place).collect(), first_row: rows.start }
     }
 
-    /// Sums the gradients of this rank's micro-batches in tree order.
-    fn gradients(&mut self, loader: &Loader) -> Result<Losses> {
+    /// Sums the gradients of this rank's micro-batches in tree order. Returns what each micro-batch lost, and the seconds
+    /// waited for data.
+    fn gradients(&mut self, loader: &Loader) -> Result<(Sums, f64)> {
         let mine = tree::share(self.plan.micro_batches, self.comm.rank(), self.comm.n_ranks());
-        let mut losses = Losses { nats: Vec::new(), n_targets: Vec::new(), data_seconds: 0.0 };
-        let Rank { pool, model, objective, state, grads, spare, seconds, .. } = self;
+        let (mut sums, mut data_seconds) = (Sums::default(), 0.0);
+        let Rank { plan, pool, model, state, grads, spare, seconds, .. } = self;
         let mut leaf = |_: usize, dparams: &mut [f32]| -> Result<()> {
             let start = seconds();
             let rows = loader.next()?;
-            losses.data_seconds += seconds() - start;
-            let sum = model.loss_and_grads(pool, &state.params, (rows.batch(), *objective), dparams);
-            losses.nats.push(sum.nats);
-            losses.n_targets.push(sum.n_tokens as f64);
+            data_seconds += seconds() - start;
+            sums.push(model.loss_and_grads(pool, &state.params, (rows.batch(), plan.objective), dparams));
             Ok(())
         };
         tree::reduce(mine, grads, spare, &mut leaf)?;
-        Ok(losses)
+        Ok((sums, data_seconds))
     }
 
-    /// Mean nats a token and bits a byte over the first validation rows of every dataset, shared among ranks, summed in
+    /// The mean of the objective, and bits a byte, over the first validation rows of every dataset, shared among ranks, summed in
     /// row order. `None` where nothing is held out.
     fn evaluate(&mut self) -> Result<Option<Event>> {
         let validation = self.validation.clone();
@@ -230,12 +249,11 @@ impl Rank<'_> {
         for part in validation.iter() {
             let sums = self.held_out_sums(&part.batches)?;
             let sums = self.comm.all_gather(&sums)?;
-            let total = |at: usize| sums.iter().skip(at).step_by(3).sum::<f64>();
-            let (nats, n_tokens, bytes) = (total(0), total(1).max(1.0), total(2).max(1.0));
+            let total = |at: usize| sums.iter().skip(at).step_by(4).sum::<f64>();
             parts.push(EvalPart {
                 dataset: part.dataset.clone(),
-                nats_per_token: nats / n_tokens,
-                bits_per_byte: nats / std::f64::consts::LN_2 / bytes,
+                nats_per_token: total(0) / total(1).max(1.0),
+                bits_per_byte: total(2) / std::f64::consts::LN_2 / total(3).max(1.0),
             });
         }
         if parts.is_empty() {
@@ -253,7 +271,7 @@ impl Rank<'_> {
         Ok(Some(Event::Eval { step: self.state.step, nats_per_token, bits_per_byte, parts }))
     }
 
-    /// Nats, tokens and bytes of each of this rank's batches of held-out rows.
+    /// Of each of this rank's batches of held-out rows: the objective's sum, what counts in it, nats of tokens, bytes.
     fn held_out_sums(&mut self, held_out: &Batches) -> Result<Vec<f64>> {
         let n_rows = (self.plan.evaluate.rows_max as u64).min(held_out.n_rows());
         let rows = self.plan.rows as u64;
@@ -264,11 +282,13 @@ impl Rank<'_> {
                 batch_rows.push(held_out.row(index)?);
             }
             batch_rows.pad(self.plan.rows * self.plan.context);
-            let of = (batch_rows.batch(), self.objective);
-            let sum = self.model.loss(&self.pool, &self.state.params, of);
+            let mut loss =
+                |objective| self.model.loss(&self.pool, &self.state.params, (batch_rows.batch(), objective));
+            let tokens = loss(Objective::CrossEntropy);
+            let sum = if self.plan.objective.is_of_pairs() { loss(self.plan.objective) } else { tokens };
             let real = batch_rows.targets_bt.iter().filter(|target| **target != NO_TARGET);
             let bytes: u64 = real.map(|target| u64::from(self.token_bytes[*target as usize])).sum();
-            sums.extend([sum.nats, sum.n_tokens as f64, bytes as f64]);
+            sums.extend([sum.nats, sum.n_tokens as f64, tokens.nats, bytes as f64]);
         }
         Ok(sums)
     }

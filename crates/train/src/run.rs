@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicBool;
 
 use comm::ThreadComm;
 use data::Dataset;
-use model::{Objective, TrainModel, Trainable};
+use model::{TrainModel, Trainable};
 use sha2::{Digest, Sha256};
 use store::{BundleWriter, ObjectName, Put, Store};
 use tensor::packed::WeightKind;
@@ -18,13 +18,14 @@ use tensor::{Buf, Pool, Precision};
 use crate::checkpoint::{Checkpoints, chain};
 use crate::metrics_log::MetricsLog;
 use crate::optimizer::Optimizer;
+use crate::plan::Method;
 use crate::rank::{Lead, Rank};
 use crate::sample::Sampler;
 use crate::saver::Saver;
 use crate::sources::Sources;
 use crate::state::State;
 use crate::tensorboard::TensorBoard;
-use crate::{Curve, Error, Event, Plan, Result, Started, read_metrics};
+use crate::{Curve, Error, Event, Plan, Result, Started, read_metrics, start};
 
 /// How often metrics reach the store while steps go on.
 const FLUSH_SECONDS: f64 = 2.0;
@@ -56,13 +57,19 @@ pub enum Outcome {
     Interrupted,
 }
 
-/// Writes the plan into the run. A run that exists keeps its plan: another one is refused, naming the first field
-/// that differs.
-pub fn create(store: &Arc<dyn Store>, run: &str, plan: &Plan) -> Result<()> {
+/// Writes the plan into the run, and the files of the model it starts from, if it names one (see [`crate::start_files`]).
+/// A run that exists keeps its plan: another one is refused, naming the first field that differs.
+pub fn create(store: &Arc<dyn Store>, run: &str, plan: &Plan, start: Option<&model::Files>) -> Result<()> {
     plan.check()?;
     let name = plan_name(run)?;
-    if store.put_if_absent(&name, &plan.to_json())? == Put::Created {
-        return Ok(());
+    if read_plan(store, run)?.is_none() {
+        // First, so that a run with a plan has all that it needs.
+        if let Some(files) = start {
+            start::keep(store, run, files)?;
+        }
+        if store.put_if_absent(&name, &plan.to_json())? == Put::Created {
+            return Ok(());
+        }
     }
     let old = Plan::from_json(&store.get(&name)?)?;
     match first_difference(&as_value(&old)?, &as_value(plan)?, String::new()) {
@@ -94,7 +101,7 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
         stored_plan(&context.store, run)?.ok_or_else(|| Error::NoRun { run: run.clone() })?;
     plan.check_ranks(context.n_ranks)?;
     let sources = Sources::open(&context.store, &plan)?;
-    let trainable = Trainable::new(&plan.config()?);
+    let trainable = start::trainable(&context.store, run, &plan)?;
     let checkpoints = Checkpoints {
         store: context.store.clone(),
         run: run.clone(),
@@ -122,7 +129,7 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
         Some(state) => state.clone(),
         None => State::initial(&trainable, plan.seed),
     });
-    let ranks = ranks(context, &plan, &sources, states)?;
+    let ranks = ranks(context, (&plan, &trainable), &sources, states)?;
     let (finished, params) = run_ranks(ranks, &mut leader, context.stop)?;
     if finished {
         leader.finish(&sources.voice, &trainable, &params)?;
@@ -134,7 +141,7 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
 
 fn ranks<'a>(
     context: &Context<'a>,
-    plan: &'a Plan,
+    (plan, trainable): (&'a Plan, &Trainable),
     sources: &Sources,
     states: impl Iterator<Item = State>,
 ) -> Result<Vec<Rank<'a>>> {
@@ -142,9 +149,10 @@ fn ranks<'a>(
     let precision = if plan.bf16 { Precision::Bf16 } else { Precision::F32 };
     let n_threads = (context.n_threads / context.n_ranks).max(1);
     let tokenizer = sources.voice.tokenizer();
-    let bytes = |id: u32| if tokenizer.is_special(id) { 0 } else { tokenizer.token_bytes(id).len() as u32 };
+    let n_ids = sources.voice.info().vocab_size as u32;
+    let is_text = |id: u32| id < n_ids && !tokenizer.is_special(id);
+    let bytes = |id: u32| if is_text(id) { tokenizer.token_bytes(id).len() as u32 } else { 0 };
     let token_bytes: Arc<[u32]> = (0..config.vocab as u32).map(bytes).collect();
-    let trainable = Trainable::new(&config);
     let group: Vec<ThreadComm> = comm::threads(context.n_ranks)?;
     let rank = |(comm, state): (ThreadComm, State)| -> Result<Rank<'a>> {
         Ok(Rank {
@@ -153,7 +161,6 @@ fn ranks<'a>(
             pool: Pool::new(n_threads),
             model: TrainModel::new(trainable.clone(), plan.rows, plan.context, precision)
                 .with_z_loss(plan.z_loss),
-            objective: Objective::CrossEntropy,
             optimizer: Optimizer::new(plan, trainable.specs(), &trainable.decayed(), precision),
             trainable: trainable.clone(),
             mixture: sources.mixture.clone(),
@@ -248,7 +255,7 @@ impl Leader<'_, '_> {
     /// Publishes the model, draws the curve.
     fn finish(&mut self, dataset: &Dataset, trainable: &Trainable, params: &[f32]) -> Result<()> {
         if let Some(name) = &self.plan.publish {
-            publish(self.context, self.plan, name, dataset, trainable, params)?;
+            publish(self.context, (self.plan, name), dataset, trainable, params)?;
         }
         self.event(Event::Finished { step: self.plan.steps, model: self.plan.publish.clone() });
         self.flush();
@@ -296,22 +303,32 @@ impl Lead for Leader<'_, '_> {
     }
 }
 
-/// The finished model as a Hugging Face directory, visible with its manifest.
+/// The finished model as a Hugging Face directory, `models/<name>`, or as an adapter, `adapters/<name>`; visible with its
+/// manifest.
 fn publish(
     context: &Context,
-    plan: &Plan,
-    name: &str,
+    (plan, name): (&Plan, &str),
     dataset: &Dataset,
     trainable: &Trainable,
     params: &[f32],
 ) -> Result<()> {
-    let pool = Pool::new(context.n_threads);
-    let weights = trainable.to_weights(&pool, params, WeightKind::F32);
-    let mut bundle = BundleWriter::new(&context.store, &format!("models/{name}"))?;
-    for (file, bytes) in model::hf::files(&weights)? {
-        bundle.add(file, &bytes)?;
-    }
-    for (file, bytes) in dataset.tokenizer_files()? {
+    let base = plan.start.as_ref().map_or("", |start| &start.model);
+    let adapter = match plan.method {
+        Method::Lora { merge: false, .. } => trainable.adapter_files(params, base).transpose()?,
+        _ => None,
+    };
+    let kind = if adapter.is_some() { "adapter" } else { "model" };
+    let mut bundle = BundleWriter::new(&context.store, &format!("{kind}s/{name}"))?;
+    let files = match adapter {
+        Some(files) => files,
+        None => {
+            let pool = Pool::new(context.n_threads);
+            let mut files = model::hf::files(&trainable.to_weights(&pool, params, WeightKind::F32))?;
+            files.extend(dataset.tokenizer_files()?);
+            files
+        }
+    };
+    for (file, bytes) in files {
         bundle.add(file, &bytes)?;
     }
     // What has learned no chats speaks as a base model does.
@@ -320,7 +337,7 @@ fn publish(
     let meta = serde_json::json!({
         "run": context.run, "dataset": datasets.join(" + "), "steps": plan.steps, "base": is_base,
     });
-    bundle.publish("model", meta)?;
+    bundle.publish(kind, meta)?;
     Ok(())
 }
 

@@ -38,6 +38,7 @@ impl Sources {
         check_tokenizers(plan, &datasets)?;
         let (mut parts, mut validation) = (Vec::new(), Vec::new());
         for (part, dataset) in plan.data.iter().zip(&datasets) {
+            check_pairs(plan, dataset)?;
             if part.weight > 0.0 {
                 let batches = Batches::new(dataset, Split::Train, plan.seed, plan.context)?;
                 parts.push((batches.isolated(plan.isolated), part.weight));
@@ -63,11 +64,23 @@ fn weighted(mut validation: Vec<Validation>) -> Vec<Validation> {
     validation
 }
 
+fn check_pairs(plan: &Plan, dataset: &Dataset) -> Result<()> {
+    let is_pairs = dataset.info().chats.as_ref().is_some_and(|chats| chats.is_pairs);
+    let name = dataset.info().name.clone();
+    match (is_pairs, plan.objective.is_of_pairs()) {
+        (true, false) => Err(Error::Pairs { name, found: "pairs", needed: "rows of their own" }),
+        (false, true) => Err(Error::Pairs { name, found: "no pairs", needed: "pairs" }),
+        _ => Ok(()),
+    }
+}
+
 fn check_tokenizers(plan: &Plan, datasets: &[Dataset]) -> Result<()> {
     let model = plan.config()?.vocab;
     for dataset in datasets {
         let info = dataset.info();
-        if model < info.vocab_size {
+        // Published models have ids that no tokenizer gives, to fill up a round number.
+        let fits = if plan.start.is_some() { model >= info.vocab_size } else { model == info.vocab_size };
+        if !fits {
             return Err(Error::Vocabulary { model, dataset: info.vocab_size });
         }
         let first = datasets[0].info();

@@ -8,12 +8,11 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use data::{Dataset, DatasetInfo};
-use model::{Architecture, Config, MicroBatch, Objective, Rope, TrainModel, Trainable};
-use store::Store;
+use model::{Architecture, Config, Lora, MicroBatch, Objective, Rope, TrainModel, Trainable, Weights};
 use tensor::{Buf, Pool, Precision};
 use train::{
-    AdamW, CheckpointPolicy, DataPart, Decay, Evaluate, Event, Guard, Outcome, PLAN_VERSION, Plan, Sample,
-    Schedule,
+    AdamW, CheckpointPolicy, DataPart, Decay, Evaluate, Event, Guard, Method, Outcome, PLAN_VERSION, Plan,
+    Sample, Schedule,
 };
 
 use crate::args;
@@ -32,8 +31,8 @@ pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
     let n_threads = args.threads.unwrap_or_else(crate::n_threads);
     let limits = tensor::limits::measure(&Pool::new(n_threads));
     if train::read_plan(&store, &args.run)?.is_none() {
-        let plan = plan(&store, args, n_threads)?;
-        train::create(&store, &args.run, &plan)?;
+        let (plan, start) = plan(home, args, n_threads)?;
+        train::create(&store, &args.run, &plan, start.as_ref())?;
     }
     // SIGINT and SIGTERM end the run after its step, with a checkpoint; a second one ends it at once.
     let stop = Arc::new(AtomicBool::new(false));
@@ -73,17 +72,23 @@ fn print_line(line: &str) {
     let _ = writeln!(out, "{line}").and_then(|()| out.flush());
 }
 
-/// The plan of a new run: what was asked for, on this dataset, for as long as was asked.
-fn plan(store: &Arc<dyn Store>, args: &args::Train, n_threads: usize) -> Result<Plan> {
+/// The plan of a new run: what was asked for, on this dataset, for as long as was asked; and the files of the model it
+/// starts from.
+fn plan(home: &Home, args: &args::Train, n_threads: usize) -> Result<(Plan, Option<model::Files>)> {
     let name = &args.dataset;
-    let dataset = Dataset::open(store, name)?;
-    let config = match &args.config {
-        Some(path) => {
+    let dataset = Dataset::open(&home.store()?, name)?;
+    let pool = Pool::new(n_threads);
+    let weights = args.method.init.as_deref().map(|init| start_weights(home, init, &dataset)).transpose()?;
+    let config = match (&weights, &args.config) {
+        (Some(weights), _) => weights.config.clone(),
+        (None, Some(path)) => {
             let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
             Config::from_json(&bytes).with_context(|| format!("{}", path.display()))?
         }
-        None => small_llama(dataset.info(), args.context),
+        (None, None) => small_llama(dataset.info(), args.context),
     };
+    let model_name = args.method.init.as_deref().map(super::model::name_of).unwrap_or_default();
+    let start = weights.clone().map(|weights| train::start_files(&pool, &model_name, weights)).transpose()?;
     let mut plan = Plan {
         version: PLAN_VERSION,
         data: vec![DataPart {
@@ -94,11 +99,19 @@ fn plan(store: &Arc<dyn Store>, args: &args::Train, n_threads: usize) -> Result<
         isolated: false,
         publish: args.publish.clone(),
         model: serde_json::from_str(&config.to_json("float32"))?,
+        start: start.as_ref().map(|(start, _)| start.clone()),
+        method: args.method.method(),
+        objective: args.method.objective(),
         context: args.context,
         rows: args.rows,
         micro_batches: args.micro_batches,
         steps: 1,
-        schedule: Schedule { decay: Decay::Wsd, lr_peak: args.lr, lr_final_share: 0.05, warmup_steps: 0 },
+        schedule: Schedule {
+            decay: Decay::Wsd,
+            lr_peak: args.lr.unwrap_or_else(|| args.method.lr_default()),
+            lr_final_share: 0.05,
+            warmup_steps: 0,
+        },
         adamw: AdamW { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 },
         muon: None,
         z_loss: 0.0,
@@ -114,33 +127,77 @@ fn plan(store: &Arc<dyn Store>, args: &args::Train, n_threads: usize) -> Result<
     plan.check_ranks(args.ranks)?;
     plan.steps = match (args.steps, args.minutes) {
         (Some(steps), _) => steps,
-        (None, Some(minutes)) => steps_in(&plan, &config, minutes, n_threads)?,
+        (None, Some(minutes)) => steps_in(&plan, trainable(&plan, weights)?, minutes, &pool)?,
         (None, None) => STEPS_DEFAULT,
     };
     plan.schedule.warmup_steps = (plan.steps / 20).clamp(1, 200);
     plan.evaluate.every_steps = (plan.steps / 12).max(1);
     plan.sample.every_steps = (plan.steps / 6).max(1);
     plan.check()?;
-    Ok(plan)
+    Ok((plan, start.map(|(_, files)| files)))
+}
+
+/// A model to start from, whose ids are those of the dataset.
+fn start_weights(home: &Home, init: &str, dataset: &Dataset) -> Result<Weights> {
+    let path = super::model::resolve(home, init)?;
+    let loaded = model::load(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let tokenizer = crate::serving::tokenizer(&loaded.tokenizer)
+        .with_context(|| format!("cannot use the tokenizer of {}", path.display()))?;
+    dataset.check_tokenizer(init, &tokenizer)?;
+    loaded.weights.config.check_trainable()?;
+    Ok(loaded.weights)
+}
+
+fn trainable(plan: &Plan, weights: Option<Weights>) -> Result<Trainable> {
+    Ok(match (weights, &plan.method) {
+        (None, _) => Trainable::new(&plan.config()?),
+        (Some(weights), Method::Full) => Trainable::from_weights(weights)?,
+        (Some(weights), Method::Lora { changes, .. }) => Trainable::lora(weights, changes)?,
+    })
+}
+
+impl args::Method {
+    fn method(&self) -> Method {
+        let Some(rank) = self.lora_rank else { return Method::Full };
+        let alpha = self.lora_alpha.unwrap_or(2.0 * rank as f32);
+        let changes = Lora { rank, alpha, targets: self.lora_targets.clone() };
+        Method::Lora { changes, merge: self.merge }
+    }
+
+    fn objective(&self) -> Objective {
+        self.dpo.map_or(Objective::CrossEntropy, |beta| Objective::Dpo { beta })
+    }
+
+    /// What is common for each: large for random weights, small where a model must not forget, smaller where
+    /// preferences pull at it.
+    fn lr_default(&self) -> f32 {
+        match (&self.init, self.lora_rank, self.dpo) {
+            (None, ..) => 3e-3,
+            (_, Some(_), None) => 2e-4,
+            (_, None, None) => 2e-5,
+            (_, Some(_), Some(_)) => 2e-5,
+            (_, None, Some(_)) => 1e-6,
+        }
+    }
 }
 
 /// How many steps this machine does in `minutes`: measured on a few micro-batches of the plan's shape.
-fn steps_in(plan: &Plan, config: &Config, minutes: f64, n_threads: usize) -> Result<u64> {
+fn steps_in(plan: &Plan, trainable: Trainable, minutes: f64, pool: &Pool) -> Result<u64> {
     if !(minutes > 0.0 && minutes <= 60.0 * 24.0 * 365.0) {
         bail!("--minutes is {minutes}: it must be more than 0 and at most a year");
     }
     let precision = if plan.bf16 { Precision::Bf16 } else { Precision::F32 };
-    let pool = Pool::new(n_threads);
-    let mut model = TrainModel::new(Trainable::new(config), plan.rows, plan.context, precision);
+    let vocab = trainable.config().vocab;
+    let mut model = TrainModel::new(trainable, plan.rows, plan.context, precision);
     let params = model.trainable().init(plan.seed);
     let mut dparams = Buf::zeroed(params.len());
     let n = plan.rows * plan.context;
-    let tokens: Vec<u32> = (0..n).map(|i| (i * 7919 % config.vocab) as u32).collect();
+    let tokens: Vec<u32> = (0..n).map(|i| (i * 7919 % vocab) as u32).collect();
     let mut best = f64::INFINITY;
     for _ in 0..5 {
         let start = Instant::now();
-        let of = (MicroBatch::plain(&tokens, &tokens), Objective::CrossEntropy);
-        model.loss_and_grads(&pool, &params, of, &mut dparams);
+        let of = (MicroBatch::plain(&tokens, &tokens), plan.objective);
+        model.loss_and_grads(pool, &params, of, &mut dparams);
         best = best.min(start.elapsed().as_secs_f64());
     }
     let step_seconds = best * plan.micro_batches as f64;

@@ -7,6 +7,7 @@ mod safetensors;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::Deserialize;
 use tensor::packed::WeightKind;
@@ -45,6 +46,16 @@ pub fn read_dir(dir: &Path) -> Result<Weights> {
     } else {
         read_shards(dir, &read_json(&index_path)?)?
     };
+    Ok(Weights { tensors: arrange::from_files(config.architecture, tensors)?, config })
+}
+
+/// Reads what [`files`] gave.
+///
+/// # Errors
+/// If they are damaged or of a kind that is not supported.
+pub fn from_files(config: &[u8], tensors: Vec<u8>) -> Result<Weights> {
+    let config = Config::from_json(config)?;
+    let tensors = safetensors::read(&Source::Memory(Arc::new(tensors)), TENSORS_FILE)?;
     Ok(Weights { tensors: arrange::from_files(config.architecture, tensors)?, config })
 }
 
@@ -135,6 +146,10 @@ mod tests {
             write_dir(&table.to_weights(&config, &params, WeightKind::F32), dir.path()).unwrap();
             let weights = read_dir(dir.path()).unwrap();
             assert_eq!(weights.config, config);
+            assert_eq!(&*table.from_weights(weights).unwrap(), &*params);
+            let mut files = files(&table.to_weights(&config, &params, WeightKind::F32)).unwrap();
+            let (tensors, json) = (files.pop().unwrap().1, files.pop().unwrap().1);
+            let weights = from_files(&json, tensors).unwrap();
             assert_eq!(&*table.from_weights(weights).unwrap(), &*params);
         }
     }

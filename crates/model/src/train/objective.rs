@@ -6,6 +6,7 @@
 //!   `m = (log π_w - log π_l) - (log ref_w - log ref_l)`: `loss = -ln σ(β·m)`. Its gradient is that of cross-entropy with the
 //!   factor β·σ(-β·m) on the tokens of the preferred row and its negative on the other's.
 
+use serde::{Deserialize, Serialize};
 use tensor::Pool;
 use tensor::cross_entropy::IGNORED;
 
@@ -13,7 +14,8 @@ use super::matrices::Grads;
 use super::{MicroBatch, Params, TrainModel};
 
 /// See the module.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Objective {
     /// Of the next token.
     #[default]
@@ -23,6 +25,13 @@ pub enum Objective {
         /// How far the model may go from the one it started as: small is far.
         beta: f32,
     },
+}
+
+impl Objective {
+    /// Whether rows are pairs, and what counts are pairs.
+    pub fn is_of_pairs(self) -> bool {
+        matches!(self, Self::Dpo { .. })
+    }
 }
 
 /// What a micro-batch lost.

@@ -6,11 +6,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use data::{Dataset, IngestPlan, TokenizerSource};
+use model::Objective;
 use store::{Bundle, Store};
 use train::{
-    AdamW, CheckpointPolicy, Context, DataPart, Decay, Error, Evaluate, Event, Guard, Outcome, PLAN_VERSION,
-    Plan, Sample, Schedule,
+    AdamW, CheckpointPolicy, Context, DataPart, Decay, Error, Evaluate, Event, Guard, Method, Outcome,
+    PLAN_VERSION, Plan, Sample, Schedule,
 };
+
+mod methods;
 
 const STEPS: u64 = 6;
 
@@ -37,6 +40,9 @@ fn prepared() -> (Arc<dyn Store>, Plan) {
         isolated: false,
         publish: Some("tiny".into()),
         model,
+        start: None,
+        method: Method::Full,
+        objective: Objective::CrossEntropy,
         context: 32,
         rows: 2,
         micro_batches: 8,
@@ -102,7 +108,7 @@ fn whole_run(
     run: &str,
     layout: [usize; 2],
 ) -> (Vec<u8>, Vec<(u64, u64)>) {
-    train::create(store, run, plan).unwrap();
+    train::create(store, run, plan, None).unwrap();
     assert_eq!(carry_out(store, run, layout, None).0, Outcome::Finished);
     results(store, run)
 }
@@ -133,7 +139,7 @@ fn ranks_and_threads_change_no_bit() {
 fn stopped_and_resumed_on_other_ranks_changes_no_bit() {
     let (store, plan) = prepared();
     let uninterrupted = whole_run(&store, &plan, "whole", [1, 1]);
-    train::create(&store, "parts", &plan).unwrap();
+    train::create(&store, "parts", &plan, None).unwrap();
     assert_eq!(carry_out(&store, "parts", [4, 4], Some(1)).0, Outcome::Interrupted);
     assert_eq!(carry_out(&store, "parts", [2, 2], Some(4)).0, Outcome::Interrupted);
     let (outcome, events) = carry_out(&store, "parts", [8, 1], None);
@@ -146,7 +152,7 @@ fn stopped_and_resumed_on_other_ranks_changes_no_bit() {
 fn a_damaged_checkpoint_falls_back_to_the_one_before() {
     let (store, plan) = prepared();
     let uninterrupted = whole_run(&store, &plan, "whole", [1, 1]);
-    train::create(&store, "hurt", &plan).unwrap();
+    train::create(&store, "hurt", &plan, None).unwrap();
     carry_out(&store, "hurt", [1, 1], Some(4));
     let newest = store.list("runs/hurt/checkpoints/00000004").unwrap();
     let victim = newest.iter().find(|o| o.name.as_str().ends_with("params.f32")).unwrap();
@@ -183,15 +189,15 @@ fn a_damaged_checkpoint_falls_back_to_the_one_before() {
 #[test]
 fn a_changed_plan_and_other_data_are_refused_by_name() {
     let (store, plan) = prepared();
-    train::create(&store, "fixed", &plan).unwrap();
-    train::create(&store, "fixed", &plan).unwrap();
+    train::create(&store, "fixed", &plan, None).unwrap();
+    train::create(&store, "fixed", &plan, None).unwrap();
     let mut changed = plan.clone();
     changed.schedule.lr_peak = 0.5;
-    let error = train::create(&store, "fixed", &changed).unwrap_err();
+    let error = train::create(&store, "fixed", &changed, None).unwrap_err();
     assert!(error.to_string().contains("schedule.lr_peak"), "{error}");
 
     let moved = Plan { data: vec![DataPart { sha256: "00".into(), ..plan.data[0].clone() }], ..plan.clone() };
-    train::create(&store, "moved", &moved).unwrap();
+    train::create(&store, "moved", &moved, None).unwrap();
     let stop = AtomicBool::new(false);
     let seconds = || 0.0;
     let context = |run: &str, n_ranks| Context {
@@ -209,5 +215,5 @@ fn a_changed_plan_and_other_data_are_refused_by_name() {
     assert!(matches!(train::run(&context("fixed", 3), &mut |_| {}), Err(Error::Ranks { .. })));
     assert!(matches!(train::run(&context("absent", 1), &mut |_| {}), Err(Error::NoRun { .. })));
     let bad = Plan { rows: 0, ..plan };
-    assert!(train::create(&store, "bad", &bad).unwrap_err().to_string().contains("rows"));
+    assert!(train::create(&store, "bad", &bad, None).unwrap_err().to_string().contains("rows"));
 }
