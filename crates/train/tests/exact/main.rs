@@ -14,6 +14,7 @@ use train::{
 };
 
 mod methods;
+mod mishaps;
 
 const STEPS: u64 = 6;
 
