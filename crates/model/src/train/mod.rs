@@ -15,6 +15,7 @@
 //! `head` the logits, `objective` what is minimized.
 
 mod batch;
+mod budget;
 mod head;
 mod layer;
 mod matrices;
@@ -28,6 +29,7 @@ use tensor::rows::scale;
 use tensor::{Accumulate, Buf, Mat, Pool, Precision, matmul};
 
 pub use batch::MicroBatch;
+pub use budget::ActivationBytes;
 use matrices::{Grads, Matrices, MatrixScratch, Values};
 use memory::{LayerMemory, Scratch, Shape, Stream};
 use norm::Norm;
