@@ -1,11 +1,14 @@
 //! The command line, in the order of the way from text to a chat answer.
 
 mod tools;
+mod train;
 
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use tools::KvName;
+
+pub(crate) use train::{DataChoice, DecayName, Method, Train};
 
 pub(crate) use tools::{
     Bench, Chat, EvalCommand, Export, ExportFormat, ModelCommand, Output, Perplexity, Quantize,
@@ -85,89 +88,16 @@ pub(crate) struct Ingest {
     /// The field that holds the text, in formats that have fields.
     #[arg(long, default_value = "text")]
     pub(crate) text_field: String,
-}
-
-#[derive(Args)]
-pub(crate) struct Train {
-    /// Name of the run.
+    /// Use the tokenizer of this model instead of training one: what a model that is to learn on needs.
+    #[arg(long, value_name = "MODEL", conflicts_with = "vocab")]
+    pub(crate) tokenizer: Option<String>,
+    /// The rows are chats or pairs of answers, to be learned where the assistant speaks: messages, prompt (and response or
+    /// completion), alpaca, sharegpt or preference; without a name each row's fields tell.
+    #[arg(long, value_name = "FORM", num_args = 0..=1, require_equals = true, default_missing_value = "auto", requires = "tokenizer")]
+    pub(crate) chats: Option<String>,
+    /// Leave out rows that cannot be read, and count them, instead of stopping at the first.
     #[arg(long)]
-    pub(crate) run: String,
-    /// Name of the dataset.
-    #[arg(long)]
-    pub(crate) dataset: String,
-    /// Publish the finished model under this name.
-    #[arg(long)]
-    pub(crate) publish: Option<String>,
-    /// Optimizer steps.
-    #[arg(long, conflicts_with = "minutes")]
-    pub(crate) steps: Option<u64>,
-    /// Plan so many steps as this machine does in this time.
-    #[arg(long)]
-    pub(crate) minutes: Option<f64>,
-    /// The model's shape: a Hugging Face config.json. Default: a Llama of about 3 million parameters.
-    #[arg(long)]
-    pub(crate) config: Option<PathBuf>,
-    /// Rows of one micro-batch.
-    #[arg(long, default_value_t = 4)]
-    pub(crate) rows: usize,
-    /// Micro-batches of one step.
-    #[arg(long, default_value_t = 4)]
-    pub(crate) micro_batches: usize,
-    /// Tokens of one row.
-    #[arg(long, default_value_t = 256)]
-    pub(crate) context: usize,
-    #[command(flatten)]
-    pub(crate) method: Method,
-    /// Peak learning rate. Default: 3e-3 from random weights, 2e-4 with LoRA, 2e-5 from a model; less with --dpo.
-    #[arg(long)]
-    pub(crate) lr: Option<f32>,
-    /// Steps between checkpoints.
-    #[arg(long, default_value_t = 25)]
-    pub(crate) checkpoint_every: u64,
-    /// Seed of the first weights and of the data's order.
-    #[arg(long, default_value_t = 1)]
-    pub(crate) seed: u64,
-    /// Text that the model is asked to continue as it learns.
-    #[arg(long, default_value = "My fellow Americans")]
-    pub(crate) prompt: String,
-    /// Ranks: threads that each train on their share of a step. The result does not depend on it.
-    #[arg(long, default_value_t = 1)]
-    pub(crate) ranks: usize,
-    #[arg(long)]
-    pub(crate) threads: Option<usize>,
-    /// Report as JSON lines instead of the live view.
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-/// What to start from, what of it to train, and to what end.
-#[derive(Args)]
-pub(crate) struct Method {
-    /// Start from this model: a Hugging Face directory, a .gguf file, or the name of a model kept here. The dataset must
-    /// have been made with its tokenizer.
-    #[arg(long, value_name = "MODEL", conflicts_with = "config")]
-    pub(crate) init: Option<String>,
-    /// Train low-rank changes (LoRA) of this rank instead of all parameters.
-    #[arg(long, value_name = "R", requires = "init")]
-    pub(crate) lora_rank: Option<usize>,
-    /// Changes count alpha / rank times. Default: twice the rank.
-    #[arg(long, value_name = "ALPHA", requires = "lora_rank")]
-    pub(crate) lora_alpha: Option<f32>,
-    /// Matrices to change, by the ends of their names: q_proj,v_proj.
-    #[arg(
-        long,
-        value_name = "NAMES",
-        value_delimiter = ',',
-        default_value = "all-linear",
-        requires = "lora_rank"
-    )]
-    pub(crate) lora_targets: Vec<String>,
-    /// Publish the whole model with the changes in it, not an adapter.
-    #[arg(long, requires = "lora_rank")]
-    pub(crate) merge: bool,
-    /// Learn preferences (DPO) from a dataset of pairs; BETA small lets the model go far from where it started.
-    #[arg(long, value_name = "BETA", num_args = 0..=1, default_missing_value = "0.1", requires = "init")]
-    pub(crate) dpo: Option<f32>,
+    pub(crate) skip_bad_rows: bool,
 }
 
 /// Where and how to serve.

@@ -8,25 +8,27 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use comm::ThreadComm;
-use data::{Batches, Dataset, Split};
+use data::Dataset;
 use model::{TrainModel, Trainable};
 use sha2::{Digest, Sha256};
 use store::{BundleWriter, ObjectName, Put, Store};
 use tensor::packed::WeightKind;
 use tensor::{Buf, Pool, Precision};
 
-use crate::checkpoint::{Checkpoints, State, chain};
+use crate::checkpoint::{Checkpoints, chain};
 use crate::metrics_log::MetricsLog;
+use crate::optimizer::Optimizer;
 use crate::plan::Method;
 use crate::rank::{Lead, Rank};
 use crate::sample::Sampler;
+use crate::saver::Saver;
+use crate::sources::Sources;
+use crate::state::State;
+use crate::tensorboard::TensorBoard;
 use crate::{Curve, Error, Event, Plan, Result, Started, read_metrics, start};
 
 /// How often metrics reach the store while steps go on.
 const FLUSH_SECONDS: f64 = 2.0;
-
-/// The validation rows are those of this seed in every run, so that runs compare.
-const VALIDATION_SEED: u64 = 0;
 
 /// What a run is carried out with. None of it changes the result.
 pub struct Context<'a> {
@@ -41,6 +43,10 @@ pub struct Context<'a> {
     pub stop: &'a AtomicBool,
     /// A clock that never goes back, in seconds.
     pub seconds: &'a (dyn Fn() -> f64 + Sync),
+    /// Seconds since 1970 when `seconds` was 0: for those who draw curves over time.
+    pub started_unix: f64,
+    /// Called by a thread that works beside the steps, so that they hardly notice it: lowers its priority.
+    pub yield_to_others: fn(),
 }
 
 /// How a run ended.
@@ -74,24 +80,32 @@ pub fn create(store: &Arc<dyn Store>, run: &str, plan: &Plan, start: Option<&mod
 
 /// The plan of a run, if there is such a run.
 pub fn read_plan(store: &Arc<dyn Store>, run: &str) -> Result<Option<Plan>> {
+    Ok(stored_plan(store, run)?.map(|(plan, _)| plan))
+}
+
+/// The plan and the SHA-256 of its bytes as they were written: what checkpoints name it by, whatever a newer build would
+/// write.
+fn stored_plan(store: &Arc<dyn Store>, run: &str) -> Result<Option<(Plan, String)>> {
     let name = plan_name(run)?;
-    match store.head(&name)? {
-        Some(_) => Ok(Some(Plan::from_json(&store.get(&name)?)?)),
-        None => Ok(None),
+    if store.head(&name)?.is_none() {
+        return Ok(None);
     }
+    let bytes = store.get(&name)?;
+    Ok(Some((Plan::from_json(&bytes)?, hex::encode(Sha256::digest(&bytes)))))
 }
 
 /// Carries a created run out, from its newest checkpoint if it has one. `on_event` is told what happens.
 pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcome> {
     let run = &context.run;
-    let plan = read_plan(&context.store, run)?.ok_or_else(|| Error::NoRun { run: run.clone() })?;
+    let (plan, plan_sha256) =
+        stored_plan(&context.store, run)?.ok_or_else(|| Error::NoRun { run: run.clone() })?;
     plan.check_ranks(context.n_ranks)?;
-    let dataset = open_dataset(context, &plan)?;
+    let sources = Sources::open(&context.store, &plan)?;
     let trainable = start::trainable(&context.store, run, &plan)?;
     let checkpoints = Checkpoints {
         store: context.store.clone(),
         run: run.clone(),
-        plan_sha256: hex::encode(Sha256::digest(plan.to_json())),
+        plan_sha256,
         n_params: trainable.n_params(),
     };
     let mut refused = Vec::new();
@@ -99,8 +113,9 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
     let step = state.as_ref().map_or(0, |s| s.step);
     let mut leader = Leader {
         log: MetricsLog::open(context.store.clone(), run, step)?,
-        sampler: Sampler::new(&plan, dataset.tokenizer())?,
-        checkpoints,
+        board: TensorBoard::open(context.store.clone(), run, step, context.started_unix)?,
+        sampler: Sampler::new(&plan, sources.voice.tokenizer())?,
+        saver: Saver::new(checkpoints, plan.checkpoint.keep, context.yield_to_others),
         context,
         plan: &plan,
         on_event,
@@ -114,70 +129,46 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
         Some(state) => state.clone(),
         None => State::initial(&trainable, plan.seed),
     });
-    let ranks = ranks(context, (&plan, &trainable), &dataset, states)?;
+    let ranks = ranks(context, (&plan, &trainable), &sources, states)?;
     let (finished, params) = run_ranks(ranks, &mut leader, context.stop)?;
     if finished {
-        leader.finish(&dataset, &trainable, &params)?;
+        leader.finish(&sources.voice, &trainable, &params)?;
     }
     leader.flush();
+    leader.flush_board();
     Ok(if finished { Outcome::Finished } else { Outcome::Interrupted })
-}
-
-fn open_dataset(context: &Context, plan: &Plan) -> Result<Dataset> {
-    let name = &plan.dataset;
-    let dataset = Dataset::open(&context.store, name)?;
-    let found = dataset.info().plan_sha256.clone();
-    if found != plan.dataset_sha256 {
-        let planned = plan.dataset_sha256.clone();
-        return Err(Error::DatasetChanged { name: name.clone(), found, planned });
-    }
-    let (model, dataset_vocab) = (plan.config()?.vocab, dataset.info().vocab_size);
-    // Published models have ids that no tokenizer gives, to fill up a round number.
-    let fits = if plan.start.is_some() { model >= dataset_vocab } else { model == dataset_vocab };
-    if !fits {
-        return Err(Error::Vocabulary { model, dataset: dataset_vocab });
-    }
-    Ok(dataset)
 }
 
 fn ranks<'a>(
     context: &Context<'a>,
     (plan, trainable): (&'a Plan, &Trainable),
-    dataset: &Dataset,
+    sources: &Sources,
     states: impl Iterator<Item = State>,
 ) -> Result<Vec<Rank<'a>>> {
     let config = plan.config()?;
     let precision = if plan.bf16 { Precision::Bf16 } else { Precision::F32 };
     let n_threads = (context.n_threads / context.n_ranks).max(1);
-    let tokenizer = dataset.tokenizer();
-    let n_ids = dataset.info().vocab_size as u32;
+    let tokenizer = sources.voice.tokenizer();
+    let n_ids = sources.voice.info().vocab_size as u32;
     let is_text = |id: u32| id < n_ids && !tokenizer.is_special(id);
     let bytes = |id: u32| if is_text(id) { tokenizer.token_bytes(id).len() as u32 } else { 0 };
     let token_bytes: Arc<[u32]> = (0..config.vocab as u32).map(bytes).collect();
     let group: Vec<ThreadComm> = comm::threads(context.n_ranks)?;
-    let batches = |split, seed| -> Result<Batches> {
-        let batches = Batches::new(dataset, split, seed, plan.context)?;
-        let (is_pairs, name) = (batches.is_pairs(), dataset.info().name.clone());
-        match (is_pairs, plan.objective.is_of_pairs()) {
-            (true, false) => Err(Error::Pairs { name, found: "pairs", needed: "rows of their own" }),
-            (false, true) => Err(Error::Pairs { name, found: "no pairs", needed: "pairs" }),
-            _ => Ok(batches),
-        }
-    };
     let rank = |(comm, state): (ThreadComm, State)| -> Result<Rank<'a>> {
         Ok(Rank {
             plan,
             comm: Box::new(comm),
             pool: Pool::new(n_threads),
-            model: TrainModel::new(trainable.clone(), plan.rows, plan.context, precision),
+            model: TrainModel::new(trainable.clone(), plan.rows, plan.context, precision)
+                .with_z_loss(plan.z_loss),
+            optimizer: Optimizer::new(plan, trainable.specs(), &trainable.decayed(), precision),
             trainable: trainable.clone(),
-            train: batches(Split::Train, plan.seed)?,
-            validation: batches(Split::Validation, VALIDATION_SEED)?,
+            mixture: sources.mixture.clone(),
+            validation: sources.validation.clone(),
             token_bytes: token_bytes.clone(),
             grads: Buf::zeroed(state.params.len()),
             spare: Vec::new(),
             squares: Vec::new(),
-            decayed: trainable.decayed(),
             state,
             seconds: context.seconds,
         })
@@ -216,8 +207,9 @@ fn run_ranks(mut ranks: Vec<Rank>, leader: &mut Leader, stop: &AtomicBool) -> Re
 struct Leader<'a, 'b> {
     context: &'a Context<'a>,
     plan: &'a Plan,
-    checkpoints: Checkpoints,
+    saver: Saver,
     log: MetricsLog,
+    board: TensorBoard,
     sampler: Sampler,
     on_event: &'b mut dyn FnMut(&Event),
     flushed: f64,
@@ -237,12 +229,27 @@ impl Leader<'_, '_> {
         Ok(())
     }
 
+    /// Tells what became of the checkpoint being written, once that is known; whether it is there. One that cannot be
+    /// written (a full disk) is reported; the run goes on and tries again at the next.
+    fn tell_saved(&mut self, wait: bool) -> bool {
+        let event = self.saver.finished(wait, self.context.seconds);
+        let is_there = matches!(event, Some(Event::Checkpoint { .. }));
+        event.into_iter().for_each(|event| self.event(event));
+        is_there
+    }
+
     fn flush(&mut self) {
         if let Err(error) = self.log.flush() {
             // The store may be full or away for a moment; the lines are kept and tried again.
             (self.on_event)(&Event::MetricsFailed { step: 0, why: chain(&error) });
         }
         self.flushed = (self.context.seconds)();
+    }
+
+    fn flush_board(&mut self) {
+        if let Err(error) = self.board.flush((self.context.seconds)()) {
+            (self.on_event)(&Event::MetricsFailed { step: 0, why: chain(&error) });
+        }
     }
 
     /// Publishes the model, draws the curve.
@@ -264,7 +271,8 @@ impl Leader<'_, '_> {
 
 impl Lead for Leader<'_, '_> {
     fn event(&mut self, event: Event) {
-        if let Err(error) = self.log.push(&event) {
+        let seconds = (self.context.seconds)();
+        if let Err(error) = self.log.push(&event).and_then(|()| self.board.push(seconds, &event)) {
             (self.on_event)(&Event::MetricsFailed { step: event.step(), why: chain(&error) });
         }
         (self.on_event)(&event);
@@ -273,20 +281,15 @@ impl Lead for Leader<'_, '_> {
         }
     }
 
-    /// A checkpoint that cannot be written (a full disk) is reported; the run goes on and tries again at the next.
-    fn save(&mut self, state: &State) -> bool {
-        let start = (self.context.seconds)();
-        let saved = self.checkpoints.save(state).and_then(|bytes| {
-            self.checkpoints.prune(self.plan.checkpoint.keep)?;
-            Ok(bytes)
-        });
-        let seconds = (self.context.seconds)() - start;
-        let event = match &saved {
-            Ok(bytes) => Event::Checkpoint { step: state.step, bytes: *bytes, seconds },
-            Err(error) => Event::CheckpointFailed { step: state.step, why: chain(error) },
-        };
-        self.event(event);
-        saved.is_ok()
+    fn go_on_saving(&mut self, is_due: bool, pool: &Pool, state: &State) -> bool {
+        self.tell_saved(false);
+        is_due && !self.saver.begin(pool, state, self.context.seconds)
+    }
+
+    fn save(&mut self, pool: &Pool, state: &State) -> bool {
+        self.tell_saved(true);
+        self.saver.begin(pool, state, self.context.seconds);
+        self.tell_saved(true)
     }
 
     fn sample(&mut self, pool: &Pool, trainable: &Trainable, state: &State) -> Result<()> {
@@ -328,8 +331,12 @@ fn publish(
     for (file, bytes) in files {
         bundle.add(file, &bytes)?;
     }
+    // What has learned no chats speaks as a base model does.
     let is_base = dataset.info().chats.is_none();
-    let meta = serde_json::json!({ "run": context.run, "dataset": plan.dataset, "steps": plan.steps, "base": is_base });
+    let datasets: Vec<&str> = plan.data.iter().map(|part| part.dataset.as_str()).collect();
+    let meta = serde_json::json!({
+        "run": context.run, "dataset": datasets.join(" + "), "steps": plan.steps, "base": is_base,
+    });
     bundle.publish(kind, meta)?;
     Ok(())
 }

@@ -6,7 +6,7 @@ use tensor::Pool;
 use tensor::packed::WeightKind;
 use tokenizer::Tokenizer;
 
-use crate::checkpoint::State;
+use crate::state::State;
 use crate::{Plan, Result};
 
 /// Plain sampling is enough to see what has been learned: temperature 0.8 over all ids.

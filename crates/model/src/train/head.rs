@@ -1,6 +1,6 @@
 //! From the last normed rows to losses, and back. Logits exist for a chunk of tokens at a time.
 
-use tensor::cross_entropy::{cross_entropy_forward, cross_entropy_forward_backward};
+use tensor::cross_entropy::{cross_entropy_forward, cross_entropy_z_forward_backward};
 use tensor::rows::scale_rows;
 use tensor::{Accumulate, Mat, matmul};
 
@@ -32,7 +32,8 @@ impl Pass<'_> {
             let normed = shape.rows(&self.scratch.normed_nc, rows.clone());
             matmul(pool, logits, normed, head.t(), shape.precision, Accumulate::Overwrite);
             let losses = &mut self.scratch.losses_n[rows.clone()];
-            cross_entropy_forward_backward(pool, losses, logits, &self.batch.targets_bt[rows.clone()]);
+            let targets = &self.batch.targets_bt[rows.clone()];
+            cross_entropy_z_forward_backward(pool, losses, logits, targets, self.z_loss);
             if let Some(factors_n) = factors_n {
                 scale_rows(pool, logits, &factors_n[rows.clone()]);
             }

@@ -15,6 +15,7 @@
 //! `head` the logits, `objective` what is minimized.
 
 mod batch;
+mod budget;
 mod head;
 mod layer;
 mod matrices;
@@ -28,6 +29,7 @@ use tensor::rows::scale;
 use tensor::{Accumulate, Buf, Mat, Pool, Precision, matmul};
 
 pub use batch::MicroBatch;
+pub use budget::ActivationBytes;
 use matrices::{Grads, Matrices, MatrixScratch, Values};
 use memory::{LayerMemory, Scratch, Shape, Stream};
 use norm::Norm;
@@ -48,6 +50,7 @@ pub struct TrainModel {
     streams: Vec<Stream>,
     scratch: Scratch,
     matrix_scratch: MatrixScratch,
+    z_loss: f32,
 }
 
 /// Which parameters a pass computes with.
@@ -78,8 +81,14 @@ impl TrainModel {
             streams: (0..n_streams).map(|_| Stream::new(shape)).collect(),
             scratch: Scratch::new(shape),
             matrix_scratch: MatrixScratch::default(),
+            z_loss: 0.0,
             trainable,
         }
+    }
+
+    /// Gradients also keep logits from drifting, with this weight on the square of their logarithmic sum.
+    pub fn with_z_loss(self, z_loss: f32) -> Self {
+        Self { z_loss, ..self }
     }
 
     /// What is trained: the layout of `params` and `dparams`.
@@ -131,11 +140,22 @@ impl TrainModel {
     }
 
     fn pass<'a>(&'a mut self, pool: &'a Pool, params: Params<'a>, batch: MicroBatch<'a>) -> Pass<'a> {
-        let Self { trainable, shape, ropes, layers, streams, scratch, matrix_scratch } = self;
+        let Self { trainable, shape, ropes, layers, streams, scratch, matrix_scratch, z_loss } = self;
         let values = trainable.values(params);
         let matrices = Matrices { pool, values, shape: *shape, scratch: matrix_scratch };
         let config = trainable.config();
-        Pass { pool, config, shape: *shape, batch, ropes, matrices, layers, streams, scratch }
+        Pass {
+            pool,
+            config,
+            shape: *shape,
+            batch,
+            ropes,
+            matrices,
+            layers,
+            streams,
+            scratch,
+            z_loss: *z_loss,
+        }
     }
 }
 
@@ -173,6 +193,7 @@ struct Pass<'a> {
     layers: &'a mut [LayerMemory],
     streams: &'a mut [Stream],
     scratch: &'a mut Scratch,
+    z_loss: f32,
 }
 
 impl Pass<'_> {

@@ -9,11 +9,12 @@ use data::{Dataset, IngestPlan, TokenizerSource};
 use model::Objective;
 use store::{Bundle, Store};
 use train::{
-    AdamW, CheckpointPolicy, Context, Decay, Error, Evaluate, Event, Method, Outcome, PLAN_VERSION, Plan,
-    Sample, Schedule,
+    AdamW, CheckpointPolicy, Context, DataPart, Decay, Error, Evaluate, Event, Guard, Method, Outcome,
+    PLAN_VERSION, Plan, Sample, Schedule,
 };
 
 mod methods;
+mod mishaps;
 
 const STEPS: u64 = 6;
 
@@ -32,8 +33,12 @@ fn prepared() -> (Arc<dyn Store>, Plan) {
     });
     let plan = Plan {
         version: PLAN_VERSION,
-        dataset: "speeches".into(),
-        dataset_sha256: dataset.info().plan_sha256.clone(),
+        data: vec![DataPart {
+            dataset: "speeches".into(),
+            sha256: dataset.info().plan_sha256.clone(),
+            weight: 1.0,
+        }],
+        isolated: false,
         publish: Some("tiny".into()),
         model,
         start: None,
@@ -45,6 +50,9 @@ fn prepared() -> (Arc<dyn Store>, Plan) {
         steps: STEPS,
         schedule: Schedule { decay: Decay::Cosine, lr_peak: 1e-2, lr_final_share: 0.1, warmup_steps: 2 },
         adamw: AdamW { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 },
+        muon: None,
+        z_loss: 0.0,
+        guard: Guard::default(),
         clip_norm: 1.0,
         seed: 3,
         bf16: false,
@@ -71,6 +79,8 @@ fn carry_out(
         peak_flops: 1.0,
         stop: &stop,
         seconds: &|| 0.0,
+        started_unix: 0.0,
+        yield_to_others: || {},
     };
     let mut events = Vec::new();
     let outcome = train::run(&context, &mut |event| {
@@ -163,8 +173,17 @@ fn a_damaged_checkpoint_falls_back_to_the_one_before() {
     let stop = AtomicBool::new(false);
     let run = "hurt".to_owned();
     let seconds = || 0.0;
-    let context =
-        Context { store, run, n_ranks: 1, n_threads: 1, peak_flops: 1.0, stop: &stop, seconds: &seconds };
+    let context = Context {
+        store,
+        run,
+        n_ranks: 1,
+        n_threads: 1,
+        peak_flops: 1.0,
+        stop: &stop,
+        seconds: &seconds,
+        started_unix: 0.0,
+        yield_to_others: || {},
+    };
     assert!(matches!(train::run(&context, &mut |_| {}), Err(Error::NoCheckpoint { .. })));
 }
 
@@ -178,7 +197,7 @@ fn a_changed_plan_and_other_data_are_refused_by_name() {
     let error = train::create(&store, "fixed", &changed, None).unwrap_err();
     assert!(error.to_string().contains("schedule.lr_peak"), "{error}");
 
-    let moved = Plan { dataset_sha256: "00".into(), ..plan.clone() };
+    let moved = Plan { data: vec![DataPart { sha256: "00".into(), ..plan.data[0].clone() }], ..plan.clone() };
     train::create(&store, "moved", &moved, None).unwrap();
     let stop = AtomicBool::new(false);
     let seconds = || 0.0;
@@ -190,6 +209,8 @@ fn a_changed_plan_and_other_data_are_refused_by_name() {
         peak_flops: 1.0,
         stop: &stop,
         seconds: &seconds,
+        started_unix: 0.0,
+        yield_to_others: || {},
     };
     assert!(matches!(train::run(&context("moved", 1), &mut |_| {}), Err(Error::DatasetChanged { .. })));
     assert!(matches!(train::run(&context("fixed", 3), &mut |_| {}), Err(Error::Ranks { .. })));

@@ -38,8 +38,8 @@ impl FineTune {
         let (start, files) = train::start_files(&pool, "tiny-base", weights).unwrap();
         plan.model = serde_json::from_str(&config.to_json("float32")).unwrap();
         plan.start = Some(start);
-        plan.dataset = "chats".into();
-        plan.dataset_sha256 = dataset.info().plan_sha256.clone();
+        plan.data[0].dataset = "chats".into();
+        plan.data[0].sha256 = dataset.info().plan_sha256.clone();
         plan.context = 64;
         FineTune { store, plan, files, config }
     }
@@ -156,6 +156,8 @@ fn what_does_not_fit_is_refused_by_name() {
             peak_flops: 1.0,
             stop: &stop,
             seconds: &seconds,
+            started_unix: 0.0,
+            yield_to_others: || {},
         };
         train::run(&context, &mut |_| {})
     };
