@@ -73,13 +73,6 @@ impl Case {
         let weights = random.to_weights(pool, &random.init(1), WeightKind::Bf16);
         Trainable::lora(weights, lora).expect("the settings fit a Llama")
     }
-
-    /// Operations of the model itself for one token. A frozen matrix has no gradient: 4 of 6 a number of it are left.
-    fn flops_per_token(&self) -> f64 {
-        let full = self.config.flops_per_token_train(self.positions);
-        let attention = 6.0 * (self.config.n_layers * self.config.q_width() * self.positions) as f64;
-        if self.lora.is_some() { (full - attention) * 4.0 / 6.0 + attention } else { full }
-    }
 }
 
 fn llama(n_layers: usize, width: usize, [h, g, d]: [usize; 3], [ff_width, vocab]: [usize; 2]) -> Config {
@@ -171,7 +164,8 @@ impl Case {
             times.sort_by(f64::total_cmp);
         }
         let n = first.n_tokens as f64;
-        let share = |s: f64| 100.0 * n * self.flops_per_token() / s / peak_per_s;
+        let flops = run.model.trainable().flops_per_token(self.positions);
+        let share = |s: f64| 100.0 * n * flops / s / peak_per_s;
         println!(
             "{:6.2} M of {:6.2} M parameters: {:6.0} tokens/s best ({:.1} % of peak), {:6.0} median, {:6.0} by processor time ({:.1} %), {} MiB",
             run.params.len() as f64 / 1e6,
