@@ -274,6 +274,8 @@ impl Rank<'_> {
     /// Of each of this rank's batches of held-out rows: the objective's sum, what counts in it, nats of tokens, bytes.
     fn held_out_sums(&mut self, held_out: &Batches) -> Result<Vec<f64>> {
         let n_rows = (self.plan.evaluate.rows_max as u64).min(held_out.n_rows());
+        // A pair is judged whole.
+        let n_rows = if held_out.is_pairs() { n_rows.next_multiple_of(2) } else { n_rows };
         let rows = self.plan.rows as u64;
         let mut sums = Vec::new();
         for batch in share(n_rows.div_ceil(rows), self.comm.rank(), self.comm.n_ranks()) {
