@@ -7,7 +7,7 @@
 //! Where to start: [`Plan`] determines a run; [`run`] carries it out; `rank.rs` is the step loop.
 //!
 //! Invariant: the weights after step k are a pure function of the plan and the dataset. Killing the run, resuming it,
-//! and the numbers of ranks and threads change no bit (held by `tests/exact.rs`).
+//! and the numbers of ranks and threads change no bit (held by `tests/exact/`).
 #![forbid(unsafe_code)]
 
 mod checkpoint;

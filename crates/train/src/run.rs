@@ -45,8 +45,6 @@ pub struct Context<'a> {
     pub seconds: &'a (dyn Fn() -> f64 + Sync),
     /// Seconds since 1970 when `seconds` was 0: for those who draw curves over time.
     pub started_unix: f64,
-    /// Called by a thread that works beside the steps, so that they hardly notice it: lowers its priority.
-    pub yield_to_others: fn(),
 }
 
 /// How a run ended.
@@ -115,7 +113,7 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
         log: MetricsLog::open(context.store.clone(), run, step)?,
         board: TensorBoard::open(context.store.clone(), run, step, context.started_unix)?,
         sampler: Sampler::new(&plan, sources.voice.tokenizer())?,
-        saver: Saver::new(checkpoints, plan.checkpoint.keep, context.yield_to_others),
+        saver: Saver::new(checkpoints, plan.checkpoint.keep),
         context,
         plan: &plan,
         on_event,
@@ -125,10 +123,8 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
         leader.event(event);
     }
     leader.started(step, trainable.n_params())?;
-    let states = (0..context.n_ranks).map(|_| match &state {
-        Some(state) => state.clone(),
-        None => State::initial(&trainable, plan.seed),
-    });
+    let mut states = vec![state.unwrap_or_else(|| State::initial(&trainable, plan.seed))];
+    states.extend((1..context.n_ranks).map(|_| states[0].clone()).collect::<Vec<_>>());
     let ranks = ranks(context, (&plan, &trainable), &sources, states)?;
     let (finished, params) = run_ranks(ranks, &mut leader, context.stop)?;
     if finished {
@@ -143,7 +139,7 @@ fn ranks<'a>(
     context: &Context<'a>,
     (plan, trainable): (&'a Plan, &Trainable),
     sources: &Sources,
-    states: impl Iterator<Item = State>,
+    states: Vec<State>,
 ) -> Result<Vec<Rank<'a>>> {
     let config = plan.config()?;
     let precision = if plan.bf16 { Precision::Bf16 } else { Precision::F32 };
