@@ -16,6 +16,9 @@ pub(crate) struct Args {
     /// llama.cpp's llama-server, to serve beside ours.
     #[arg(long, env = "LLAMA_SERVER")]
     llama_server: Option<PathBuf>,
+    /// Models that are measured beside llama.cpp; SmolLM2-135M in Q4_1 when none is named.
+    #[arg(long)]
+    model: Vec<String>,
     /// A Python that has PyTorch, to train beside ours.
     #[arg(long, env = "TORCH_PYTHON")]
     torch_python: Option<PathBuf>,
@@ -57,6 +60,12 @@ const ALL: [What; 12] = [
 const TEXT: &str = "var/cache/sotu";
 const CHAT_MODEL: &str = "var/cache/smollm2-135m-instruct-q4_1.gguf";
 
+impl Args {
+    fn models(&self) -> Vec<String> {
+        if self.model.is_empty() { vec![CHAT_MODEL.to_owned()] } else { self.model.clone() }
+    }
+}
+
 pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
     let chosen = if args.what.is_empty() { ALL.to_vec() } else { args.what.clone() };
     for what in chosen {
@@ -71,7 +80,10 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
             What::Ingest => example(root, "data", "bench_ingest", &[TEXT])?,
             What::Tokenizer => example(root, "tokenizer", "bench_tokenizer", &[TEXT])?,
             What::Train => train(root, args)?,
-            What::Engine => engine(root, args)?,
+            What::Engine => {
+                example(root, "engine", "bench_engine", &[CHAT_MODEL])?;
+                crate::bench_engine::run(root, &args.models(), args.llama_bench.as_deref())?
+            }
             What::Serve => crate::bench_serve::run(root, CHAT_MODEL, args.llama_server.as_deref())?,
             What::Stall => example(root, "engine", "bench_stall", &[CHAT_MODEL])?,
             What::Soak => example(root, "engine", "soak", &[CHAT_MODEL])?,
@@ -99,20 +111,6 @@ fn train(root: &Path, args: &Args) -> Result<()> {
         }
         None => {
             println!("(give --torch-python to see PyTorch on the same shapes)");
-            Ok(())
-        }
-    }
-}
-
-fn engine(root: &Path, args: &Args) -> Result<()> {
-    example(root, "engine", "bench_engine", &[CHAT_MODEL])?;
-    match &args.llama_bench {
-        Some(llama_bench) => {
-            rival(root, llama_bench, &["-m", CHAT_MODEL, "-p", "512", "-n", "128", "-t", "2", "-r", "3"])?;
-            example(root, "engine", "bench_engine", &[CHAT_MODEL])
-        }
-        None => {
-            println!("(give --llama-bench to see llama.cpp on the same file)");
             Ok(())
         }
     }

@@ -18,6 +18,7 @@ const START_MAX: Duration = Duration::from_secs(120);
 pub(crate) fn run(root: &Path, model: &str, llama_server: Option<&Path>) -> Result<()> {
     crate::run(root, "cargo", &["build", "--release", "--quiet", "--package", "loquat"])?;
     println!("{PROMPT_TOKENS} tokens in, {NEW_TOKENS} out, streamed over HTTP");
+    println!("(the engine without HTTP, same sizes: column 'all tok/s' of `bench engine`)");
     println!("server       | clients |  tokens/s | first token p50 / p99 ms | gap p50 / p99 ms | peak MiB");
     ours(root, model, 1)?;
     match llama_server {
@@ -38,8 +39,9 @@ fn ours(root: &Path, model: &str, salt: u64) -> Result<()> {
     let mut command = Command::new(root.join("target/release/loquat"));
     command.arg("--home").arg(&home).args(["serve", model, "--threads", THREADS, "--port", &port]);
     let name = Path::new(model).file_stem().and_then(|n| n.to_str()).context("the model has no name")?;
-    let done = Server::start(command.current_dir(root), &port)
-        .and_then(|server| server.measure("loquat", &name.to_lowercase(), salt));
+    let name = name.to_lowercase();
+    let done = Server::start(command.current_dir(root), &port, &name)
+        .and_then(|server| server.measure("loquat", &name, salt));
     std::fs::remove_dir_all(&home).with_context(|| format!("cannot remove {}", home.display()))?;
     done
 }
@@ -51,7 +53,7 @@ fn rival(root: &Path, model: &str, program: &Path) -> Result<()> {
     let mut command = Command::new(program);
     command.args(["-m", model, "-t", THREADS, "-tb", THREADS, "-np", &slots.to_string(), "-c", &context]);
     command.args(["--port", &port]).current_dir(root);
-    Server::start(&mut command, &port)?.measure("llama-server", "any", 3)
+    Server::start(&mut command, &port, "any")?.measure("llama-server", "any", 3)
 }
 
 /// A server of its own process group; killed when dropped.
@@ -61,7 +63,7 @@ struct Server {
 }
 
 impl Server {
-    fn start(command: &mut Command, port: &str) -> Result<Server> {
+    fn start(command: &mut Command, port: &str, model: &str) -> Result<Server> {
         let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
         let child = child.with_context(|| format!("cannot start {}", command.get_program().display()))?;
         let mut server = Server { child, url: format!("http://127.0.0.1:{port}") };
@@ -75,6 +77,9 @@ impl Server {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
+        let first = Load { n_clients: 1, n_rounds: 1, prompt_tokens: 1, new_tokens: 1 };
+        first.run(&server.url, model, 0)?;
+        println!("started, and a first token after {:.2} s", started.elapsed().as_secs_f64());
         Ok(server)
     }
 

@@ -103,8 +103,9 @@ struct Answer {
 }
 
 fn agent() -> ureq::Agent {
+    // Every request on a connection of its own: llama-server closes some that it said it would keep.
     let config = ureq::Agent::config_builder().timeout_global(Some(ANSWER_MAX)).http_status_as_error(false);
-    config.build().into()
+    config.max_idle_connections(0).build().into()
 }
 
 /// Ids in 1,000 .. 40,000: ordinary words in every vocabulary of today.

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod bench_engine;
 mod bench_serve;
 mod ci;
 mod load;

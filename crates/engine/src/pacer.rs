@@ -15,7 +15,7 @@ use crate::scheduler::Crowd;
 /// times the usual gap; the rest is for what the estimates miss.
 const STRETCH: f64 = 1.25;
 /// However slow the machine, a prompt gets on.
-const PREFILL_TOKENS_MIN: usize = 4;
+const PREFILL_TOKENS_MIN: usize = 1;
 /// The first guess, before anything was measured.
 const PREFILL_TOKENS_GUESS: usize = 64;
 /// Share of a new measurement in the estimate.

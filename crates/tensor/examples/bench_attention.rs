@@ -1,5 +1,6 @@
 //! Paged attention: decoding against the bandwidth with which this machine reads memory, prompts against its f32 peak.
-//! Usage: `bench_attention [THREADS]`. Shapes are SmolLM2-135M's: 9 query heads, 3 key/value heads, 64 wide.
+//! Usage: `bench_attention [THREADS [NEW CONTEXT]]`, the
+//! latter for one case alone. Shapes are SmolLM2-135M's: 9 query heads, 3 key/value heads, 64 wide.
 //!
 //! Beside wall time stands processor time divided by threads: what wall time would be without neighbours.
 
@@ -13,8 +14,8 @@ use tensor::{Pool, cpu, limits};
 
 const MEASURE_FOR: Duration = Duration::from_millis(700);
 
-/// Enough layers that one sequence's cache does not stay in L2: 8 · 2 · 3 · 64 · 8192 · 2 B = 50 MB.
-const DIMS: KvDims = KvDims { n_layers: 8, n_heads: 9, n_kv_heads: 3, head_width: 64 };
+/// Enough layers that one sequence's cache does not stay in L2: 30 · 2 · 3 · 64 · 8192 · 2 B = 189 MB.
+const DIMS: KvDims = KvDims { n_layers: 30, n_heads: 9, n_kv_heads: 3, head_width: 64 };
 const WIDTH: usize = (9 + 2 * 3) * 64;
 
 fn main() {
@@ -28,11 +29,15 @@ fn main() {
         limits.memory_bytes_per_s / 1e9,
         limits.f32_per_s / 1e9
     );
+    let number = |i| std::env::args().nth(i).map(|x| x.parse().expect("a number"));
+    if let (Some(n_tokens), Some(n_context)) = (number(2), number(3)) {
+        return Case { kv_type: KvType::Bf16, n_sequences: 1, n_context, n_tokens }.run(&pool, &limits);
+    }
     for kv_type in [KvType::Bf16, KvType::F32] {
         for (n_sequences, n_context) in [(1, 1024), (1, 8192), (8, 2048), (32, 1024)] {
             Case { kv_type, n_sequences, n_context, n_tokens: 1 }.run(&pool, &limits);
         }
-        for (n_tokens, n_context) in [(512, 512), (2048, 2048), (512, 8192)] {
+        for (n_tokens, n_context) in [(4, 8192), (16, 8192), (512, 512), (2048, 2048), (512, 8192)] {
             Case { kv_type, n_sequences: 1, n_context, n_tokens }.run(&pool, &limits);
         }
     }

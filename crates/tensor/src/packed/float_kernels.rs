@@ -6,9 +6,12 @@
 use super::kernels::{Sums, TILES_MAX};
 use super::kind::WeightKind;
 use super::layout::{TILE, WORD_BYTES};
+use crate::Pool;
+use crate::buf::Plain;
 use crate::cpu::{Level, features};
 use crate::simd::{Portable, Simd, dispatch};
 use half::f16;
+use std::ops::Range;
 
 /// Some tiles times one column, or up to two tiles times some columns.
 pub(super) struct FloatTiles<'a> {
@@ -17,9 +20,9 @@ pub(super) struct FloatTiles<'a> {
     pub(super) tiles: &'a [u8],
     /// At most [`TILES_MAX`] if `n` is 1, 2 otherwise.
     pub(super) n_tiles: usize,
-    /// `[n][n_in]`
-    pub(super) x_ni: &'a [f32],
-    /// `[n][ceil(n_in / 2)]`: the inputs as pairs of bf16, if those are to be used.
+    /// The inputs, as [`interleave`] lays them out.
+    pub(super) x: &'a [f32],
+    /// Instead of them pairs of bf16, as [`interleave_pairs`] does, if those are to be used.
     pub(super) pairs: Option<&'a [u32]>,
     pub(super) n: usize,
     pub(super) n_in: usize,
@@ -77,17 +80,28 @@ fn tiles<S: Simd, W: Word>(s: S, task: &FloatTiles<'_>, sums: &mut Sums) {
     }
 }
 
-/// All columns of `R` registers of rows, in the widest steps that the registers allow.
+/// Columns that are computed together when `n` are left: as many as the registers allow.
+fn width(n: usize, lanes: usize) -> usize {
+    match (n, lanes) {
+        (12.., 16) => 12,
+        (6.., _) => 6,
+        (4.., _) => 4,
+        (2.., _) => 2,
+        (_, _) => 1,
+    }
+}
+
+/// All columns of `R` registers of rows.
 #[inline(always)]
 fn columns<S: Simd, W: Word, const R: usize>(s: S, task: &FloatTiles<'_>, tile: usize, sums: &mut Sums) {
     let mut c = 0;
     while c < task.n {
-        c += match (task.n - c, S::LANES) {
-            (12.., 16) => chains::<S, W, R, 12>(s, task, [tile, c], sums),
-            (6.., _) => chains::<S, W, R, 6>(s, task, [tile, c], sums),
-            (4.., _) => chains::<S, W, R, 4>(s, task, [tile, c], sums),
-            (2.., _) => chains::<S, W, R, 2>(s, task, [tile, c], sums),
-            (_, _) => chains::<S, W, R, 1>(s, task, [tile, c], sums),
+        c += match width(task.n - c, S::LANES) {
+            12 => chains::<S, W, R, 12>(s, task, [tile, c], sums),
+            6 => chains::<S, W, R, 6>(s, task, [tile, c], sums),
+            4 => chains::<S, W, R, 4>(s, task, [tile, c], sums),
+            2 => chains::<S, W, R, 2>(s, task, [tile, c], sums),
+            _ => chains::<S, W, R, 1>(s, task, [tile, c], sums),
         };
     }
 }
@@ -107,7 +121,7 @@ fn chains<S: Simd, W: Word, const R: usize, const C: usize>(
         let (tile, row) = place(r);
         task.tiles[tile * tile_bytes + row * W::BYTES / TILE..].as_ptr()
     });
-    let x: [Column<'_>; C] = std::array::from_fn(|j| Column::of(task, c + j));
+    let x = Columns::<C>::of(task, c);
     let mut acc = [[s.zero(); C]; R];
     let n_whole = task.n_in / W::INPUTS;
     for word in 0..n_whole {
@@ -119,7 +133,7 @@ fn chains<S: Simd, W: Word, const R: usize, const C: usize>(
         for j in 0..C {
             for r in 0..R {
                 // SAFETY: the column has all inputs of a whole word.
-                acc[r][j] = unsafe { W::step(s, w[r], &x[j], word, acc[r][j]) };
+                acc[r][j] = unsafe { W::step(s, w[r], &x, [word, j], acc[r][j]) };
             }
         }
     }
@@ -129,7 +143,7 @@ fn chains<S: Simd, W: Word, const R: usize, const C: usize>(
             let w = unsafe { W::load(s, tiles[r].add(n_whole * W::BYTES)) };
             for j in 0..C {
                 // SAFETY: the column has one more input.
-                acc[r][j] = unsafe { W::last(s, w, &x[j], n_whole, acc[r][j]) };
+                acc[r][j] = unsafe { W::last(s, w, &x, [n_whole, j], acc[r][j]) };
             }
         }
     }
@@ -142,21 +156,73 @@ fn chains<S: Simd, W: Word, const R: usize, const C: usize>(
     C
 }
 
-/// The inputs of one column, in either form.
-struct Column<'a> {
-    x: &'a [f32],
-    pairs: &'a [u32],
+/// The inputs of `C` columns that are computed together, in either form. They lie side by side, input by input: with a
+/// pointer to each column the processor would run out of registers for pointers.
+struct Columns<'a, const C: usize> {
+    x_kc: &'a [f32],
+    pairs_kc: &'a [u32],
 }
 
-impl<'a> Column<'a> {
+impl<'a, const C: usize> Columns<'a, C> {
     #[inline(always)]
     fn of(task: &FloatTiles<'a>, c: usize) -> Self {
         let n_pairs = task.n_in.div_ceil(2);
-        Self {
-            x: &task.x_ni[c * task.n_in..][..task.n_in],
-            pairs: task.pairs.map_or(&[], |pairs| &pairs[c * n_pairs..][..n_pairs]),
+        match task.pairs {
+            Some(pairs) => Self { x_kc: &[], pairs_kc: &pairs[c * n_pairs..(c + C) * n_pairs] },
+            None => Self { x_kc: &task.x[c * task.n_in..(c + C) * task.n_in], pairs_kc: &[] },
         }
     }
+}
+
+/// Lays the `n` columns of `x_ni` out for [`FloatTiles::x`]: those that are computed together as `[n_in][C]`, one group
+/// after another. As long as `x_ni`.
+pub(super) fn interleave(pool: &Pool, x_ni: &[f32], n: usize, out: &mut [f32]) {
+    let n_in = x_ni.len() / n;
+    for_groups(pool, n, n_in, out, |cols, out| {
+        for (j, x_i) in x_ni[cols.start * n_in..cols.end * n_in].chunks_exact(n_in).enumerate() {
+            out[j..].iter_mut().step_by(cols.len()).zip(x_i).for_each(|(out, x)| *out = *x);
+        }
+    });
+}
+
+/// As [`interleave`], with the inputs as pairs of bf16: the first of two in the low half, a missing one 0. `out` is
+/// `n · ceil(n_in / 2)` long.
+pub(super) fn interleave_pairs(pool: &Pool, x_ni: &[f32], n: usize, out: &mut [u32]) {
+    let n_in = x_ni.len() / n;
+    let bits = |x: f32| u32::from(half::bf16::from_f32(x).to_bits());
+    for_groups(pool, n, n_in.div_ceil(2), out, |cols, out| {
+        for (j, x_i) in x_ni[cols.start * n_in..cols.end * n_in].chunks_exact(n_in).enumerate() {
+            let pairs = x_i.chunks(2).map(|x| bits(x[0]) | x.get(1).map_or(0, |&x| bits(x) << 16));
+            out[j..].iter_mut().step_by(cols.len()).zip(pairs).for_each(|(out, pair)| *out = pair);
+        }
+    });
+}
+
+/// Calls `fill(columns, their part of out)` for all groups of columns that are computed together; a column has `n_words`.
+fn for_groups<T: Plain>(
+    pool: &Pool,
+    n: usize,
+    n_words: usize,
+    out: &mut [T],
+    fill: impl Fn(Range<usize>, &mut [T]) + Sync,
+) {
+    let lanes = lanes(pool.level());
+    let most = width(usize::MAX, lanes);
+    pool.run_chunks(out, most * n_words, |task, out| {
+        let (mut first, mut out) = (task * most, out);
+        while !out.is_empty() {
+            let cols = first..first + width(n.min((task + 1) * most) - first, lanes);
+            let (mine, rest) = std::mem::take(&mut out).split_at_mut(cols.len() * n_words);
+            (first, out) = (cols.end, rest);
+            fill(cols, mine);
+        }
+    });
+}
+
+dispatch!(fn lanes() -> usize = lanes_simd);
+
+fn lanes_simd<S: Simd>(_: S) -> usize {
+    S::LANES
 }
 
 /// The unit of a tile: 16 rows of one or two inputs.
@@ -169,17 +235,29 @@ trait Word {
     /// They are readable at `p`.
     unsafe fn load<S: Simd>(s: S, p: *const u8) -> [S::F; 2];
 
-    /// acc plus the products of word `word`.
+    /// acc plus the products of a word and a column, `place`.
     /// # Safety
-    /// The column has all its inputs.
-    unsafe fn step<S: Simd>(s: S, w: [S::F; 2], x: &Column<'_>, word: usize, acc: S::F) -> S::F;
+    /// The columns have all inputs of the word.
+    unsafe fn step<S: Simd, const C: usize>(
+        s: S,
+        w: [S::F; 2],
+        x: &Columns<'_, C>,
+        place: [usize; 2],
+        acc: S::F,
+    ) -> S::F;
 
     /// As [`Word::step`], of a word of which the second input is missing.
     /// # Safety
-    /// The column has the first input.
-    unsafe fn last<S: Simd>(s: S, w: [S::F; 2], x: &Column<'_>, word: usize, acc: S::F) -> S::F {
+    /// The columns have the first input.
+    unsafe fn last<S: Simd, const C: usize>(
+        s: S,
+        w: [S::F; 2],
+        x: &Columns<'_, C>,
+        place: [usize; 2],
+        acc: S::F,
+    ) -> S::F {
         // SAFETY: words of one input miss none.
-        unsafe { Self::step(s, w, x, word, acc) }
+        unsafe { Self::step(s, w, x, place, acc) }
     }
 }
 
@@ -188,11 +266,17 @@ struct F16;
 struct Bf16;
 struct Bf16Pairs;
 
-/// acc = fma(w, x\[k\], acc)
+/// acc = fma(w, x\[k\]\[j\], acc)
 #[inline(always)]
-unsafe fn fma_input<S: Simd>(s: S, w: S::F, x: &Column<'_>, k: usize, acc: S::F) -> S::F {
+unsafe fn fma_input<S: Simd, const C: usize>(
+    s: S,
+    w: S::F,
+    x: &Columns<'_, C>,
+    [k, j]: [usize; 2],
+    acc: S::F,
+) -> S::F {
     // SAFETY: the caller's promise.
-    s.fma(w, s.splat(unsafe { *x.x.get_unchecked(k) }), acc)
+    s.fma(w, s.splat(unsafe { *x.x_kc.get_unchecked(k * C + j) }), acc)
 }
 
 impl Word for F32 {
@@ -205,9 +289,15 @@ impl Word for F32 {
         [unsafe { s.load_ptr(p.cast()) }, s.zero()]
     }
     #[inline(always)]
-    unsafe fn step<S: Simd>(s: S, w: [S::F; 2], x: &Column<'_>, word: usize, acc: S::F) -> S::F {
+    unsafe fn step<S: Simd, const C: usize>(
+        s: S,
+        w: [S::F; 2],
+        x: &Columns<'_, C>,
+        [word, j]: [usize; 2],
+        acc: S::F,
+    ) -> S::F {
         // SAFETY: the caller's promise.
-        unsafe { fma_input(s, w[0], x, word, acc) }
+        unsafe { fma_input(s, w[0], x, [word, j], acc) }
     }
 }
 
@@ -221,9 +311,15 @@ impl Word for F16 {
         [unsafe { s.load_f16_ptr(p.cast()) }, s.zero()]
     }
     #[inline(always)]
-    unsafe fn step<S: Simd>(s: S, w: [S::F; 2], x: &Column<'_>, word: usize, acc: S::F) -> S::F {
+    unsafe fn step<S: Simd, const C: usize>(
+        s: S,
+        w: [S::F; 2],
+        x: &Columns<'_, C>,
+        [word, j]: [usize; 2],
+        acc: S::F,
+    ) -> S::F {
         // SAFETY: the caller's promise.
-        unsafe { fma_input(s, w[0], x, word, acc) }
+        unsafe { fma_input(s, w[0], x, [word, j], acc) }
     }
 }
 
@@ -239,14 +335,26 @@ impl Word for Bf16 {
         [s.bits_to_f(s.shl_i::<16>(word)), s.bits_to_f(high)]
     }
     #[inline(always)]
-    unsafe fn step<S: Simd>(s: S, w: [S::F; 2], x: &Column<'_>, word: usize, acc: S::F) -> S::F {
+    unsafe fn step<S: Simd, const C: usize>(
+        s: S,
+        w: [S::F; 2],
+        x: &Columns<'_, C>,
+        [word, j]: [usize; 2],
+        acc: S::F,
+    ) -> S::F {
         // SAFETY: the caller's promise.
-        unsafe { fma_input(s, w[1], x, 2 * word + 1, fma_input(s, w[0], x, 2 * word, acc)) }
+        unsafe { fma_input(s, w[1], x, [2 * word + 1, j], fma_input(s, w[0], x, [2 * word, j], acc)) }
     }
     #[inline(always)]
-    unsafe fn last<S: Simd>(s: S, w: [S::F; 2], x: &Column<'_>, word: usize, acc: S::F) -> S::F {
+    unsafe fn last<S: Simd, const C: usize>(
+        s: S,
+        w: [S::F; 2],
+        x: &Columns<'_, C>,
+        [word, j]: [usize; 2],
+        acc: S::F,
+    ) -> S::F {
         // SAFETY: the caller's promise.
-        unsafe { fma_input(s, w[0], x, 2 * word, acc) }
+        unsafe { fma_input(s, w[0], x, [2 * word, j], acc) }
     }
 }
 
@@ -260,20 +368,15 @@ impl Word for Bf16Pairs {
         [unsafe { s.load_ptr(p.cast()) }, s.zero()]
     }
     #[inline(always)]
-    unsafe fn step<S: Simd>(s: S, w: [S::F; 2], x: &Column<'_>, word: usize, acc: S::F) -> S::F {
+    unsafe fn step<S: Simd, const C: usize>(
+        s: S,
+        w: [S::F; 2],
+        x: &Columns<'_, C>,
+        [word, j]: [usize; 2],
+        acc: S::F,
+    ) -> S::F {
         // SAFETY: the caller's promise.
-        let pair = unsafe { *x.pairs.get_unchecked(word) };
+        let pair = unsafe { *x.pairs_kc.get_unchecked(word * C + j) };
         s.dot_bf16(w[0], s.splat(f32::from_bits(pair)), acc)
-    }
-}
-
-/// The inputs as pairs of bf16: the first of two in the low half, a missing one 0.
-pub(super) fn to_pairs(x_ni: &[f32], n_in: usize, pairs: &mut [u32]) {
-    let rows = x_ni.chunks_exact(n_in).zip(pairs.chunks_exact_mut(n_in.div_ceil(2)));
-    for (x, pairs) in rows {
-        let bits = |x: f32| u32::from(half::bf16::from_f32(x).to_bits());
-        for (pair, x) in pairs.iter_mut().zip(x.chunks(2)) {
-            *pair = bits(x[0]) | x.get(1).map_or(0, |&x| bits(x) << 16);
-        }
     }
 }

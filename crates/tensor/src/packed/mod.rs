@@ -29,7 +29,7 @@ use crate::split::piece;
 use crate::{Buf, Pool};
 use activations::Activations;
 use arena::Piece;
-use float_kernels::{FloatTiles, float_tiles, to_pairs, uses_pairs};
+use float_kernels::{FloatTiles, float_tiles, interleave, interleave_pairs, uses_pairs};
 use kernels::{BATCH_TILES, BatchTiles, COLS_MAX, DecodeTile, Sums, TILES_MAX, batch_tiles, decode_tile};
 use layout::{Form, TILE};
 use std::ops::Range;
@@ -47,7 +47,8 @@ pub struct Packed {
 #[derive(Default)]
 pub struct PackedScratch {
     activations: Activations,
-    /// Inputs of BF16 weights as pairs, where those are used.
+    /// Inputs of float weights, interleaved; of BF16 weights as pairs, where those are used.
+    columns: Buf<f32>,
     pairs: Buf<u32>,
 }
 
@@ -166,15 +167,21 @@ pub fn project(pool: &Pool, y_no: &mut [f32], stack: &[&Packed], x_ni: &[f32], s
     if stack.iter().any(|w| w.kind.is_quantized()) {
         scratch.activations.set(pool, x_ni, n);
     }
-    let pairs = stack.iter().any(|w| w.kind == WeightKind::Bf16) && uses_pairs(level);
-    if pairs {
-        let n_pairs = n_in.div_ceil(2);
-        scratch.pairs.reserve_scratch(n * n_pairs);
-        pool.run_chunks(&mut scratch.pairs[..n * n_pairs], n_pairs, |i, row| {
-            to_pairs(&x_ni[i * n_in..(i + 1) * n_in], n_in, row);
-        });
+    let pairs = |w: &Packed| w.kind == WeightKind::Bf16 && uses_pairs(level);
+    if stack.iter().any(|w| pairs(w)) {
+        scratch.pairs.reserve_scratch(n * n_in.div_ceil(2));
+        interleave_pairs(pool, x_ni, n, &mut scratch.pairs[..n * n_in.div_ceil(2)]);
     }
-    let x = Input { x_ni, pairs: &scratch.pairs, quantized: &scratch.activations, n, level };
+    // One column is its own interleaving.
+    let columns = match n > 1 && stack.iter().any(|w| !w.kind.is_quantized() && !pairs(w)) {
+        false => x_ni,
+        true => {
+            scratch.columns.reserve_scratch(x_ni.len());
+            interleave(pool, x_ni, n, &mut scratch.columns[..x_ni.len()]);
+            &scratch.columns
+        }
+    };
+    let x = Input { columns, pairs: &scratch.pairs, quantized: &scratch.activations, n, level };
     let y = Disjoint::new(y_no);
     let tasks = Tasks::new(pool, stack, n);
     pool.run(tasks.tile_groups * tasks.col_groups, &|task| {
@@ -219,7 +226,7 @@ const TASKS_PER_THREAD: usize = 8;
 
 /// The inputs in every form; a kernel takes the one it needs.
 struct Input<'a> {
-    x_ni: &'a [f32],
+    columns: &'a [f32],
     pairs: &'a [u32],
     quantized: &'a Activations,
     n: usize,
@@ -277,7 +284,7 @@ impl Input<'_> {
             kind: w.kind,
             tiles,
             n_tiles,
-            x_ni: &self.x_ni[cols.start * n_in..cols.end * n_in],
+            x: if pairs { &[] } else { &self.columns[cols.start * n_in..cols.end * n_in] },
             pairs: pairs.then(|| &self.pairs[cols.start * n_pairs..cols.end * n_pairs]),
             n: cols.len(),
             n_in,

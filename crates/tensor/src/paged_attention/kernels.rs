@@ -17,23 +17,21 @@ pub(super) struct Attend<'a> {
     pub(super) kv: AnyHeadKv<'a>,
     /// Head width.
     pub(super) d: usize,
-    /// Factor of the scores.
-    pub(super) scale: f32,
     /// Blocks of the sequence.
     pub(super) blocks: &'a [u32],
     /// Queries; the rest of the arrays is unused.
     pub(super) n: usize,
     /// Positions each query sees; starts and ends ascend.
-    pub(super) visible: [Range<usize>; QUERIES_MAX],
+    pub(super) visible: &'a [Range<usize>],
     pub(super) spans: Range<usize>,
-    /// The queries, `[d][QUERIES_MAX]`; the unused ones are numbers as well.
+    /// The queries times the scale of the scores, divided by ln 2, `[d][QUERIES_MAX]`; the unused ones are numbers too.
     pub(super) q_dq: &'a [f32],
 }
 
 /// Softmax so far of each query, and its weighted values, not yet divided by the sum of the weights.
 #[derive(Clone, Default)]
 pub(super) struct Part {
-    /// Largest score, divided by ln 2: weights are powers of 2.
+    /// Largest score. Scores are divided by ln 2: weights are powers of 2.
     pub(super) max: [f32; QUERIES_MAX],
     /// Sum of 2^(score - max).
     pub(super) sum: [f32; QUERIES_MAX],
@@ -42,65 +40,103 @@ pub(super) struct Part {
 }
 
 impl Part {
-    /// Nothing seen yet, for heads `d` wide.
-    pub(super) fn clear(&mut self, d: usize) {
+    /// `n_queries` that have seen nothing yet, of heads `d` wide. What the others hold is nobody's.
+    pub(super) fn clear(&mut self, n_queries: usize, d: usize) {
         (self.max, self.sum) = ([f32::NEG_INFINITY; QUERIES_MAX], [0.0; QUERIES_MAX]);
-        self.out_qd.clear();
         self.out_qd.resize(QUERIES_MAX * padded(d), 0.0);
-    }
-}
-
-dispatch!(
-    /// Adds what `task` says to `part`.
-    pub(super) fn attend(task: &Attend<'_>, part: &mut Part) = attend_simd
-);
-
-#[inline(always)]
-fn attend_simd<S: Simd>(s: S, task: &Attend<'_>, part: &mut Part) {
-    match task.kv {
-        AnyHeadKv::Int8(kv) => attend_spans(s, task, kv, part),
-        AnyHeadKv::Bf16(kv) => attend_spans(s, task, kv, part),
-        AnyHeadKv::F32(kv) => attend_spans(s, task, kv, part),
+        self.out_qd[..n_queries * padded(d)].fill(0.0);
     }
 }
 
 /// Weights (first scores) of the queries in one span.
-type Weights = [[f32; SPAN]; QUERIES_MAX];
+#[derive(Clone)]
+pub(super) struct Weights(Rows);
+type Rows = [[f32; SPAN]; QUERIES_MAX];
+
+impl Default for Weights {
+    fn default() -> Self {
+        Self([[0.0; SPAN]; QUERIES_MAX])
+    }
+}
+
+dispatch!(
+    /// Adds what `task` says to `part`; `weights` is scratch.
+    pub(super) fn attend(task: &Attend<'_>, part: &mut Part, weights: &mut Weights) = attend_simd
+);
 
 #[inline(always)]
-fn attend_spans<S: Simd, E: Cached>(s: S, task: &Attend<'_>, kv: HeadKv<'_, E>, part: &mut Part) {
-    let mut weights: Weights = [[0.0; SPAN]; QUERIES_MAX];
+fn attend_simd<S: Simd>(s: S, task: &Attend<'_>, part: &mut Part, weights: &mut Weights) {
+    match task.kv {
+        AnyHeadKv::Int8(kv) => attend_spans(s, task, kv, part, weights),
+        AnyHeadKv::Bf16(kv) => attend_spans(s, task, kv, part, weights),
+        AnyHeadKv::F32(kv) => attend_spans(s, task, kv, part, weights),
+    }
+}
+
+#[inline(always)]
+fn attend_spans<S: Simd, E: Cached>(
+    s: S,
+    task: &Attend<'_>,
+    kv: HeadKv<'_, E>,
+    part: &mut Part,
+    Weights(weights): &mut Weights,
+) {
     let mut keep = [1.0; QUERIES_MAX];
     for span in task.spans.clone() {
         let in_span = |position: usize| position.saturating_sub(span * SPAN).min(SPAN);
         let n_positions = in_span(task.visible[task.n - 1].end);
         let n_blocks = n_positions.div_ceil(BLOCK_TOKENS);
-        let span = Span { kv, blocks: &task.blocks[span * SPAN_BLOCKS..][..n_blocks], n_positions };
-        scores(s, task, &span, &mut weights);
-        for i in 0..task.n {
-            let visible = in_span(task.visible[i].start)..in_span(task.visible[i].end);
-            let weights = &mut weights[i][..n_blocks * BLOCK_TOKENS];
-            hide(weights, &visible, f32::NEG_INFINITY);
-            keep[i] = match visible.is_empty() {
-                true => 1.0,
-                false => softmax(s, weights, task.scale, (&mut part.max[i], &mut part.sum[i])),
-            };
-            hide(weights, &visible, 0.0);
-            span.scale_values(s, weights);
+        let (blocks, next) = task.blocks[span * SPAN_BLOCKS..].split_at(n_blocks);
+        let span = Span { kv, blocks, next, n_positions };
+        let visible = |i: usize| in_span(task.visible[i].start)..in_span(task.visible[i].end);
+        scores(s, task, &span, weights);
+        for first in (0..task.n).step_by(TOGETHER) {
+            let rows = &mut weights[first..first + TOGETHER];
+            let n = TOGETHER.min(task.n - first);
+            (0..n).for_each(|i| {
+                hide(&mut rows[i][..n_blocks * BLOCK_TOKENS], &visible(first + i), f32::NEG_INFINITY)
+            });
+            softmax(s, (rows, n_blocks * BLOCK_TOKENS), first, part, &mut keep);
+            for i in 0..n {
+                let weights = &mut rows[i][..n_blocks * BLOCK_TOKENS];
+                hide(weights, &visible(first + i), 0.0);
+                span.scale_values(s, weights);
+            }
         }
-        add_values(s, task, &span, (&weights, &keep), &mut part.out_qd);
+        add_values(s, task, &span, (weights, &keep), &mut part.out_qd);
     }
 }
+
+/// Queries whose softmax is taken together: their chains of additions hide each other's latency.
+const TOGETHER: usize = 3;
+
+/// See [`Span::ahead`].
+const AHEAD: usize = 4;
 
 /// One span of a sequence.
 struct Span<'a, E> {
     kv: HeadKv<'a, E>,
     blocks: &'a [u32],
+    /// Blocks of the sequence after these.
+    next: &'a [u32],
     /// Positions that any query sees.
     n_positions: usize,
 }
 
 impl<E: Cached> Span<'_, E> {
+    /// The matrix that is read [`AHEAD`] matrices after number `i`: the keys of the span's blocks are read first, then
+    /// their values, then the keys of the next span. Memory is asked for that much before it is used: the hardware's own
+    /// guesses end with a matrix, and 4 of 2 KiB are some 500 cycles of work for three queries, a trip to memory.
+    #[inline(always)]
+    fn ahead(&self, i: usize) -> &[E] {
+        let (n, i) = (self.blocks.len(), i + AHEAD);
+        match (self.blocks.get(i), self.blocks.get(i.wrapping_sub(n)), self.next.get(i.wrapping_sub(2 * n))) {
+            (Some(&block), _, _) | (_, _, Some(&block)) => self.kv.block(block).0,
+            (_, Some(&block), _) => self.kv.block(block).1,
+            _ => &[],
+        }
+    }
+
     /// Scores are of the stored numbers; the keys' own factors make them those of the keys.
     #[inline(always)]
     fn scale_keys<S: Simd>(&self, s: S, scores: &mut [f32]) {
@@ -149,7 +185,7 @@ macro_rules! in_groups {
 }
 
 #[inline(always)]
-fn scores<S: Simd, E: Cached>(s: S, task: &Attend<'_>, span: &Span<'_, E>, weights: &mut Weights) {
+fn scores<S: Simd, E: Cached>(s: S, task: &Attend<'_>, span: &Span<'_, E>, weights: &mut Rows) {
     in_groups!(task.n, S::REGISTERS, |i| scores_of::<S, E, _, _>(s, task, span, i, weights));
 }
 
@@ -160,7 +196,7 @@ fn scores_of<S: Simd, E: Cached, const R: usize, const C: usize>(
     task: &Attend<'_>,
     span: &Span<'_, E>,
     i: usize,
-    weights: &mut Weights,
+    weights: &mut Rows,
 ) {
     assert!(i + C <= QUERIES_MAX && task.q_dq.len() >= task.d * QUERIES_MAX && S::LANES <= BLOCK_TOKENS);
     let registers = BLOCK_TOKENS / S::LANES;
@@ -172,12 +208,17 @@ fn scores_of<S: Simd, E: Cached, const R: usize, const C: usize>(
             let (keys, _) = span.kv.block(span.blocks[block.min(last)]);
             keys[E::at(0, part * S::LANES, BLOCK_TOKENS)..].as_ptr()
         });
+        let ahead: [*const E; R] = std::array::from_fn(|r| {
+            let (block, part) = ((first + r) / registers, (first + r) % registers);
+            let matrix = if i == 0 { span.ahead(block) } else { &[] };
+            matrix.as_ptr().wrapping_add(E::at(0, part * S::LANES, BLOCK_TOKENS))
+        });
         let mut acc = [[s.zero(); R]; C];
         // SAFETY: keys have at least d rows of BLOCK_TOKENS, of which this register is LANES columns; C queries from i
         // on are inside q_dq by the assertion.
         unsafe {
             let q = task.q_dq.as_ptr().add(i);
-            chains::<S, E, R, C, QUERIES_MAX, 1>(s, &mut acc, rows, (task.d, BLOCK_TOKENS), q);
+            acc = chains::<S, E, R, C, QUERIES_MAX, 1>(s, acc, (rows, ahead), (task.d, BLOCK_TOKENS), q);
         }
         for j in 0..C {
             for r in 0..R {
@@ -197,30 +238,45 @@ fn hide(weights: &mut [f32], visible: &Range<usize>, with: f32) {
     weights[visible.end..].fill(with);
 }
 
-/// Turns scores into 2^(score · scale - max), max being the largest so far. Adds them to the sum; returns the factor of
-/// what was summed before.
+/// Turns the first `len` scores of [`TOGETHER`] queries, `first` on, into 2^(score - max), max being the largest so far,
+/// and adds them to the sums. `keep` becomes the factor of what was summed before. Queries past the last are computed
+/// as well; what they hold is nobody's.
 ///
-/// A hidden score counts as 2^-126, which vanishes beside the 1 of the largest, in whatever register it stands.
+/// A hidden score counts as 2^-126, which vanishes beside the 1 of the largest, in whatever register it stands; a query
+/// that sees nothing has the same sum and maximum as before.
 #[inline(always)]
-fn softmax<S: Simd>(s: S, weights: &mut [f32], scale: f32, (max, sum): (&mut f32, &mut f32)) -> f32 {
-    let scale = s.splat(scale * std::f32::consts::LOG2_E);
-    let mut largest = s.splat(f32::NEG_INFINITY);
-    for w in weights.chunks_exact_mut(S::LANES) {
-        let scaled = s.mul(s.load(w), scale);
-        largest = s.max(largest, scaled);
-        s.store(w, scaled);
+fn softmax<S: Simd>(
+    s: S,
+    (rows, len): (&mut [[f32; SPAN]], usize),
+    first: usize,
+    part: &mut Part,
+    keep: &mut [f32; QUERIES_MAX],
+) {
+    let mut largest = [s.splat(f32::NEG_INFINITY); TOGETHER];
+    for at in (0..len).step_by(S::LANES) {
+        for j in 0..TOGETHER {
+            largest[j] = s.max(largest[j], s.load(&rows[j][at..at + S::LANES]));
+        }
     }
-    let new = max.max(s.max_lane(largest));
-    let new_s = s.splat(new);
-    let mut total = s.zero();
-    for w in weights.chunks_exact_mut(S::LANES) {
-        let weight = exp2(s, s.sub(s.load(w), new_s));
-        total = s.add(total, weight);
-        s.store(w, weight);
+    let mut new = [s.zero(); TOGETHER];
+    for j in 0..TOGETHER {
+        let (old, max) = (part.max[first + j], part.max[first + j].max(s.max_lane(largest[j])));
+        keep[first + j] = if max == old { 1.0 } else { (old - max).exp2() };
+        part.max[first + j] = max;
+        new[j] = s.splat(max);
     }
-    let keep = if new == *max { 1.0 } else { (*max - new).exp2() };
-    (*max, *sum) = (new, *sum * keep + s.sum(total));
-    keep
+    let mut total = [s.zero(); TOGETHER];
+    for at in (0..len).step_by(S::LANES) {
+        for j in 0..TOGETHER {
+            let weights = &mut rows[j][at..at + S::LANES];
+            let weight = exp2(s, s.sub(s.load(weights), new[j]));
+            total[j] = s.add(total[j], weight);
+            s.store(weights, weight);
+        }
+    }
+    for j in 0..TOGETHER {
+        part.sum[first + j] = part.sum[first + j] * keep[first + j] + s.sum(total[j]);
+    }
 }
 
 /// 2^x for x <= 0, within 2 ulp above 2^-126 and nearly 0 below: n + r = x with |r| <= 1/2, a degree-6 polynomial
@@ -245,7 +301,7 @@ fn add_values<S: Simd, E: Cached>(
     s: S,
     task: &Attend<'_>,
     span: &Span<'_, E>,
-    (weights, keep): (&Weights, &[f32; QUERIES_MAX]),
+    (weights, keep): (&Rows, &[f32; QUERIES_MAX]),
     out_qd: &mut [f32],
 ) {
     in_groups!(task.n, S::REGISTERS, |i| values_of::<S, E, _, _>(
@@ -263,7 +319,7 @@ fn values_of<S: Simd, E: Cached, const R: usize, const C: usize>(
     s: S,
     d: usize,
     span: &Span<'_, E>,
-    args: (usize, &Weights, &[f32; QUERIES_MAX]),
+    args: (usize, &Rows, &[f32; QUERIES_MAX]),
     out_qd: &mut [f32],
 ) {
     let mut col = 0;
@@ -284,7 +340,7 @@ fn columns_of<S: Simd, E: Cached, const R: usize, const C: usize>(
     s: S,
     (d, col): (usize, usize),
     span: &Span<'_, E>,
-    (i, weights, keep): (usize, &Weights, &[f32; QUERIES_MAX]),
+    (i, weights, keep): (usize, &Rows, &[f32; QUERIES_MAX]),
     out_qd: &mut [f32],
 ) {
     let width = padded(d);
@@ -299,13 +355,16 @@ fn columns_of<S: Simd, E: Cached, const R: usize, const C: usize>(
         let (_, values) = span.kv.block(block);
         let rows: [*const E; R] =
             std::array::from_fn(|r| values[E::at(0, col + r * S::LANES, width)..].as_ptr());
+        let matrix = if i == 0 { span.ahead(span.blocks.len() + b) } else { &[] };
+        let ahead: [*const E; R] =
+            std::array::from_fn(|r| matrix.as_ptr().wrapping_add(E::at(0, col + r * S::LANES, width)));
         let n = BLOCK_TOKENS.min(span.n_positions - b * BLOCK_TOKENS);
         let weights = &weights[i..i + C];
         // SAFETY: values have BLOCK_TOKENS rows `width` wide, and R registers from col on are inside; there are weights
         // of C queries, SPAN apart.
         unsafe {
             let w = weights.as_ptr().cast::<f32>().add(b * BLOCK_TOKENS);
-            chains::<S, E, R, C, 1, SPAN>(s, &mut acc, rows, (n, width), w);
+            acc = chains::<S, E, R, C, 1, SPAN>(s, acc, (rows, ahead), (n, width), w);
         }
     }
     for j in 0..C {
@@ -315,29 +374,33 @@ fn columns_of<S: Simd, E: Cached, const R: usize, const C: usize>(
     }
 }
 
-/// acc[j][r] += Σ_k m_r[k] · x[k · XK + j · XJ] for k in 0..n, in this order: `R` registers of columns of a matrix `width`
-/// wide, times `C` vectors.
+/// acc[j][r] + Σ_k m_r[k] · x[k · XK + j · XJ] for k in 0..n, in this order: `R` registers of columns of a matrix `width`
+/// wide, times `C` vectors. The same places from `ahead` on are asked for.
 ///
 /// # Safety
 /// `rows` point at registers of row 0 of matrices with n rows, rounded up to two, and all the x are readable.
 #[inline(always)]
 unsafe fn chains<S: Simd, E: Cached, const R: usize, const C: usize, const XK: usize, const XJ: usize>(
     s: S,
-    acc: &mut [[S::F; R]; C],
-    rows: [*const E; R],
+    mut acc: [[S::F; R]; C],
+    (rows, ahead): ([*const E; R], [*const E; R]),
     (n, width): (usize, usize),
     x: *const f32,
-) {
+) -> [[S::F; R]; C] {
     // SAFETY: the caller's promise.
     unsafe {
         for k in (0..n & !1).step_by(2) {
-            row::<S, E, R, C, XJ, false>(s, acc, rows, (k, width), x.add(k * XK));
-            row::<S, E, R, C, XJ, true>(s, acc, rows, (k, width), x.add((k + 1) * XK));
+            for r in 0..R {
+                s.prefetch(ahead[r].wrapping_add(k * width).cast());
+            }
+            acc = row::<S, E, R, C, XJ, false>(s, acc, rows, (k, width), x.add(k * XK));
+            acc = row::<S, E, R, C, XJ, true>(s, acc, rows, (k, width), x.add((k + 1) * XK));
         }
         if n % 2 == 1 {
-            row::<S, E, R, C, XJ, false>(s, acc, rows, (n - 1, width), x.add((n - 1) * XK));
+            acc = row::<S, E, R, C, XJ, false>(s, acc, rows, (n - 1, width), x.add((n - 1) * XK));
         }
     }
+    acc
 }
 
 /// One row of [`chains`]: `k`, which is even, or (`ODD`) the one after it.
@@ -347,11 +410,11 @@ unsafe fn chains<S: Simd, E: Cached, const R: usize, const C: usize, const XK: u
 #[inline(always)]
 unsafe fn row<S: Simd, E: Cached, const R: usize, const C: usize, const XJ: usize, const ODD: bool>(
     s: S,
-    acc: &mut [[S::F; R]; C],
+    mut acc: [[S::F; R]; C],
     rows: [*const E; R],
     (k, width): (usize, usize),
     x: *const f32,
-) {
+) -> [[S::F; R]; C] {
     // SAFETY: the caller's promise.
     unsafe {
         let mut m = [s.zero(); R];
@@ -365,6 +428,7 @@ unsafe fn row<S: Simd, E: Cached, const R: usize, const C: usize, const XJ: usiz
             }
         }
     }
+    acc
 }
 
 /// One query's merging of what was computed elsewhere: `out = keep · out + take · part`.

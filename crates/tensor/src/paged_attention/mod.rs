@@ -19,12 +19,13 @@ pub use cache::{BLOCK_TOKENS, KvCache, KvDims, KvType, PagedRow};
 
 use crate::cpu::Level;
 use crate::pool::Disjoint;
+use crate::split::piece;
 use crate::{Buf, Pool};
 use cache::padded;
 use std::cell::RefCell;
 use std::ops::Range;
 
-use kernels::{Attend, Merge, Part, QUERIES_MAX, SPAN, attend, merge};
+use kernels::{Attend, Merge, Part, QUERIES_MAX, SPAN, Weights, attend, merge};
 
 /// Spans of a group: 256 positions, 64 KiB of bf16 keys and values 64 wide, some 5 us to read.
 const GROUP_SPANS: usize = 2;
@@ -119,19 +120,29 @@ pub fn paged_attention(
     }
     parts.reserve_scratch(size.part_elems);
     let parts_out = Disjoint::new(parts);
-    pool.run(size.n_parts, &|part_idx| {
-        let tile = &tiles[tiles.partition_point(|tile| tile.first_part <= part_idx) - 1];
-        // SAFETY: each part is one task's.
-        let part = unsafe { parts_out.slice(tile.part(part_idx - tile.first_part, d)) };
-        job(tile).one_group(part_idx - tile.first_part, part);
+    // Enough tasks that a thread which loses its core holds the others up little, and no more: a task gathers its
+    // queries, and asks for the keys and values it comes to next while it computes.
+    let n_each = (size.n_parts / (TASKS_PER_THREAD * pool.n_threads())).clamp(1, PARTS_MAX);
+    pool.run(size.n_parts.div_ceil(n_each), &|task| {
+        let mut mine = piece(task, n_each, size.n_parts);
+        while !mine.is_empty() {
+            let tile = &tiles[tiles.partition_point(|tile| tile.first_part <= mine.start) - 1];
+            let groups = mine.start - tile.first_part..tile.groups.len().min(mine.end - tile.first_part);
+            mine.start += groups.len();
+            job(tile).some_groups(groups, &parts_out);
+        }
     });
     // A few thousand multiply-adds a tile.
     pool.run(tiles.len().div_ceil(MERGE_TILES), &|task| {
-        for tile in &tiles[crate::split::piece(task, MERGE_TILES, tiles.len())] {
+        for tile in &tiles[piece(task, MERGE_TILES, tiles.len())] {
             job(tile).merge_parts(parts, &out);
         }
     });
 }
+
+/// Groups one task computes at most: 1 MiB of bf16 keys and values 64 wide.
+const PARTS_MAX: usize = 16;
+const TASKS_PER_THREAD: usize = 8;
 
 /// Tiles whose groups one task merges: so many that a few streams are merged by the caller alone.
 const MERGE_TILES: usize = 32;
@@ -194,10 +205,19 @@ impl Tile {
 /// What a task computes in, kept by its thread.
 #[derive(Default)]
 struct Work {
-    /// See [`Attend::q_dq`].
-    q_dq: Vec<f32>,
+    queries: Queries,
+    weights: Weights,
     group: Part,
     total: Part,
+}
+
+/// The queries of a tile.
+#[derive(Default)]
+struct Queries {
+    /// See [`Attend::q_dq`].
+    q_dq: Vec<f32>,
+    /// Positions each query sees.
+    visible: Vec<Range<usize>>,
 }
 
 thread_local! {
@@ -219,39 +239,45 @@ impl Job<'_> {
     /// Every group, one after another.
     fn all_groups(&self, out: &Disjoint<'_, f32>) {
         let d = self.cache.dims().head_width;
-        WORK.with_borrow_mut(|Work { q_dq, group, total }| {
-            self.gather_queries(q_dq);
-            total.clear(d);
+        WORK.with_borrow_mut(|work| {
+            self.gather_queries(&mut work.queries);
+            work.total.clear(self.tile.n_queries, d);
             for group_idx in self.tile.groups.clone() {
-                self.attend(group_idx, q_dq, group);
+                self.attend(group_idx, work);
+                let Work { group, total, .. } = work;
                 for i in 0..self.tile.n_queries {
                     let part_d = &group.out_qd[i * padded(d)..][..d];
                     self.merge(total, i, (group.max[i], group.sum[i]), part_d);
                 }
             }
-            self.finish(total, out);
+            self.finish(&work.total, out);
         });
     }
 
-    /// Group `i` of the tile.
-    fn one_group(&self, i: usize, part: &mut [f32]) {
+    /// Some of the tile's groups, to be merged later.
+    fn some_groups(&self, groups: Range<usize>, parts: &Disjoint<'_, f32>) {
         let d = self.cache.dims().head_width;
-        WORK.with_borrow_mut(|Work { q_dq, group, .. }| {
-            self.gather_queries(q_dq);
-            self.attend(self.tile.groups.start + i, q_dq, group);
-            let rows = group.out_qd.chunks_exact(padded(d)).zip(group.max.iter().zip(&group.sum));
-            for (part, (out_d, (max, sum))) in part.chunks_exact_mut(d + 2).zip(rows) {
-                part[..d].copy_from_slice(&out_d[..d]);
-                (part[d], part[d + 1]) = (*max, *sum);
+        WORK.with_borrow_mut(|work| {
+            self.gather_queries(&mut work.queries);
+            for group_idx in groups {
+                self.attend(self.tile.groups.start + group_idx, work);
+                // SAFETY: each part is one task's.
+                let part = unsafe { parts.slice(self.tile.part(group_idx, d)) };
+                let Part { out_qd, max, sum } = &work.group;
+                let rows = out_qd.chunks_exact(padded(d)).zip(max.iter().zip(sum));
+                for (part, (out_d, (max, sum))) in part.chunks_exact_mut(d + 2).zip(rows) {
+                    part[..d].copy_from_slice(&out_d[..d]);
+                    (part[d], part[d + 1]) = (*max, *sum);
+                }
             }
         });
     }
 
-    /// Merges what [`Job::one_group`] left, as [`Job::all_groups`] does.
+    /// Merges what [`Job::some_groups`] left, as [`Job::all_groups`] does.
     fn merge_parts(&self, parts: &[f32], out: &Disjoint<'_, f32>) {
         let d = self.cache.dims().head_width;
         WORK.with_borrow_mut(|Work { total, .. }| {
-            total.clear(d);
+            total.clear(self.tile.n_queries, d);
             for group in 0..self.tile.groups.len() {
                 for (i, part) in parts[self.tile.part(group, d)].chunks_exact(d + 2).enumerate() {
                     self.merge(total, i, (part[d], part[d + 1]), &part[..d]);
@@ -261,48 +287,56 @@ impl Job<'_> {
         });
     }
 
-    fn attend(&self, group_idx: usize, q_dq: &[f32], part: &mut Part) {
+    fn attend(&self, group_idx: usize, work: &mut Work) {
         let d = self.cache.dims().head_width;
         let n = self.tile.n_queries;
-        let visible: [Range<usize>; QUERIES_MAX] = std::array::from_fn(|i| self.query(i.min(n - 1)).2);
+        let Work { queries: Queries { q_dq, visible }, weights, group: part, .. } = work;
         let spans = visible[0].start / SPAN..visible[n - 1].end.div_ceil(SPAN);
         let group = group_idx * GROUP_SPANS..(group_idx + 1) * GROUP_SPANS;
         let task = Attend {
             kv: self.cache.head(self.layer, self.tile.kv_head),
             d,
-            scale: self.spec.scale,
             blocks: self.rows[self.tile.row_idx].blocks,
             n,
             visible,
             spans: spans.start.max(group.start)..spans.end.min(group.end),
             q_dq,
         };
-        part.clear(d);
-        attend(self.level, &task, part);
+        part.clear(n, d);
+        attend(self.level, &task, part, weights);
     }
 
-    /// Token (in the step) and head of query `i` of the tile, and the positions it sees.
-    fn query(&self, i: usize) -> (usize, usize, Range<usize>) {
+    /// Token (in the step), head and position of each query of the tile.
+    fn queries(&self) -> impl Iterator<Item = (usize, usize, usize)> {
         let dims = self.cache.dims();
         let heads_per_kv = dims.n_heads / dims.n_kv_heads;
-        let query = self.tile.first_query + i;
-        let row = &self.rows[self.tile.row_idx];
-        let visible = self.spec.visible(row.position(query / heads_per_kv), row.n_context);
-        let head = self.tile.kv_head * heads_per_kv + query % heads_per_kv;
-        (self.tile.first_token + query / heads_per_kv, head, visible)
+        let Tile { row_idx, first_token, kv_head, first_query, n_queries, .. } = *self.tile;
+        let first_position = self.rows[row_idx].position(0);
+        let (mut token, mut head) = (first_query / heads_per_kv, first_query % heads_per_kv);
+        (0..n_queries).map(move |_| {
+            let query = (first_token + token, kv_head * heads_per_kv + head, first_position + token);
+            head += 1;
+            if head == heads_per_kv {
+                (token, head) = (token + 1, 0);
+            }
+            query
+        })
     }
 
-    /// The queries as [`Attend::q_dq`]; the unused ones become 0.
-    fn gather_queries(&self, q_dq: &mut Vec<f32>) {
+    /// The unused queries become 0.
+    fn gather_queries(&self, Queries { q_dq, visible }: &mut Queries) {
         let dims = self.cache.dims();
         let d = dims.head_width;
+        let n_context = self.rows[self.tile.row_idx].n_context;
+        let scale = self.spec.scale * std::f32::consts::LOG2_E;
         q_dq.clear();
         q_dq.resize(d * QUERIES_MAX, 0.0);
-        for i in 0..self.tile.n_queries {
-            let (token, head, _) = self.query(i);
+        visible.clear();
+        for (i, (token, head, position)) in self.queries().enumerate() {
+            visible.push(self.spec.visible(position, n_context));
             let at = (token * (dims.n_heads + 2 * dims.n_kv_heads) + head) * d;
             for (q_q, q) in q_dq.chunks_exact_mut(QUERIES_MAX).zip(&self.qkv_no[at..at + d]) {
-                q_q[i] = *q;
+                q_q[i] = *q * scale;
             }
         }
     }
@@ -324,8 +358,7 @@ impl Job<'_> {
     /// Divides by the sums of the weights.
     fn finish(&self, total: &Part, out: &Disjoint<'_, f32>) {
         let KvDims { n_heads, head_width: d, .. } = self.cache.dims();
-        for i in 0..self.tile.n_queries {
-            let (token, head, _) = self.query(i);
+        for (i, (token, head, _)) in self.queries().enumerate() {
             let at = (token * n_heads + head) * d;
             // SAFETY: a query's output belongs to its tile.
             let out_d = unsafe { out.slice(at..at + d) };
