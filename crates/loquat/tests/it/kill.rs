@@ -7,32 +7,32 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use crate::demo::demo;
 use crate::support::{PATIENCE, Running, loquat, speeches, succeed, wait_exit};
 
-const SHAPE: &[&str] = &[
-    "--json",
-    "--steps",
-    "14",
-    "--checkpoint-every",
-    "3",
-    "--rows",
-    "1",
-    "--micro-batches",
-    "8",
-    "--context",
-    "64",
-];
+const SHAPE: &str = "--json --steps 30 --checkpoint-every 3 --rows 1 --micro-batches 8 --context 32";
 
-/// The command of a run that publishes a model of its name.
-fn train<'a>(run: &'a str, ranks: &'a str) -> Vec<&'a str> {
-    let own = ["train", "--dataset", "d", "--run", run, "--publish", run, "--ranks", ranks];
-    [&own, SHAPE].concat()
+/// A model so small that a step, and a checkpoint, take some milliseconds.
+const CONFIG: &str = r#"{"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": 512, "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": true, "max_position_embeddings": 32}"#;
+
+/// The words of a run that publishes a model of its name, in a directory that [`ingest`] prepared.
+fn train(home: &Path, run: &str, ranks: &str) -> Vec<String> {
+    let own = format!("train --dataset d --run {run} --publish {run} --ranks {ranks} {SHAPE} --config");
+    let config = home.join("config.json").display().to_string();
+    own.split(' ').map(str::to_owned).chain([config]).collect()
 }
 
 fn ingest(home: &Path) {
+    std::fs::write(home.join("config.json"), CONFIG).unwrap();
     let text = speeches();
     succeed(
         home,
         &["ingest", "--name", "d", "--vocab", "512", "--validation", "0.2", text.to_str().unwrap()],
     );
+}
+
+fn run_whole(home: &Path, run: &str, ranks: &str) -> String {
+    let words = train(home, run, ranks);
+    succeed(home, &words.iter().map(String::as_str).collect::<Vec<_>>())
 }
 
 /// The published weights: the one object of the model's bundle that holds them.
@@ -60,7 +60,7 @@ fn killed_runs_end_with_the_same_bytes(n_kills: usize) {
     let home = tempfile::tempdir().unwrap();
     ingest(home.path());
     let start = Instant::now();
-    succeed(home.path(), &train("whole", "1"));
+    run_whole(home.path(), "whole", "8");
     let run_time = start.elapsed();
     let whole = weights(home.path(), "whole");
     let seed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
@@ -85,7 +85,7 @@ fn killed_run(home: &Path, run: &str, run_time: Duration, random: &mut u64) -> u
     for n_kills in 0.. {
         assert!(Instant::now() < deadline, "{run} is not done after {n_kills} kills");
         let ranks = ["4", "2", "8", "1"][n_kills % 4];
-        let mut child = loquat(home).args(train(run, ranks)).stdout(Stdio::null()).spawn().unwrap();
+        let mut child = loquat(home).args(train(home, run, ranks)).stdout(Stdio::null()).spawn().unwrap();
         *random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         // Moments from the first instant to beyond the end; later ones as kills go on, so that it ends.
         let share = (*random >> 33) as f64 / (1u64 << 31) as f64 * (0.6 + 0.1 * n_kills as f64);
@@ -110,7 +110,7 @@ fn two_ranks_train_the_same_bytes_as_one() {
     let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     for (home, ranks) in [(&one, "1"), (&two, "2")] {
         ingest(home.path());
-        succeed(home.path(), &train("r", ranks));
+        run_whole(home.path(), "r", ranks);
     }
     assert!(weights(one.path(), "r") == weights(two.path(), "r"));
 }
@@ -144,7 +144,8 @@ fn a_killed_controller_and_its_killed_job_go_on() {
 fn ctrl_c_saves_and_the_next_start_goes_on() {
     let home = tempfile::tempdir().unwrap();
     ingest(home.path());
-    let mut child = loquat(home.path()).args(train("r", "1")).stdout(Stdio::null()).spawn().unwrap();
+    let mut child =
+        loquat(home.path()).args(train(home.path(), "r", "1")).stdout(Stdio::null()).spawn().unwrap();
     let deadline = Instant::now() + PATIENCE;
     let checkpoint = home.path().join("store/runs/r/checkpoints/00000003/manifest.json");
     while !checkpoint.exists() && child.try_wait().unwrap().is_none() {
@@ -154,7 +155,7 @@ fn ctrl_c_saves_and_the_next_start_goes_on() {
     let pid = child.id().to_string();
     assert!(std::process::Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
     let code = wait_exit(&mut child);
-    let text = succeed(home.path(), &train("r", "1"));
+    let text = run_whole(home.path(), "r", "1");
     if code == Some(75) {
         let started = text.lines().find(|l| l.contains("\"started\"")).expect("it says where it goes on");
         assert!(!started.contains("\"step\":0,"), "{started}");
