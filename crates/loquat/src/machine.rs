@@ -25,12 +25,6 @@ fn cgroup_left() -> Option<u64> {
     Some(number("memory.max")?.saturating_sub(number("memory.current")?))
 }
 
-/// Makes the calling thread wait for all others that want to run: for work beside the steps of a training run. On Linux
-/// a priority is a thread's own. One that cannot be lowered works as it is.
-pub(crate) fn lower_priority() {
-    let _ = rustix::process::nice(19);
-}
-
 /// Bytes as a person reads them.
 pub(crate) fn bytes_text(bytes: u64) -> String {
     let units = [("GB", 1e9), ("MB", 1e6), ("kB", 1e3)];

@@ -45,11 +45,11 @@ impl Checkpoints {
         format!("runs/{}/checkpoints/{step:08}", self.run)
     }
 
-    /// Publishes a snapshot; when this returns it survives any crash. Returns its size in bytes.
-    pub(crate) fn save(&self, snapshot: &Snapshot) -> Result<u64> {
+    /// Publishes a snapshot, calling `pace` now and then; when this returns it survives any crash. Returns its size in bytes.
+    pub(crate) fn save(&self, snapshot: &Snapshot, pace: &mut dyn FnMut()) -> Result<u64> {
         let mut bundle = BundleWriter::new(&self.store, &self.prefix(snapshot.step))?;
         for (file, bytes) in FILES.into_iter().zip(&snapshot.vectors) {
-            bundle.add(file, bytes)?;
+            bundle.add_paced(file, bytes, pace)?;
         }
         let meta = Meta {
             run: self.run.clone(),

@@ -95,7 +95,7 @@ impl Rank<'_> {
         if self.state.step == 0 {
             self.look(&mut lead, true)?;
         }
-        let mut is_save_due = false;
+        let (mut is_save_due, first) = (false, self.state.step);
         while self.state.step < self.plan.steps {
             // Rank 0 decides for all, so that every rank stops before the same step.
             let wants_stop = self.comm.rank() == 0 && stop.load(Ordering::Relaxed);
@@ -119,7 +119,9 @@ impl Rank<'_> {
                 is_save_due = lead.go_on_saving(is_save_due, &self.pool, &self.state);
             }
         }
-        if let Some(lead) = &mut lead {
+        if let Some(lead) = &mut lead
+            && self.state.step > first
+        {
             lead.save(&self.pool, &self.state);
         }
         Ok(true)

@@ -45,8 +45,6 @@ pub struct Context<'a> {
     pub seconds: &'a (dyn Fn() -> f64 + Sync),
     /// Seconds since 1970 when `seconds` was 0: for those who draw curves over time.
     pub started_unix: f64,
-    /// Called by a thread that works beside the steps, so that they hardly notice it: lowers its priority.
-    pub yield_to_others: fn(),
 }
 
 /// How a run ended.
@@ -115,7 +113,7 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
         log: MetricsLog::open(context.store.clone(), run, step)?,
         board: TensorBoard::open(context.store.clone(), run, step, context.started_unix)?,
         sampler: Sampler::new(&plan, sources.voice.tokenizer())?,
-        saver: Saver::new(checkpoints, plan.checkpoint.keep, context.yield_to_others),
+        saver: Saver::new(checkpoints, plan.checkpoint.keep),
         context,
         plan: &plan,
         on_event,
@@ -125,11 +123,12 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
         leader.event(event);
     }
     leader.started(step, &trainable);
-    let state = state.unwrap_or_else(|| State::initial(&trainable, plan.seed));
+    let mut states = vec![state.unwrap_or_else(|| State::initial(&trainable, plan.seed))];
+    states.extend((1..context.n_ranks).map(|_| states[0].clone()).collect::<Vec<_>>());
     if !plan.objective.is_of_pairs() {
         trainable.forget_start();
     }
-    let ranks = ranks(context, (&plan, &trainable), &sources, state)?;
+    let ranks = ranks(context, (&plan, &trainable), &sources, states)?;
     let (finished, params) = run_ranks(ranks, &mut leader, context.stop)?;
     if finished {
         leader.finish(&sources.voice, &trainable, &params)?;
@@ -143,7 +142,7 @@ fn ranks<'a>(
     context: &Context<'a>,
     (plan, trainable): (&'a Plan, &Trainable),
     sources: &Sources,
-    state: State,
+    states: Vec<State>,
 ) -> Result<Vec<Rank<'a>>> {
     let config = plan.config()?;
     let precision = if plan.bf16 { Precision::Bf16 } else { Precision::F32 };
@@ -154,7 +153,7 @@ fn ranks<'a>(
     let bytes = |id: u32| if is_text(id) { tokenizer.token_bytes(id).len() as u32 } else { 0 };
     let token_bytes: Arc<[u32]> = (0..config.vocab as u32).map(bytes).collect();
     let group: Vec<ThreadComm> = comm::threads(context.n_ranks)?;
-    let rank = |comm: ThreadComm| -> Result<Rank<'a>> {
+    let rank = |(comm, state): (ThreadComm, State)| -> Result<Rank<'a>> {
         Ok(Rank {
             plan,
             comm: Box::new(comm),
@@ -169,11 +168,11 @@ fn ranks<'a>(
             grads: Buf::zeroed(state.params.len()),
             spare: Vec::new(),
             squares: Vec::new(),
-            state: state.clone(),
+            state,
             seconds: context.seconds,
         })
     };
-    group.into_iter().map(rank).collect()
+    group.into_iter().zip(states).map(rank).collect()
 }
 
 /// Runs every rank in a thread, rank 0 with the leader in this one. Returns whether the plan is done, and rank 0's

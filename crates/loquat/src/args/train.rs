@@ -6,11 +6,14 @@ use clap::{Args, ValueEnum};
 
 #[derive(Args)]
 pub(crate) struct Train {
-    /// Name of the run.
-    #[arg(long)]
-    pub(crate) run: String,
+    /// Name of the run; one that exists goes on where it was.
+    #[arg(long, required_unless_present = "resume")]
+    run: Option<String>,
+    /// Go on with this run as it was planned.
+    #[arg(long, value_name = "RUN", conflicts_with_all = ["run", "dataset", "config", "preset", "init", "dry_run"])]
+    pub(crate) resume: Option<String>,
     /// Name of the dataset; several are mixed by weight: books=3 chats=1. One of weight 0 is only validated on.
-    #[arg(long, required = true, num_args = 1.., value_name = "NAME[=WEIGHT]")]
+    #[arg(long, required_unless_present = "resume", num_args = 1.., value_name = "NAME[=WEIGHT]")]
     pub(crate) dataset: Vec<String>,
     /// Publish the finished model under this name.
     #[arg(long)]
@@ -129,6 +132,10 @@ pub(crate) struct DataChoice {
 }
 
 impl Train {
+    pub(crate) fn run_name(&self) -> &str {
+        self.resume.as_ref().or(self.run.as_ref()).map_or("", String::as_str)
+    }
+
     pub(crate) fn datasets(&self) -> Result<Vec<DataChoice>, String> {
         let choice = |text: &String| match text.split_once('=') {
             None => Ok(DataChoice { name: text.clone(), weight: 1.0 }),

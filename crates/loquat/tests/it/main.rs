@@ -10,3 +10,4 @@ mod kill;
 mod support;
 mod tiny;
 mod tools;
+mod train;

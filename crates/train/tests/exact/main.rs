@@ -80,7 +80,6 @@ fn carry_out(
         stop: &stop,
         seconds: &|| 0.0,
         started_unix: 0.0,
-        yield_to_others: || {},
     };
     let mut events = Vec::new();
     let outcome = train::run(&context, &mut |event| {
@@ -182,7 +181,6 @@ fn a_damaged_checkpoint_falls_back_to_the_one_before() {
         stop: &stop,
         seconds: &seconds,
         started_unix: 0.0,
-        yield_to_others: || {},
     };
     assert!(matches!(train::run(&context, &mut |_| {}), Err(Error::NoCheckpoint { .. })));
 }
@@ -210,7 +208,6 @@ fn a_changed_plan_and_other_data_are_refused_by_name() {
         stop: &stop,
         seconds: &seconds,
         started_unix: 0.0,
-        yield_to_others: || {},
     };
     assert!(matches!(train::run(&context("moved", 1), &mut |_| {}), Err(Error::DatasetChanged { .. })));
     assert!(matches!(train::run(&context("fixed", 3), &mut |_| {}), Err(Error::Ranks { .. })));

@@ -157,7 +157,6 @@ fn what_does_not_fit_is_refused_by_name() {
             stop: &stop,
             seconds: &seconds,
             started_unix: 0.0,
-            yield_to_others: || {},
         };
         train::run(&context, &mut |_| {})
     };

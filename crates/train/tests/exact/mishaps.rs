@@ -122,7 +122,6 @@ fn carry_out_with(
         stop: &AtomicBool::new(false),
         seconds: &|| 0.0,
         started_unix: 0.0,
-        yield_to_others: || {},
     };
     train::run(&context, on_event)
 }

@@ -1,8 +1,8 @@
 //! A described cluster, and the layout of ranks on it that would be fastest by a simple model.
 //!
 //! The model counts: FLOP of the model over the accelerators' peak and a share of it that is reached; the bubble of a
-//! pipeline (Narayanan et al. 2021); what tensor parallelism exchanges in every layer and data parallelism in every step,
-//! over the links' bandwidth, not overlapped; memory as mixed-precision Adam has it (Rajbhandari et al. 2020, ZeRO): 2 bytes
+//! pipeline (Narayanan et al. 2021); what tensor parallelism exchanges in every layer, over the links' bandwidth; what data
+//! parallelism exchanges in every step, as far as it takes longer than half of the step's compute that it overlaps; memory as mixed-precision Adam has it (Rajbhandari et al. 2020, ZeRO): 2 bytes
 //! of parameters, 2 of gradients, 12 of optimizer, each divided by what its stage divides; activations as selective
 //! recomputation leaves them, 34 bytes a token, channel and layer (Korthikanti et al. 2022), or 2 with full
 //! recomputation, which computes a third more.
@@ -15,6 +15,8 @@ use serde::Deserialize;
 
 /// Share of the peak that large models reach on accelerators.
 const EFFICIENCY: f64 = 0.4;
+/// Share of a step's compute during which gradients can travel.
+const OVERLAP: f64 = 0.5;
 /// What the framework and the allocator keep of an accelerator's memory.
 const MEMORY_SHARE: f64 = 0.9;
 
@@ -163,7 +165,7 @@ impl Cluster {
             pipeline,
             recompute,
             memory_bytes: states + activations + logits,
-            step_seconds: compute + in_layers / node + in_step / between,
+            step_seconds: compute + in_layers / node + (in_step / between - OVERLAP * compute).max(0.0),
         }
     }
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use tensor::Pool;
 use train::{Event, Outcome};
 
@@ -33,7 +33,11 @@ pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
         dry_run::run(args, plan::plan(home, args, &pool)?, (&pool, peak_flops))?;
         return Ok(ExitCode::SUCCESS);
     }
-    if train::read_plan(&store, &args.run)?.is_none() {
+    let run = args.run_name();
+    if train::read_plan(&store, run)?.is_none() {
+        if args.resume.is_some() {
+            bail!("{}", train::Error::NoRun { run: run.to_owned() });
+        }
         create(home, args, &pool)?;
     }
     drop(pool);
@@ -46,18 +50,17 @@ pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
     let start = Instant::now();
     let context = train::Context {
         store: store.clone(),
-        run: args.run.clone(),
+        run: run.to_owned(),
         n_ranks: args.ranks,
         n_threads,
         peak_flops,
         stop: &stop,
         seconds: &|| start.elapsed().as_secs_f64(),
         started_unix: crate::now_unix_s() as f64,
-        yield_to_others: crate::machine::lower_priority,
     };
     let mut view = View::new();
     if !args.json {
-        train::read_metrics(store.as_ref(), &args.run)?.iter().for_each(|e| view.remember(e));
+        train::read_metrics(store.as_ref(), run)?.iter().for_each(|e| view.remember(e));
     }
     let mut on_event = |event: &Event| match args.json {
         true => print_line(&event.to_line()),
@@ -78,7 +81,7 @@ fn create(home: &Home, args: &args::Train, pool: &Pool) -> Result<()> {
         let seconds = plan::step_seconds(&planned.plan, planned.weights.take(), pool, TRIALS)?;
         plan::set_steps(&mut planned.plan, args, plan::steps_in(minutes, seconds)?)?;
     }
-    Ok(train::create(&home.store()?, &args.run, &planned.plan, planned.files.as_ref())?)
+    Ok(train::create(&home.store()?, args.run_name(), &planned.plan, planned.files.as_ref())?)
 }
 
 fn print_line(line: &str) {
