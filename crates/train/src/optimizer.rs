@@ -104,7 +104,7 @@ impl Optimizer {
 fn between(matrices: &[(Range<usize>, [usize; 2])], n: usize) -> Vec<Range<usize>> {
     let mut ranges = Vec::new();
     let mut at = 0;
-    for start_end in matrices.iter().map(|(range, _)| range.clone()).chain([n..n]) {
+    for start_end in matrices.iter().map(|(range, _)| range.clone()).chain(std::iter::once(n..n)) {
         if at < start_end.start {
             ranges.push(at..start_end.start);
         }

@@ -34,7 +34,7 @@ fn from_text_to_a_model_that_learned_chats() {
     succeed(home, &[&base[..], SMALL].concat());
 
     let chats = dir.path().join("chats.jsonl");
-    let chat = |i: usize| json!({"prompt": format!("Is {i} even?"), "response": if i % 2 == 0 { "Yes" } else { "No" }});
+    let chat = |i: usize| json!({"prompt": format!("Is {i} even?"), "response": if i.is_multiple_of(2) { "Yes" } else { "No" }});
     fs::write(&chats, (0..60).map(|i| chat(i).to_string() + "\n").collect::<String>()).unwrap();
     let ingest = ["ingest", "--name", "chats", "--tokenizer", "base", "--validation", "0.1"];
     let told = succeed(home, &[&ingest[..], &["--chats", chats.to_str().unwrap()]].concat());
