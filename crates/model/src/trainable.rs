@@ -88,6 +88,21 @@ impl Trainable {
         }
     }
 
+    /// Frees the start where only objectives that compare with it would need it.
+    pub fn forget_start(&mut self) {
+        if self.lora.is_none() {
+            self.start = None;
+        }
+    }
+
+    /// Floating-point operations of the model itself for one token, forward and backward, in rows of `t` tokens.
+    pub fn flops_per_token(&self, t: usize) -> f64 {
+        match self.lora {
+            None => self.config.flops_per_token_train(t),
+            Some(_) => self.config.flops_per_token_frozen(t),
+        }
+    }
+
     /// The whole model, with changes merged.
     ///
     /// # Panics

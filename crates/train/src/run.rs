@@ -99,7 +99,7 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
         stored_plan(&context.store, run)?.ok_or_else(|| Error::NoRun { run: run.clone() })?;
     plan.check_ranks(context.n_ranks)?;
     let sources = Sources::open(&context.store, &plan)?;
-    let trainable = start::trainable(&context.store, run, &plan)?;
+    let mut trainable = start::trainable(&context.store, run, &plan)?;
     let checkpoints = Checkpoints {
         store: context.store.clone(),
         run: run.clone(),
@@ -122,10 +122,12 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
     for event in refused {
         leader.event(event);
     }
-    leader.started(step, trainable.n_params())?;
-    let mut states = vec![state.unwrap_or_else(|| State::initial(&trainable, plan.seed))];
-    states.extend((1..context.n_ranks).map(|_| states[0].clone()).collect::<Vec<_>>());
-    let ranks = ranks(context, (&plan, &trainable), &sources, states)?;
+    leader.started(step, &trainable);
+    let state = state.unwrap_or_else(|| State::initial(&trainable, plan.seed));
+    if !plan.objective.is_of_pairs() {
+        trainable.forget_start();
+    }
+    let ranks = ranks(context, (&plan, &trainable), &sources, state)?;
     let (finished, params) = run_ranks(ranks, &mut leader, context.stop)?;
     if finished {
         leader.finish(&sources.voice, &trainable, &params)?;
@@ -139,7 +141,7 @@ fn ranks<'a>(
     context: &Context<'a>,
     (plan, trainable): (&'a Plan, &Trainable),
     sources: &Sources,
-    states: Vec<State>,
+    state: State,
 ) -> Result<Vec<Rank<'a>>> {
     let config = plan.config()?;
     let precision = if plan.bf16 { Precision::Bf16 } else { Precision::F32 };
@@ -150,7 +152,7 @@ fn ranks<'a>(
     let bytes = |id: u32| if is_text(id) { tokenizer.token_bytes(id).len() as u32 } else { 0 };
     let token_bytes: Arc<[u32]> = (0..config.vocab as u32).map(bytes).collect();
     let group: Vec<ThreadComm> = comm::threads(context.n_ranks)?;
-    let rank = |(comm, state): (ThreadComm, State)| -> Result<Rank<'a>> {
+    let rank = |comm: ThreadComm| -> Result<Rank<'a>> {
         Ok(Rank {
             plan,
             comm: Box::new(comm),
@@ -165,11 +167,11 @@ fn ranks<'a>(
             grads: Buf::zeroed(state.params.len()),
             spare: Vec::new(),
             squares: Vec::new(),
-            state,
+            state: state.clone(),
             seconds: context.seconds,
         })
     };
-    group.into_iter().zip(states).map(rank).collect()
+    group.into_iter().map(rank).collect()
 }
 
 /// Runs every rank in a thread, rank 0 with the leader in this one. Returns whether the plan is done, and rank 0's
@@ -212,17 +214,16 @@ struct Leader<'a, 'b> {
 }
 
 impl Leader<'_, '_> {
-    fn started(&mut self, step: u64, n_params: usize) -> Result<()> {
+    fn started(&mut self, step: u64, trainable: &Trainable) {
         self.event(Event::Started(Started {
             run: self.context.run.clone(),
             step,
             n_steps: self.plan.steps,
-            n_params: n_params as u64,
-            flops_per_token: self.plan.config()?.flops_per_token_train(self.plan.context),
+            n_params: trainable.n_params() as u64,
+            flops_per_token: trainable.flops_per_token(self.plan.context),
             peak_flops: self.context.peak_flops,
             n_ranks: self.context.n_ranks as u64,
         }));
-        Ok(())
     }
 
     /// Tells what became of the checkpoint being written, once that is known; whether it is there. One that cannot be
