@@ -199,7 +199,9 @@ pub(super) fn step_seconds(
 
 /// Trained numbers, and those of a model that stays as it was.
 pub(super) fn n_trained_and_frozen(plan: &Plan, weights: Option<Weights>) -> Result<(usize, usize)> {
-    let n_frozen = if weights.is_some() { plan.config()?.n_params() } else { 0 };
+    // A model that is trained in full is not kept as it was, unless preferences compare with it.
+    let is_kept = plan.method != Method::Full || plan.objective.is_of_pairs();
+    let n_frozen = if weights.is_some() && is_kept { plan.config()?.n_params() } else { 0 };
     let n_trained = match &plan.method {
         Method::Full => plan.config()?.n_params(),
         Method::Lora { .. } => trainable(plan, weights)?.n_params(),
