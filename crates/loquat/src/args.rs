@@ -36,7 +36,7 @@ pub(crate) enum Command {
     /// Turn text files into a dataset of token shards, training a tokenizer on the way.
     Ingest(Ingest),
     /// Train a model on a dataset; a run that exists goes on where it was.
-    Train(Train),
+    Train(Box<Train>),
     /// Serve models over the OpenAI API, without a control plane.
     Serve(Serve),
     /// Everything on one machine: control plane, jobs, models, API and console.
