@@ -101,19 +101,26 @@ fn example(root: &Path, package: &str, example: &str, args: &[&str]) -> Result<(
     crate::run(root, "cargo", &[&cargo[..], args].concat())
 }
 
-/// Ours, the rival, ours again: a drift of the machine shows.
+/// Every shape in a process of its own, for its peak of memory.
+const TRAIN_SHAPES: [&str; 4] = ["demo", "peers", "gpt2-124m", "lora-135m"];
+/// What PyTorch is run as beside them: its best counts.
+const TORCH_MODES: [&[&str]; 4] = [&[], &["--compile"], &["--bf16"], &["--bf16", "--compile"]];
+
+/// Ours, the rival in all its ways, ours again: a drift of the machine shows.
 fn train(root: &Path, args: &Args) -> Result<()> {
-    example(root, "model", "bench_train", &[])?;
-    match &args.torch_python {
-        Some(python) => {
-            rival(root, python, &["fixtures/torch/bench_train.py"])?;
-            example(root, "model", "bench_train", &[])
+    for shape in TRAIN_SHAPES {
+        example(root, "model", "bench_train", &[shape])?;
+        let Some(python) = &args.torch_python else { continue };
+        for mode in TORCH_MODES {
+            let script = ["fixtures/torch/bench_train.py", "--shape", shape];
+            rival(root, python, &[&script, mode].concat())?;
         }
-        None => {
-            println!("(give --torch-python to see PyTorch on the same shapes)");
-            Ok(())
-        }
+        example(root, "model", "bench_train", &[shape])?;
     }
+    if args.torch_python.is_none() {
+        println!("(give --torch-python to see PyTorch on the same shapes)");
+    }
+    Ok(())
 }
 
 fn rival(root: &Path, program: &Path, args: &[&str]) -> Result<()> {

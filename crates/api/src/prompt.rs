@@ -28,12 +28,7 @@ pub(crate) fn read_messages(fields: Fields, model: &ServedModel, tools: Option<&
     for (index, message) in messages.iter().enumerate() {
         clean.push(read_message(index, message)?);
     }
-    if !model.template.source().contains("tool_calls") {
-        spell_calls(&mut clean);
-    }
-    if let Some(tools) = tools.filter(|_| !model.template.source().contains("tools")) {
-        describe_tools(&mut clean, tools);
-    }
+    model.template.spell_tools(&mut clean, declared, tools.is_some_and(|tools| tools.free));
     let n_bytes: usize = clean.iter().filter_map(|m| m["content"].as_str()).map(str::len).sum();
     refuse_hopeless(n_bytes, model, "messages")?;
     // vLLM's; a chat ends with what makes the assistant speak.
@@ -45,22 +40,6 @@ pub(crate) fn read_messages(fields: Fields, model: &ServedModel, tools: Option<&
         ApiError::invalid("messages", echo(&e.to_string()))
     })?;
     Ok(Prompt { tokens, text: String::new(), param: "messages" })
-}
-
-/// For templates that know no functions: the system's message says what they are.
-fn describe_tools(messages: &mut Vec<Value>, tools: &Tools) {
-    let functions: Vec<String> = tools.declared.iter().map(|tool| tool["function"].to_string()).collect();
-    let mut about = format!("You can call these functions with arguments in JSON:\n{}", functions.join("\n"));
-    if tools.free {
-        about += "\nTo call one, answer with <tool_call>{\"name\": …, \"arguments\": {…}}</tool_call>.";
-    }
-    match messages.first_mut().filter(|first| first["role"] == "system") {
-        Some(system) => {
-            let said = system["content"].as_str().unwrap_or_default();
-            system["content"] = format!("{said}\n\n{about}").into();
-        }
-        None => messages.insert(0, json!({"role": "system", "content": about})),
-    }
 }
 
 fn read_message(index: usize, message: &Value) -> Result<Value> {
@@ -105,16 +84,6 @@ fn read_calls(calls: &Value, at: &str) -> Result<Value> {
         );
     }
     Ok(clean.into())
-}
-
-/// For templates that know no calls: what was called, as text.
-fn spell_calls(messages: &mut [Value]) {
-    for message in messages.iter_mut().filter(|message| message["content"] == "") {
-        let calls = message["tool_calls"].as_array().into_iter().flatten();
-        let texts: Vec<String> =
-            calls.map(|call| format!("<tool_call>{}</tool_call>", call["function"])).collect();
-        message["content"] = texts.join("\n").into();
-    }
 }
 
 /// A string, or an array of text parts, which are joined by line ends.

@@ -59,16 +59,12 @@ fn check(dataset: &Dataset, text: &str) -> Result<(), Box<dyn Error>> {
 
 fn windows(dataset: &Dataset) -> Result<(), Box<dyn Error>> {
     let batches = Batches::new(dataset, Split::Train, 1, 256)?;
-    batches.window(0)?;
+    batches.row(0)?;
     let started = Instant::now();
-    for index in 0..batches.n_windows() {
-        std::hint::black_box(batches.window(index)?);
+    for index in 0..batches.n_rows() {
+        std::hint::black_box(batches.row(index)?);
     }
-    let micros = started.elapsed().as_secs_f64() * 1e6 / batches.n_windows() as f64;
-    println!(
-        "  {:.2} us for a window of 257 tokens in random order ({} windows)",
-        micros,
-        batches.n_windows()
-    );
+    let micros = started.elapsed().as_secs_f64() * 1e6 / batches.n_rows() as f64;
+    println!("  {:.2} us for a window of 257 tokens in random order ({} windows)", micros, batches.n_rows());
     Ok(())
 }

@@ -1,9 +1,9 @@
 use std::path::{Path, PathBuf};
 
-use crate::error::Row;
+use crate::error::Place;
 use crate::input::{InputFile, input_files};
 use crate::read::{self, Rows};
-use crate::{Error, Result};
+use crate::{Error, Form, Result};
 
 /// The longest document, decompressed; also the longest JSONL line. It bounds the memory of every reader.
 const DOCUMENT_BYTES_MAX: usize = 64 << 20;
@@ -33,9 +33,20 @@ pub enum BadRows {
     Skip,
 }
 
+/// What rows hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Content {
+    #[default]
+    Text,
+    /// Chats in JSON: the document's text is the row as it stands, checked. Of a named form, or of that which each
+    /// row's fields tell.
+    Chats(Option<Form>),
+}
+
 /// How files become documents.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReadOptions {
+    pub content: Content,
     /// The field (JSON) or column (Parquet) that holds the text.
     pub text_field: String,
     /// In text files, a line that stands between documents, such as `<|endoftext|>`. `None`: a file is a document.
@@ -47,6 +58,7 @@ pub struct ReadOptions {
 impl Default for ReadOptions {
     fn default() -> ReadOptions {
         ReadOptions {
+            content: Content::Text,
             text_field: "text".to_string(),
             separator: None,
             bad_rows: BadRows::Refuse,
@@ -144,12 +156,12 @@ pub(crate) fn text_of(path: &Path, first_line: u64, bytes: Vec<u8>) -> Result<St
     let line_at =
         |at: usize, bytes: &[u8]| first_line + bytes[..at].iter().filter(|&&b| b == b'\n').count() as u64;
     if let Some(at) = bytes.iter().position(|&b| b == 0) {
-        let line = Row::Line(line_at(at, &bytes));
+        let line = Place::Line(line_at(at, &bytes));
         return Err(Error::row(path, line, "a zero byte: this is a binary file, not text"));
     }
     String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
-        let line = Row::Line(line_at(at, error.as_bytes()));
+        let line = Place::Line(line_at(at, error.as_bytes()));
         Error::row(path, line, "not UTF-8")
     })
 }

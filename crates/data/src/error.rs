@@ -28,7 +28,7 @@ pub enum Error {
     #[error("{path} holds no text")]
     Empty { path: PathBuf },
     #[error("{path}, {row}: {reason}")]
-    Row { path: PathBuf, row: Row, reason: String },
+    Row { path: PathBuf, row: Place, reason: String },
     #[error("cannot read {path} as Parquet: {reason}")]
     Parquet { path: PathBuf, reason: String },
     #[error("no text in the inputs: {inputs}")]
@@ -68,6 +68,16 @@ pub enum Error {
         "dataset {name}: its {split} split has {n_tokens} tokens, fewer than one window of {window_tokens}"
     )]
     TooSmall { name: String, split: &'static str, n_tokens: u64, window_tokens: u64 },
+    #[error(
+        "dataset {name}: nothing in its {split} split is to be learned{}",
+        window_tokens.map_or(String::new(), |t| format!(" within the first {t} tokens of its documents"))
+    )]
+    NothingToLearn { name: String, split: &'static str, window_tokens: Option<u64> },
+    #[error(
+        "dataset {name} was made with another tokenizer than {model} has (sha256 {found}, {expected} expected): ingest \
+         it again with that model's"
+    )]
+    OtherTokenizer { name: String, model: String, found: String, expected: String },
     #[error("dataset {name}: tokens {start}..{end} of its {split} split were asked for; it has {n_tokens}")]
     OutOfRange { name: String, split: &'static str, start: u64, end: u64, n_tokens: u64 },
     #[error("dataset {name}")]
@@ -80,16 +90,16 @@ pub enum Error {
 
 /// Where in a file: text and JSONL have lines, JSON arrays and Parquet have rows; both count from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Row {
+pub enum Place {
     Line(u64),
     Row(u64),
 }
 
-impl std::fmt::Display for Row {
+impl std::fmt::Display for Place {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Row::Line(line) => write!(f, "line {line}"),
-            Row::Row(row) => write!(f, "row {row}"),
+            Place::Line(line) => write!(f, "line {line}"),
+            Place::Row(row) => write!(f, "row {row}"),
         }
     }
 }
@@ -107,7 +117,7 @@ impl Error {
         Error::Read { path: path.to_path_buf(), reason, source }
     }
 
-    pub(crate) fn row(path: &Path, row: Row, reason: impl Into<String>) -> Error {
+    pub(crate) fn row(path: &Path, row: Place, reason: impl Into<String>) -> Error {
         Error::Row { path: path.to_path_buf(), row, reason: reason.into() }
     }
 

@@ -3,7 +3,9 @@ use serde::{Deserialize, Serialize};
 use crate::{Error, Result};
 
 /// The newest dataset format this program writes and the newest it reads.
-pub const DATASET_VERSION: u32 = 1;
+pub const DATASET_VERSION: u32 = 2;
+/// The first format, which holds text only.
+pub(crate) const TEXT_VERSION: u32 = 1;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Split {
@@ -25,6 +27,11 @@ impl Split {
     pub(crate) fn shard_file(self, shard_idx: usize) -> String {
         format!("{}-{shard_idx:05}.bin", self.name())
     }
+
+    /// The bundle's file for the marks of a shard of chats.
+    pub(crate) fn marks_file(self, shard_idx: usize) -> String {
+        format!("marks-{}-{shard_idx:05}.bin", self.name())
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,7 +40,19 @@ pub struct SplitInfo {
     pub n_tokens: u64,
     pub n_documents: u64,
     /// Of text, UTF-8: what bits per byte are counted over.
+    ///
+    /// Of chats the rows as they were read.
     pub n_bytes: u64,
+}
+
+/// What a dataset of chats says of itself beyond that.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChatsInfo {
+    /// Every two documents are a better answer and a worse one to the same messages.
+    pub is_pairs: bool,
+    pub chat_template_sha256: String,
+    /// Tokens that are to be learned, of the training split and of the validation split.
+    pub n_learned: [u64; 2],
 }
 
 /// An input file, as it was.
@@ -47,7 +66,9 @@ pub struct InputInfo {
 
 /// What a dataset is: the `meta` of its bundle. The bundle's files are `tokenizer.json` and the shards
 /// `train-00000.bin`, ..., `validation-00000.bin`, ...: token ids, little-endian, `token_bytes` each, all shards of a
-/// split `shard_tokens` long but the last. A document is its tokens and the end-of-text id.
+/// split `shard_tokens` long but the last. A document of text is its tokens and the end-of-text id. Of chats (version 2)
+/// every shard has a file of marks beside it, `marks-train-00000.bin`, a byte a token: 1 where a document begins, plus 2
+/// where the token is to be learned.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DatasetInfo {
     pub format_version: u32,
@@ -68,6 +89,9 @@ pub struct DatasetInfo {
     /// SHA-256 over the inputs and every setting that the bytes depend on.
     pub plan_sha256: String,
     pub inputs: Vec<InputInfo>,
+    /// `None` of text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chats: Option<ChatsInfo>,
 }
 
 impl DatasetInfo {

@@ -11,7 +11,7 @@ use crate::parts::{Tokens, tokenize};
 use crate::prepare::{Prepared, prepare};
 use crate::work::Work;
 use crate::{
-    DATASET_VERSION, DatasetInfo, Error, IngestPlan, IngestProgress, IngestStage, Result, info::InputInfo,
+    ChatsInfo, DatasetInfo, Error, IngestPlan, IngestProgress, IngestStage, Result, info::InputInfo,
     info::token_bytes,
 };
 
@@ -43,9 +43,13 @@ pub fn ingest(
     let input_bytes = inputs.iter().map(|input| input.bytes).sum();
     let prepared = prepare(plan, &files, input_bytes, &work, progress)?;
     let (tokens, mut writer) = tokenize(plan, &files, &prepared, (store, &work), progress)?;
-    if tokens.n_documents() != prepared.scan.n_documents || tokens.hash_sum != prepared.scan.hash_sum {
+    if tokens.n_rows != prepared.scan.n_documents || tokens.hash_sum != prepared.scan.hash_sum {
         work.clear()?;
         return Err(Error::InputsChanged { name: plan.name.clone() });
+    }
+    if plan.chat_template.is_some() && tokens.train.n_learned == 0 {
+        work.clear()?;
+        return Err(Error::NothingToLearn { name: plan.name.clone(), split: "train", window_tokens: None });
     }
     let info =
         DatasetInfo { n_files_ignored: n_ignored, ..info(plan, inputs, plan_sha256, &prepared, &tokens) };
@@ -82,7 +86,7 @@ fn info(
 ) -> DatasetInfo {
     let vocab_size = prepared.tokenizer.vocab_size();
     DatasetInfo {
-        format_version: DATASET_VERSION,
+        format_version: plan.format_version(),
         name: plan.name.clone(),
         vocab_size,
         tokenizer_fingerprint: prepared.tokenizer.fingerprint(),
@@ -93,9 +97,14 @@ fn info(
         validation: tokens.validation.info,
         validation_fraction: plan.validation_fraction,
         n_files_ignored: 0,
-        n_rows_skipped: prepared.scan.n_rows_skipped,
+        n_rows_skipped: prepared.scan.n_rows_skipped + tokens.n_rows_refused,
         plan_sha256,
         inputs,
+        chats: plan.chat_template.as_ref().map(|template| ChatsInfo {
+            is_pairs: tokens.is_pairs == Some(true),
+            chat_template_sha256: hex::encode(Sha256::digest(template.source())),
+            n_learned: [tokens.train.n_learned, tokens.validation.n_learned],
+        }),
     }
 }
 

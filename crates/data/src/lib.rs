@@ -13,12 +13,16 @@
 #![forbid(unsafe_code)]
 
 mod batches;
+mod chat;
 mod dataset;
 mod document;
+mod encode;
 mod error;
 mod info;
 mod ingest;
 mod input;
+mod mixture;
+mod packing;
 mod parts;
 mod permutation;
 mod plan;
@@ -27,11 +31,13 @@ mod read;
 mod split;
 mod work;
 
-pub use batches::Batches;
+pub use batches::{Batches, NO_TARGET, Row};
+pub use chat::Form;
 pub use dataset::Dataset;
-pub use document::{BadRows, Document, Documents, ReadOptions, Source, documents};
-pub use error::{Error, Result, Row};
-pub use info::{DATASET_VERSION, DatasetInfo, InputInfo, Split, SplitInfo};
+pub use document::{BadRows, Content, Document, Documents, ReadOptions, Source, documents};
+pub use error::{Error, Place, Result};
+pub use info::{ChatsInfo, DATASET_VERSION, DatasetInfo, InputInfo, Split, SplitInfo};
 pub use ingest::ingest;
+pub use mixture::Mixture;
 pub use permutation::Permutation;
 pub use plan::{IngestPlan, IngestProgress, IngestStage, TokenizerSource};

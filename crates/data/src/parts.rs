@@ -1,20 +1,20 @@
 //! The second pass: documents to tokens to shards, in parts, with a record after each.
 
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use store::{BundleWriter, FileEntry, Store};
-use tokenizer::Tokenizer;
 
+use crate::encode::{Encoded, LEARNED, encode, ids_of, marks_of};
 use crate::info::{decode_tokens, encode_tokens, token_bytes};
 use crate::input::InputFile;
 use crate::prepare::Prepared;
-use crate::split::document_hash;
+use crate::read::row_of;
 use crate::work::Work;
 use crate::{
-    Document, Documents, Error, IngestPlan, IngestProgress, IngestStage, ReadOptions, Result, Split,
+    BadRows, Document, Documents, Error, IngestPlan, IngestProgress, IngestStage, ReadOptions, Result, Split,
     SplitInfo,
 };
 
@@ -26,6 +26,12 @@ pub(crate) struct Tokens {
     cursor: Cursor,
     /// See [`Scan`](crate::prepare::Scan).
     pub(crate) hash_sum: u64,
+    /// Rows read; a row of chats may give several documents.
+    pub(crate) n_rows: u64,
+    /// Rows that the chat template refused, left out.
+    pub(crate) n_rows_refused: u64,
+    /// Whether the rows are pairs of answers, once one has been seen.
+    pub(crate) is_pairs: Option<bool>,
     pub(crate) train: SplitTokens,
     pub(crate) validation: SplitTokens,
 }
@@ -41,7 +47,11 @@ struct Cursor {
 pub(crate) struct SplitTokens {
     pub(crate) info: SplitInfo,
     pub(crate) shards: Vec<FileEntry>,
-    /// Tokens that do not fill a shard yet: `n_tail` of them. In the record they follow the JSON as bytes.
+    /// Of chats, what the tokens of each shard are.
+    pub(crate) marks: Vec<FileEntry>,
+    pub(crate) n_learned: u64,
+    /// Tokens that do not fill a shard yet, with their marks: `n_tail` of them. In the record they follow the JSON as
+    /// bytes.
     #[serde(skip)]
     tail: Vec<u32>,
     n_tail: usize,
@@ -66,9 +76,9 @@ pub(crate) fn tokenize(
         progress(tokens.progress(prepared.scan.n_bytes));
         let part = reader.next_part(plan.part_bytes)?;
         let is_last = part.is_empty();
-        let encoded = encode(&prepared.tokenizer, &part, plan.n_threads);
-        for (document, (hash, ids)) in part.iter().zip(encoded) {
-            tokens.add(document, hash, &ids, prepared);
+        let encoded = encode(prepared, plan.chat_template.as_ref(), &part, plan.n_threads);
+        for (document, encoded) in part.iter().zip(encoded) {
+            tokens.take(document, encoded, plan, prepared)?;
         }
         for split in Split::BOTH {
             tokens.split_mut(split).store_shards(split, plan, prepared, is_last, &mut writer)?;
@@ -90,7 +100,8 @@ fn recall(work: &Work, mut writer: BundleWriter) -> Result<Option<(Tokens, Bundl
     let Some(tokens) = work.get(RECORD)?.and_then(|record| Tokens::from_record(&record)) else {
         return Ok(None);
     };
-    for shard in tokens.train.shards.iter().chain(&tokens.validation.shards) {
+    let [train, validation] = [&tokens.train, &tokens.validation];
+    for shard in [&train.shards, &train.marks, &validation.shards, &validation.marks].into_iter().flatten() {
         if !writer.add_stored(shard).map_err(Error::store(work.dataset()))? {
             return Ok(None);
         }
@@ -106,15 +117,41 @@ impl Tokens {
         }
     }
 
-    fn add(&mut self, document: &Document, hash: u64, ids: &[u32], prepared: &Prepared) {
+    fn take(
+        &mut self,
+        document: &Document,
+        encoded: Encoded,
+        plan: &IngestPlan,
+        prepared: &Prepared,
+    ) -> Result<()> {
+        let Encoded { hash, documents, is_pair } = encoded;
         self.hash_sum = self.hash_sum.wrapping_add(hash);
+        self.n_rows += 1;
+        let path = Path::new(&document.source.path);
+        let fail = |why: String| Error::row(path, row_of(path, document.source.index), why);
+        let documents = match documents {
+            Ok(documents) => documents,
+            Err(_) if plan.read.bad_rows == BadRows::Skip => {
+                self.n_rows_refused += 1;
+                return Ok(());
+            }
+            Err(why) => return Err(fail(why)),
+        };
+        if *self.is_pairs.get_or_insert(is_pair) != is_pair {
+            let why =
+                "some rows are pairs of answers (chosen, rejected) and some are not: name the form to read";
+            return Err(fail(why.into()));
+        }
         let is_validation = prepared.rule.is_validation(hash);
         let split = self.split_mut(if is_validation { Split::Validation } else { Split::Train });
-        split.tail.extend_from_slice(ids);
-        split.tail.push(prepared.end_of_text);
-        split.info.n_tokens += ids.len() as u64 + 1;
-        split.info.n_documents += 1;
+        for ids in &documents {
+            split.tail.extend_from_slice(ids);
+            split.info.n_tokens += ids.len() as u64;
+            split.n_learned += ids.iter().filter(|id| **id & LEARNED != 0).count() as u64;
+        }
+        split.info.n_documents += documents.len() as u64;
         split.info.n_bytes += document.text.len() as u64;
+        Ok(())
     }
 
     pub(crate) fn n_documents(&self) -> u64 {
@@ -181,10 +218,13 @@ impl SplitTokens {
         let n_full = self.tail.len() - self.tail.len() % plan.shard_tokens;
         let n_stored = if is_last { self.tail.len() } else { n_full };
         for shard in self.tail[..n_stored].chunks(plan.shard_tokens) {
-            let bytes = encode_tokens(shard, token_bytes);
-            let entry =
-                writer.add(&split.shard_file(self.shards.len()), &bytes).map_err(Error::store(&plan.name))?;
-            self.shards.push(entry);
+            let mut add =
+                |file: &str, bytes: &[u8]| writer.add(file, bytes).map_err(Error::store(&plan.name));
+            let at = self.shards.len();
+            self.shards.push(add(&split.shard_file(at), &encode_tokens(&ids_of(shard), token_bytes))?);
+            if plan.chat_template.is_some() {
+                self.marks.push(add(&split.marks_file(at), &marks_of(shard))?);
+            }
         }
         self.tail.drain(..n_stored);
         Ok(())
@@ -233,30 +273,6 @@ impl Reader<'_> {
         }
         Ok(None)
     }
-}
-
-/// Hash and ids of each document, in their order, whichever thread made them.
-fn encode(tokenizer: &Tokenizer, part: &[Document], n_threads: usize) -> Vec<(u64, Vec<u32>)> {
-    let next = AtomicUsize::new(0);
-    let work = || {
-        let mut done = Vec::new();
-        while let i = next.fetch_add(1, Ordering::Relaxed)
-            && let Some(document) = part.get(i)
-        {
-            done.push((i, (document_hash(&document.text), tokenizer.encode(&document.text))));
-        }
-        done
-    };
-    let mut all: Vec<_> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..n_threads.clamp(1, part.len().max(1))).map(|_| scope.spawn(work)).collect();
-        let join = |thread: std::thread::ScopedJoinHandle<'_, _>| match thread.join() {
-            Ok(done) => done,
-            Err(panic) => std::panic::resume_unwind(panic),
-        };
-        threads.into_iter().flat_map(join).collect()
-    });
-    all.sort_unstable_by_key(|(i, _)| *i);
-    all.into_iter().map(|(_, encoded)| encoded).collect()
 }
 
 #[cfg(test)]

@@ -2,10 +2,10 @@ use std::path::PathBuf;
 
 use sha2::{Digest, Sha256};
 use store::ObjectName;
-use tokenizer::Tokenizer;
+use tokenizer::{ChatTemplate, Tokenizer};
 
-use crate::info::InputInfo;
-use crate::{BadRows, DATASET_VERSION, Error, ReadOptions, Result};
+use crate::info::{InputInfo, TEXT_VERSION};
+use crate::{BadRows, Content, DATASET_VERSION, Error, Form, ReadOptions, Result};
 
 /// Beyond this a BPE trainer learns nothing new for a vocabulary of any usual size.
 const SAMPLE_BYTES: usize = 64 << 20;
@@ -27,6 +27,8 @@ pub struct IngestPlan {
     pub validation_fraction: f64,
     pub shard_tokens: usize,
     pub tokenizer: TokenizerSource,
+    /// How chats become text: that of the model which learns from them. Only with [`Content::Chats`], and always then.
+    pub chat_template: Option<ChatTemplate>,
     /// A tokenizer is trained on the training documents with the largest hashes that fit in this.
     pub sample_bytes: usize,
     /// Does not change the result.
@@ -74,6 +76,7 @@ impl IngestPlan {
             validation_fraction: 0.05,
             shard_tokens: SHARD_TOKENS,
             tokenizer,
+            chat_template: None,
             sample_bytes: SAMPLE_BYTES,
             part_bytes: PART_BYTES,
             n_threads: std::thread::available_parallelism().map_or(1, usize::from),
@@ -94,7 +97,15 @@ impl IngestPlan {
         if self.shard_tokens == 0 || self.sample_bytes == 0 || self.read.document_bytes_max == 0 {
             return refuse("shard_tokens, sample_bytes and document_bytes_max must not be 0");
         }
-        Ok(())
+        match (self.read.content, &self.chat_template, &self.tokenizer) {
+            (Content::Text, None, _) | (Content::Chats(_), Some(_), TokenizerSource::Given(_)) => Ok(()),
+            _ => refuse("chats need the tokenizer and the chat template of the model that learns from them"),
+        }
+    }
+
+    /// The oldest that can hold what is made.
+    pub(crate) fn format_version(&self) -> u32 {
+        if self.chat_template.is_some() { DATASET_VERSION } else { TEXT_VERSION }
     }
 
     /// SHA-256 over all that the resulting bytes depend on.
@@ -103,9 +114,9 @@ impl IngestPlan {
             TokenizerSource::Train { vocab_size } => format!("train {vocab_size} {}", self.sample_bytes),
             TokenizerSource::Given(tokenizer) => format!("given {}", tokenizer.fingerprint()),
         };
-        let ReadOptions { text_field, separator, bad_rows, document_bytes_max } = &self.read;
-        let settings = serde_json::json!({
-            "format_version": DATASET_VERSION,
+        let ReadOptions { content, text_field, separator, bad_rows, document_bytes_max } = &self.read;
+        let mut settings = serde_json::json!({
+            "format_version": self.format_version(),
             "inputs": inputs,
             "text_field": text_field,
             "separator": separator,
@@ -115,6 +126,12 @@ impl IngestPlan {
             "shard_tokens": self.shard_tokens,
             "tokenizer": tokenizer,
         });
+        if let (Content::Chats(form), Some(template)) = (content, &self.chat_template) {
+            settings["chats"] = serde_json::json!({
+                "form": form.map(Form::name),
+                "chat_template": template.source(),
+            });
+        }
         hex::encode(Sha256::digest(settings.to_string()))
     }
 }

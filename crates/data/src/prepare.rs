@@ -4,16 +4,16 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use tokenizer::{BpeTrainer, Tokenizer, TrainProgress};
+use tokenizer::{BpeTrainer, ChatTemplate, Tokenizer, TrainProgress};
 
 use crate::input::InputFile;
 use crate::split::{SplitRule, document_hash};
 use crate::work::Work;
-use crate::{Documents, Error, IngestPlan, IngestProgress, IngestStage, Result, TokenizerSource};
+use crate::{Content, Documents, Error, IngestPlan, IngestProgress, IngestStage, Result, TokenizerSource};
 
 const END_OF_TEXT: &str = "<|endoftext|>";
-const TOKENIZER: &str = "tokenizer.json";
-const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+pub(crate) const TOKENIZER: &str = "tokenizer.json";
+pub(crate) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 const SCAN: &str = "scan.json";
 /// Documents between two reports of progress.
 const REPORT_DOCUMENTS: u64 = 256;
@@ -39,6 +39,7 @@ pub(crate) struct Prepared {
     pub(crate) tokenizer: Tokenizer,
     pub(crate) files: [(&'static str, String); 2],
     pub(crate) end_of_text: u32,
+    pub(crate) content: Content,
 }
 
 /// The result of the first pass: from the record of an earlier one under `work`, or made and recorded.
@@ -61,7 +62,10 @@ pub(crate) fn prepare(
             train(plan, *vocab_size, &texts, progress)?
         }
     };
-    let tokenizer_files = [tokenizer.to_json(), tokenizer.config_json(None)];
+    let tokenizer_files = [
+        tokenizer.to_json(),
+        tokenizer.config_json(plan.chat_template.as_ref().and_then(ChatTemplate::own_source)),
+    ];
     scan.tokenizer_sha256 = checksum(&tokenizer_files);
     work.put(TOKENIZER, tokenizer_files[0].as_bytes())?;
     work.put(TOKENIZER_CONFIG, tokenizer_files[1].as_bytes())?;
@@ -100,6 +104,7 @@ fn prepared(
         tokenizer,
         files: [(TOKENIZER, json), (TOKENIZER_CONFIG, config)],
         end_of_text,
+        content: plan.read.content,
     })
 }
 

@@ -2,6 +2,7 @@
 
 mod serve;
 mod tools;
+mod train;
 
 use std::path::PathBuf;
 
@@ -9,6 +10,8 @@ use clap::{Args, Parser, Subcommand};
 use tools::KvName;
 
 pub(crate) use serve::{Guess, Serve, spelled_out};
+pub(crate) use train::{DataChoice, DecayName, Method, Train};
+
 pub(crate) use tools::{
     Bench, Chat, EvalCommand, Export, ExportFormat, ModelCommand, Output, Perplexity, Quantize, Tasks,
 };
@@ -35,7 +38,7 @@ pub(crate) enum Command {
     /// Turn text files into a dataset of token shards, training a tokenizer on the way.
     Ingest(Ingest),
     /// Train a model on a dataset; a run that exists goes on where it was.
-    Train(Train),
+    Train(Box<Train>),
     /// Serve models over the OpenAI API, without a control plane.
     Serve(Serve),
     /// Everything on one machine: control plane, jobs, models, API and console.
@@ -87,57 +90,16 @@ pub(crate) struct Ingest {
     /// The field that holds the text, in formats that have fields.
     #[arg(long, default_value = "text")]
     pub(crate) text_field: String,
-}
-
-#[derive(Args)]
-pub(crate) struct Train {
-    /// Name of the run.
+    /// Use the tokenizer of this model instead of training one: what a model that is to learn on needs.
+    #[arg(long, value_name = "MODEL", conflicts_with = "vocab")]
+    pub(crate) tokenizer: Option<String>,
+    /// The rows are chats or pairs of answers, to be learned where the assistant speaks: messages, prompt (and response or
+    /// completion), alpaca, sharegpt or preference; without a name each row's fields tell.
+    #[arg(long, value_name = "FORM", num_args = 0..=1, require_equals = true, default_missing_value = "auto", requires = "tokenizer")]
+    pub(crate) chats: Option<String>,
+    /// Leave out rows that cannot be read, and count them, instead of stopping at the first.
     #[arg(long)]
-    pub(crate) run: String,
-    /// Name of the dataset.
-    #[arg(long)]
-    pub(crate) dataset: String,
-    /// Publish the finished model under this name.
-    #[arg(long)]
-    pub(crate) publish: Option<String>,
-    /// Optimizer steps.
-    #[arg(long, conflicts_with = "minutes")]
-    pub(crate) steps: Option<u64>,
-    /// Plan so many steps as this machine does in this time.
-    #[arg(long)]
-    pub(crate) minutes: Option<f64>,
-    /// The model's shape: a Hugging Face config.json. Default: a Llama of about 3 million parameters.
-    #[arg(long)]
-    pub(crate) config: Option<PathBuf>,
-    /// Rows of one micro-batch.
-    #[arg(long, default_value_t = 4)]
-    pub(crate) rows: usize,
-    /// Micro-batches of one step.
-    #[arg(long, default_value_t = 4)]
-    pub(crate) micro_batches: usize,
-    /// Tokens of one row.
-    #[arg(long, default_value_t = 256)]
-    pub(crate) context: usize,
-    /// Peak learning rate.
-    #[arg(long, default_value_t = 3e-3)]
-    pub(crate) lr: f32,
-    /// Steps between checkpoints.
-    #[arg(long, default_value_t = 25)]
-    pub(crate) checkpoint_every: u64,
-    /// Seed of the first weights and of the data's order.
-    #[arg(long, default_value_t = 1)]
-    pub(crate) seed: u64,
-    /// Text that the model is asked to continue as it learns.
-    #[arg(long, default_value = "My fellow Americans")]
-    pub(crate) prompt: String,
-    /// Ranks: threads that each train on their share of a step. The result does not depend on it.
-    #[arg(long, default_value_t = 1)]
-    pub(crate) ranks: usize,
-    #[arg(long)]
-    pub(crate) threads: Option<usize>,
-    /// Report as JSON lines instead of the live view.
-    #[arg(long)]
-    pub(crate) json: bool,
+    pub(crate) skip_bad_rows: bool,
 }
 
 /// Where and how to serve.

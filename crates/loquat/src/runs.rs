@@ -75,7 +75,7 @@ fn curve(events: &[Event], n_steps: u64) -> Curve {
                 tokens: Some(s.tokens),
                 tokens_per_second: Some(s.tokens_per_second),
             }),
-            Event::Eval { step, nats_per_token, bits_per_byte } => curve.evals.push(Eval {
+            Event::Eval { step, nats_per_token, bits_per_byte, .. } => curve.evals.push(Eval {
                 step: *step,
                 bits_per_byte: *bits_per_byte,
                 loss: Some(*nats_per_token),

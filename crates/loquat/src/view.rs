@@ -60,8 +60,12 @@ impl View {
             }
             Event::Eval { bits_per_byte, .. } => self.bits_per_byte = Some(*bits_per_byte),
             Event::Sample { step, text } => self.sample = Some((*step, text.clone())),
-            Event::Checkpoint { step, seconds, .. } => {
-                self.notice = Some(format!("checkpoint of step {step} ({seconds:.2} s)"));
+            Event::Checkpoint { step, write_seconds, .. } => {
+                self.notice =
+                    Some(format!("checkpoint of step {step} ({write_seconds:.1} s beside the steps)"));
+            }
+            Event::Skipped { step, wrong, bad, .. } => {
+                self.warn(&format!("step {step} skipped, {}: {bad}", wrong.text()));
             }
             Event::CheckpointRefused { step, why } => self.warn(&format!("checkpoint {step} refused: {why}")),
             Event::CheckpointFailed { step, why } => {
@@ -166,7 +170,7 @@ pub(crate) fn bar(share: f64, width: usize) -> String {
     format!("{}{}", "█".repeat(full), "░".repeat(width - full))
 }
 
-fn duration(seconds: f64) -> String {
+pub(crate) fn duration(seconds: f64) -> String {
     let seconds = seconds.round() as u64;
     match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
         (0, 0, s) => format!("{s} s"),
@@ -217,6 +221,7 @@ mod tests {
             tokens_per_second: 5000.0,
             data_seconds: 0.0,
             elapsed_seconds: 41.0,
+            margin: None,
         }));
         let status = view.status().join("\n");
         assert!(status.contains("step 50/100") && status.contains("41 s left"), "{status}");

@@ -20,13 +20,13 @@ use crate::weights::unreadable;
 use crate::{Config, Error, Result, StepInput, WeightTensor, hf};
 
 /// PEFT's settings.
-const ADAPTER_CONFIG_FILE: &str = "adapter_config.json";
+pub(crate) const ADAPTER_CONFIG_FILE: &str = "adapter_config.json";
 /// PEFT's tensors.
-const ADAPTER_TENSORS_FILE: &str = "adapter_model.safetensors";
+pub(crate) const ADAPTER_TENSORS_FILE: &str = "adapter_model.safetensors";
 
 /// Before every tensor's name.
-const PREFIX: &str = "base_model.model.";
-const RANK_MAX: usize = 1 << 12;
+pub(crate) const PREFIX: &str = "base_model.model.";
+pub(crate) const RANK_MAX: usize = 1 << 12;
 
 /// Changes to one model's matrices. Clones share them, and two are equal if they do.
 #[derive(Clone)]

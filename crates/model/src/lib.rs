@@ -4,8 +4,8 @@
 //! format of a model.
 //!
 //! Where to start: [`Block`] (what all architectures are instances of) and [`Config`] (the shape), then `forward` (the
-//! cached pass over a batch of sequences), `embed` or `train` (forward and backward over one flat parameter vector; plain
-//! Llamas only). `hf`, `gguf` and `llama2c` are the formats; `load` picks one.
+//! cached pass over a batch of sequences), `embed` or `train` (forward and backward over one flat vector of what is
+//! trained, a [`Trainable`]). `hf`, `gguf` and `llama2c` are the formats; `load` picks one.
 
 #![forbid(unsafe_code)]
 
@@ -19,11 +19,13 @@ pub mod gguf;
 pub mod hf;
 pub mod llama2c;
 mod load;
+mod lora;
 mod names;
 mod params;
 mod source;
 mod step;
 mod train;
+mod trainable;
 mod transformer;
 mod weights;
 
@@ -35,8 +37,10 @@ pub use convert::Conversion;
 pub use error::{Error, Result};
 pub use forward::Scratch;
 pub use load::{Loaded, TokenizerFiles, load};
+pub use lora::Lora;
 pub use params::{ParamSpec, ParamTable};
 pub use step::{BlockCopy, StepInput, StepRow};
-pub use train::{LossSum, TrainModel};
+pub use train::{ActivationBytes, LossSum, MicroBatch, Objective, TrainModel};
+pub use trainable::{Files, Trainable};
 pub use transformer::{BLOCK_TOKENS, KvCache, KvType, Transformer};
 pub use weights::{WeightTensor, Weights};

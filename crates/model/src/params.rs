@@ -8,6 +8,8 @@ use std::ops::Range;
 use tensor::Buf;
 use tensor::packed::WeightKind;
 
+use crate::names::{LayerPart, Part};
+use crate::transformer::{Linears, Site, Stack};
 use crate::weights::unreadable;
 use crate::{Config, Result, WeightTensor, Weights};
 
@@ -20,16 +22,23 @@ pub struct ParamSpec {
     pub dims: Vec<usize>,
     /// Its elements in the flat vector.
     pub range: Range<usize>,
-    /// Weight decay applies: matrices yes, norms no.
+    /// Weight decay applies: matrices yes, norms and biases no.
     pub decay: bool,
     init: Init,
 }
 
 /// How a tensor starts.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Init {
+pub(crate) enum Init {
+    Zeros,
     Ones,
-    Normal { std: f64 },
+    Normal {
+        std: f64,
+    },
+    /// Between ± bound.
+    Uniform {
+        bound: f64,
+    },
 }
 
 /// Standard deviation of the first weights (GPT-2's).
@@ -40,44 +49,63 @@ const INIT_STD: f64 = 0.02;
 pub struct ParamTable {
     specs: Vec<ParamSpec>,
     pub(crate) embedding: Range<usize>,
+    /// Learned positions.
+    pub(crate) positions: Option<Range<usize>>,
     pub(crate) layers: Vec<LayerRanges>,
-    pub(crate) final_norm: Range<usize>,
+    pub(crate) final_norm: NormRange,
     /// The output projection: its own, or the embedding's range when tied.
     pub(crate) head: Range<usize>,
 }
 
-/// Ranges of one layer as the model multiplies with them.
+/// A norm's scales, and its shifts right behind them.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct NormRange {
+    pub(crate) weight: Range<usize>,
+    pub(crate) bias: Option<Range<usize>>,
+}
+
+/// Matrices that share their input as one, `[n_out, n_in]`, and its bias.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct LinearRange {
+    pub(crate) weight: Range<usize>,
+    pub(crate) bias: Option<Range<usize>>,
+    pub(crate) n_out: usize,
+    pub(crate) n_in: usize,
+}
+
+/// Ranges of one layer as the model multiplies with them. What a model lacks is `None`.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct LayerRanges {
-    pub(crate) attention_norm: Range<usize>,
-    /// `[(h + 2g)·d, c]`
-    pub(crate) qkv: Range<usize>,
-    /// `[c, h·d]`
-    pub(crate) output: Range<usize>,
-    pub(crate) ff_norm: Range<usize>,
-    /// `[2f, c]`
-    pub(crate) gate_up: Range<usize>,
-    /// `[c, f]`
-    pub(crate) down: Range<usize>,
+    pub(crate) attention_norm: NormRange,
+    /// By [`Site`].
+    pub(crate) linears: [LinearRange; Site::ALL.len()],
+    /// Scales of the heads of q, then of those of k.
+    pub(crate) head_norms: Option<Range<usize>>,
+    pub(crate) attention_post_norm: Option<NormRange>,
+    pub(crate) ff_norm: NormRange,
+    pub(crate) ff_post_norm: Option<NormRange>,
 }
 
 impl ParamTable {
     /// Lays out the parameters of a checked configuration.
+    ///
+    /// # Panics
+    /// If the model does not predict, see [`Config::check_trainable`].
     pub fn new(config: &Config) -> Self {
-        let c = config.width;
+        let (c, v) = (config.width, config.vocab);
         let normal = Init::Normal { std: INIT_STD };
-        // Two additions to the residual stream per layer: their variance is kept from growing with depth.
-        let residual = Init::Normal { std: INIT_STD / (2.0 * config.n_layers as f64).sqrt() };
-        let mut layout = Layout::default();
-        let embedding = layout.push("model.embed_tokens", &[config.vocab, c], normal);
-        let layers = (0..config.n_layers).map(|l| layout.layer(config, l, [normal, residual])).collect();
-        let final_norm = layout.push("model.norm", &[c], Init::Ones);
+        let mut layout = Layout { config, specs: Vec::new() };
+        let embedding = layout.push(Part::Embedding, 0, &[v, c], normal);
+        let learned = !config.block().rotary;
+        let positions = learned.then(|| layout.push(Part::Positions, 0, &[config.context_max, c], normal));
+        let layers = (0..config.n_layers).map(|l| layout.layer(l)).collect();
+        let final_norm = layout.norm(Part::FinalNorm, 0);
         let head = if config.tied_embeddings {
             embedding.clone()
         } else {
-            layout.push("lm_head", &[config.vocab, c], normal)
+            layout.push(Part::Head, 0, &[v, c], normal)
         };
-        let table = Self { specs: layout.specs, embedding, layers, final_norm, head };
+        let table = Self { specs: layout.specs, embedding, positions, layers, final_norm, head };
         assert_eq!(table.n_params(), config.n_params(), "the layout and the count disagree");
         table
     }
@@ -89,35 +117,17 @@ impl ParamTable {
 
     /// Length of the flat vector.
     pub fn n_params(&self) -> usize {
-        self.specs.last().map_or(0, |spec| spec.range.end)
+        n_params(&self.specs)
     }
 
     /// Ranges with weight decay, sorted, adjacent ones joined.
     pub fn decayed(&self) -> Vec<Range<usize>> {
-        let mut ranges: Vec<Range<usize>> = Vec::new();
-        for spec in self.specs.iter().filter(|spec| spec.decay) {
-            match ranges.last_mut() {
-                Some(last) if last.end == spec.range.start => last.end = spec.range.end,
-                _ => ranges.push(spec.range.clone()),
-            }
-        }
-        ranges
+        decayed(&self.specs)
     }
 
     /// First parameters: a pure function of `seed`; parameter i depends on nothing but (seed, i).
     pub fn init(&self, seed: u64) -> Buf<f32> {
-        let mut params = Buf::zeroed(self.n_params());
-        for spec in &self.specs {
-            match spec.init {
-                Init::Ones => params[spec.range.clone()].fill(1.0),
-                Init::Normal { std } => {
-                    for (i, param) in spec.range.clone().zip(&mut params[spec.range.clone()]) {
-                        *param = (std * normal(seed, i as u64)) as f32;
-                    }
-                }
-            }
-        }
-        params
+        init(&self.specs, seed)
     }
 
     /// The parameters as named tensors, stored as f32 or rounded to `kind`.
@@ -146,59 +156,133 @@ impl ParamTable {
     }
 }
 
+impl ParamSpec {
+    /// The tensor that follows `specs`.
+    pub(crate) fn after(specs: &[ParamSpec], name: String, dims: &[usize], init: Init) -> Self {
+        let start = n_params(specs);
+        let range = start..start + dims.iter().product::<usize>();
+        Self { name, dims: dims.to_vec(), range, decay: dims.len() > 1, init }
+    }
+}
+
+pub(crate) fn n_params(specs: &[ParamSpec]) -> usize {
+    specs.last().map_or(0, |spec| spec.range.end)
+}
+
+/// See [`ParamTable::decayed`].
+pub(crate) fn decayed(specs: &[ParamSpec]) -> Vec<Range<usize>> {
+    let mut ranges: Vec<Range<usize>> = Vec::new();
+    for spec in specs.iter().filter(|spec| spec.decay) {
+        match ranges.last_mut() {
+            Some(last) if last.end == spec.range.start => last.end = spec.range.end,
+            _ => ranges.push(spec.range.clone()),
+        }
+    }
+    ranges
+}
+
+/// See [`ParamTable::init`].
+pub(crate) fn init(specs: &[ParamSpec], seed: u64) -> Buf<f32> {
+    let mut params = Buf::zeroed(n_params(specs));
+    for spec in specs {
+        let values = spec.range.clone().zip(&mut params[spec.range.clone()]);
+        match spec.init {
+            Init::Zeros => {}
+            Init::Ones => values.for_each(|(_, param)| *param = 1.0),
+            Init::Normal { std } => {
+                values.for_each(|(i, param)| *param = (std * normal(seed, i as u64)) as f32);
+            }
+            Init::Uniform { bound } => {
+                let signed = |i: usize| 2.0 * unit(mix(seed), i as u64) - 1.0;
+                values.for_each(|(i, param)| *param = (bound * signed(i)) as f32);
+            }
+        }
+    }
+    params
+}
+
 /// Tensors laid out so far.
-#[derive(Default)]
-struct Layout {
+struct Layout<'a> {
+    config: &'a Config,
     specs: Vec<ParamSpec>,
 }
 
-impl Layout {
-    fn push(&mut self, module: &str, dims: &[usize], init: Init) -> Range<usize> {
-        let start = self.specs.last().map_or(0, |spec| spec.range.end);
-        let range = start..start + dims.iter().product::<usize>();
-        let name = format!("{module}.weight");
-        self.specs.push(ParamSpec {
-            name,
-            dims: dims.to_vec(),
-            range: range.clone(),
-            decay: dims.len() > 1,
-            init,
-        });
+impl Layout<'_> {
+    fn push(&mut self, part: Part, l: usize, dims: &[usize], init: Init) -> Range<usize> {
+        let name = format!("{}.weight", self.config.architecture.hf_module(part, l));
+        self.push_named(name, dims, init)
+    }
+
+    fn push_bias(&mut self, part: Part, l: usize, n: usize) -> Range<usize> {
+        let name = format!("{}.bias", self.config.architecture.hf_module(part, l));
+        self.push_named(name, &[n], Init::Zeros)
+    }
+
+    fn push_named(&mut self, name: String, dims: &[usize], init: Init) -> Range<usize> {
+        let spec = ParamSpec::after(&self.specs, name, dims, init);
+        let range = spec.range.clone();
+        self.specs.push(spec);
         range
     }
 
-    fn layer(&mut self, config: &Config, layer: usize, [normal, residual]: [Init; 2]) -> LayerRanges {
-        let (c, f) = (config.width, config.ff_width);
-        let (q, kv) = (config.q_width(), config.kv_width());
-        let mut push = |module: &str, dims: &[usize], init| {
-            self.push(&format!("model.layers.{layer}.{module}"), dims, init)
-        };
-        let attention_norm = push("input_layernorm", &[c], Init::Ones);
-        let q_proj = push("self_attn.q_proj", &[q, c], normal);
-        push("self_attn.k_proj", &[kv, c], normal);
-        let v_proj = push("self_attn.v_proj", &[kv, c], normal);
-        let output = push("self_attn.o_proj", &[c, q], residual);
-        let ff_norm = push("post_attention_layernorm", &[c], Init::Ones);
-        let gate_proj = push("mlp.gate_proj", &[f, c], normal);
-        let up_proj = push("mlp.up_proj", &[f, c], normal);
-        let down = push("mlp.down_proj", &[c, f], residual);
-        LayerRanges {
-            attention_norm,
-            qkv: q_proj.start..v_proj.end,
-            output,
-            ff_norm,
-            gate_up: gate_proj.start..up_proj.end,
-            down,
+    fn layer(&mut self, l: usize) -> LayerRanges {
+        use LayerPart as L;
+        let block = self.config.block();
+        let stacks = Linears::of(self.config);
+        let attention_norm = self.norm(Part::Layer(L::AttentionNorm), l);
+        let qkv = self.linear(&stacks[Site::Qkv], l, INIT_STD);
+        let head_norms = block.head_norms.then(|| {
+            let mut push = |part| self.push(Part::Layer(part), l, &[self.config.head_width], Init::Ones);
+            push(L::QNorm).start..push(L::KNorm).end
+        });
+        // Two additions to the residual stream per layer: their variance is kept from growing with depth.
+        let residual_std = INIT_STD / (2.0 * self.config.n_layers as f64).sqrt();
+        let output = self.linear(&stacks[Site::Output], l, residual_std);
+        let attention_post_norm = block.post_norms.then(|| self.norm(Part::Layer(L::AttentionPostNorm), l));
+        let ff_norm = self.norm(Part::Layer(L::FfNorm), l);
+        let up = self.linear(&stacks[Site::Up], l, INIT_STD);
+        let down = self.linear(&stacks[Site::Down], l, residual_std);
+        let ff_post_norm = block.post_norms.then(|| self.norm(Part::Layer(L::FfPostNorm), l));
+        let linears = [qkv, output, up, down];
+        LayerRanges { attention_norm, linears, head_norms, attention_post_norm, ff_norm, ff_post_norm }
+    }
+
+    fn norm(&mut self, part: Part, l: usize) -> NormRange {
+        let c = self.config.width;
+        let weight = self.push(part, l, &[c], Init::Ones);
+        let bias = self.config.block().layer_norm.then(|| self.push_bias(part, l, c));
+        NormRange { weight, bias }
+    }
+
+    /// All matrices of a stack, then all its biases.
+    fn linear(&mut self, stack: &Stack, l: usize, std: f64) -> LinearRange {
+        let n_in = stack.n_in;
+        let start = n_params(&self.specs);
+        for (part, n_out) in &stack.parts {
+            self.push(Part::Layer(*part), l, &[*n_out, n_in], Init::Normal { std });
         }
+        let weight = start..n_params(&self.specs);
+        if stack.bias {
+            for (part, n_out) in &stack.parts {
+                self.push_bias(Part::Layer(*part), l, *n_out);
+            }
+        }
+        let bias = stack.bias.then(|| weight.end..n_params(&self.specs));
+        let n_out = stack.parts.iter().map(|(_, n_out)| n_out).sum();
+        LinearRange { weight, bias, n_out, n_in }
     }
 }
 
 /// A standard normal number, a function of (seed, index): Box-Muller on two uniform numbers.
 fn normal(seed: u64, index: u64) -> f64 {
     let key = mix(seed);
-    let unit = |counter: u64| (mix(key ^ counter) >> 11) as f64 / (1_u64 << 53) as f64;
-    let (u, angle) = (1.0 - unit(2 * index), std::f64::consts::TAU * unit(2 * index + 1));
+    let (u, angle) = (1.0 - unit(key, 2 * index), std::f64::consts::TAU * unit(key, 2 * index + 1));
     (-2.0 * u.ln()).sqrt() * angle.cos()
+}
+
+/// A uniform number in 0..1.
+fn unit(key: u64, counter: u64) -> f64 {
+    (mix(key ^ counter) >> 11) as f64 / (1_u64 << 53) as f64
 }
 
 /// SplitMix64: the step and the finalizer (Steele, Lea & Flood 2014).

@@ -13,7 +13,6 @@ const BUFFER_BYTES: usize = 1 << 18;
 #[derive(Clone)]
 pub(crate) enum Source {
     File(Arc<File>),
-    #[cfg(test)]
     Memory(Arc<Vec<u8>>),
 }
 
@@ -27,7 +26,6 @@ impl Source {
     pub(crate) fn read_at(&self, bytes: &mut [u8], at: u64) -> Result<()> {
         match self {
             Self::File(file) => file.read_exact_at(bytes, at),
-            #[cfg(test)]
             Self::Memory(memory) => {
                 let end = at as usize + bytes.len();
                 let stored = memory.get(at as usize..end).ok_or(std::io::ErrorKind::UnexpectedEof)?;
@@ -40,7 +38,6 @@ impl Source {
     fn len(&self) -> Result<u64> {
         match self {
             Self::File(file) => Ok(file.metadata()?.len()),
-            #[cfg(test)]
             Self::Memory(memory) => Ok(memory.len() as u64),
         }
     }

@@ -76,7 +76,7 @@ pub(crate) struct Linears([Stack; Site::ALL.len()]);
 pub(crate) struct Stack {
     pub(crate) parts: Vec<(LayerPart, usize)>,
     pub(crate) n_in: usize,
-    bias: bool,
+    pub(crate) bias: bool,
 }
 
 impl Linears {
@@ -136,7 +136,7 @@ impl Transformer {
         if let Some(name) = weights.tensors.into_keys().next() {
             return Err(Error::Tensor { name, problem: "is not part of this architecture".into() });
         }
-        let ropes = ropes(&config);
+        let ropes = config.rope_tables(config.context_max.min(CONTEXT_MAX));
         Ok(Self { config, embedding_vc, positions_tc, layers, norm, head_vc, ropes })
     }
 
@@ -184,13 +184,6 @@ impl Transformer {
     }
 }
 
-/// Angles without and with a window's own frequencies.
-fn ropes(config: &Config) -> [Option<RopeTable>; 2] {
-    let table = |rope: &crate::Rope| rope.table(config.context_max.min(CONTEXT_MAX), config.head_width);
-    let local = config.window.as_ref().and_then(|window| window.rope_theta).map(crate::Rope::plain);
-    [config.block().rotary.then(|| table(&config.rope)), local.as_ref().map(table)]
-}
-
 /// Takes tensors by their roles and packs them.
 struct Loader<'a> {
     weights: &'a mut Weights,
@@ -217,11 +210,10 @@ impl Loader<'_> {
             false => (None, None),
         };
         let window = config.window_of(l);
-        let local_rope = config.window.as_ref().is_some_and(|window| window.rope_theta.is_some());
         Ok(Layer {
             l,
             attention: AttentionSpec { scale: config.score_scale(), window, causal: block.causal },
-            rope_idx: usize::from(window.is_some() && local_rope),
+            rope_idx: config.rope_idx(l),
             attention_norm,
             qkv: self.linear(l, &linears[Site::Qkv])?,
             head_norms_d,

@@ -30,6 +30,19 @@ pub fn embedding_forward(pool: &Pool, x_nc: &mut [f32], tokens_n: &[u32], table_
     });
 }
 
+/// Adds `table_tc[ids_n[i]]` to `x_nc[i]`: learned positions. Their backward is [`embedding_backward`].
+///
+/// # Panics
+/// If an id is not in the table.
+pub fn embedding_add(pool: &Pool, x_nc: &mut [f32], ids_n: &[u32], table_tc: &[f32], c: usize) {
+    check(x_nc, ids_n, table_tc, c);
+    pool.run_chunks(x_nc, TASK_ROWS * c, |task, x_nc| {
+        for (x_c, &id) in x_nc.chunks_exact_mut(c).zip(&ids_n[task * TASK_ROWS..]) {
+            x_c.iter_mut().zip(&table_tc[id as usize * c..][..c]).for_each(|(x, add)| *x += add);
+        }
+    });
+}
+
 /// Adds `dx_nc[i]` to `dtable_vc[tokens_n[i]]`.
 ///
 /// # Panics
@@ -78,6 +91,9 @@ mod tests {
             for (x_c, &token) in x.chunks(c).zip(&tokens) {
                 assert_eq!(x_c, &table[token as usize * c..][..c]);
             }
+            let doubled: Vec<f32> = x.iter().map(|x| x + x).collect();
+            embedding_add(&pool, &mut x, &tokens, &table, c);
+            assert_eq!(x, doubled);
             let mut dtable = numbers(3, v * c);
             embedding_backward(&pool, &mut dtable, &dx, &tokens, c);
             assert_eq!(dtable, expected);

@@ -37,6 +37,7 @@ pub mod layernorm;
 pub mod limits;
 pub mod logits;
 pub mod matmul;
+pub mod muon;
 pub mod packed;
 pub mod paged_attention;
 pub mod pool;

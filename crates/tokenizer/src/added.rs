@@ -112,6 +112,18 @@ impl Finder {
         node != 0
     }
 
+    /// Whether `text` is the beginning of a token and not a whole one.
+    pub(crate) fn is_beginning(&self, text: &str) -> bool {
+        let mut node = 0;
+        for &byte in text.as_bytes() {
+            match self.child(node, byte) {
+                Some(child) if self.nodes[child].token.is_none() => node = child,
+                _ => return false,
+            }
+        }
+        node != 0
+    }
+
     fn insert(&mut self, token: &AddedToken) {
         let mut node = 0;
         for &byte in token.content.as_bytes() {

@@ -10,10 +10,11 @@ use std::sync::Arc;
 
 use minijinja::value::Serde;
 use minijinja::{Environment, Value as Jinja, context};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::added::Finder;
 use crate::jinja;
+use crate::lesson::{self, Lesson};
 use crate::tokenizer::{TokenId, Tokenizer};
 use crate::{Error, Result};
 
@@ -93,8 +94,25 @@ impl ChatTemplate {
         self.0.is_plain.then_some("\nUser:")
     }
 
+    /// What a model's files say of it; nothing for [`ChatTemplate::plain`].
+    pub fn own_source(&self) -> Option<&str> {
+        (!self.0.is_plain).then_some(&self.0.source)
+    }
+
     pub fn source(&self) -> &str {
         &self.0.source
+    }
+
+    /// For templates that know no functions or no calls of them: what there is to call is said in the system's message,
+    /// and what was called is text. What is served and what is learned go the same way. `free`: it is the model that says
+    /// when it calls one, so it is told how.
+    pub fn spell_tools(&self, messages: &mut Vec<Value>, tools: &[Value], free: bool) {
+        if !self.0.source.contains("tool_calls") {
+            spell_calls(messages);
+        }
+        if !tools.is_empty() && !self.0.source.contains("tools") {
+            describe_tools(messages, tools, free);
+        }
     }
 
     /// Ids of a conversation. Special tokens come from the template alone: in messages they are plain text.
@@ -115,8 +133,36 @@ impl ChatTemplate {
         let rendered = self.render_variables(&protected, input.now_unix_s)?;
         let mut ids = Vec::new();
         ids.extend(tokenizer.bos().filter(|_| self.0.is_plain && tokenizer.add_bos()));
-        tokenizer.encode_rendered(&rendered, |text| stand_ins.restore(text), &mut ids);
+        tokenizer.encode_rendered(&rendered, true, |text| stand_ins.restore(text), &mut ids);
         Ok(ids)
+    }
+
+    /// What a model can learn from a conversation: what the assistant says, where `is_learned` (of the message's index)
+    /// says so, each answer after exactly the ids that it would follow in a request.
+    ///
+    /// One lesson, unless the template writes earlier turns another way once more follow (as those do that leave out
+    /// past thoughts): then what came before such a turn is written again, in a lesson of its own.
+    pub fn lessons(
+        &self,
+        tokenizer: &Tokenizer,
+        input: &ChatInput,
+        is_learned: &dyn Fn(usize) -> bool,
+    ) -> Result<Vec<Lesson>> {
+        let variables = Value::Object(variables(input));
+        let stand_ins = StandIns::new(tokenizer, &self.0.source, &variables)?;
+        let protected = stand_ins.protect(tokenizer.special(), &variables);
+        let bos = tokenizer.bos().filter(|_| self.0.is_plain && tokenizer.add_bos());
+        let restore = |text: &str| stand_ins.restore(text);
+        let render = |variables: &Value| self.render_variables(variables, input.now_unix_s);
+        let spoken = match jinja::has_generation_tags(&self.0.source) {
+            true => lesson::marked(input.messages, &protected, stand_ins.spare, &render)?,
+            false => None,
+        };
+        let spoken = match spoken {
+            Some(spoken) => vec![spoken.only(input.messages, is_learned)],
+            None => lesson::by_turns(input.messages, &protected, tokenizer, is_learned, &render)?,
+        };
+        Ok(spoken.iter().map(|spoken| spoken.encode(tokenizer, bos, &restore)).collect())
     }
 
     /// The rendered text, for people to look at. Do not encode it: a message can say special tokens in it.
@@ -129,7 +175,7 @@ impl ChatTemplate {
             return Err(Error::Template(format!("has more than {SOURCE_BYTES_MAX} bytes")));
         }
         let mut environment = jinja::environment()?;
-        let prepared = jinja::without_generation_tags(source);
+        let prepared = jinja::with_generation_marks(source);
         environment.add_template_owned(NAME, prepared).map_err(Error::ParseTemplate)?;
         let (source, bos, eos) = (source.to_owned(), bos.to_owned(), eos.to_owned());
         Ok(ChatTemplate(Arc::new(Inner { source, environment, bos, eos, is_plain })))
@@ -150,6 +196,31 @@ impl ChatTemplate {
     }
 }
 
+/// Calls where nothing was said, one a line.
+fn spell_calls(messages: &mut [Value]) {
+    for message in messages.iter_mut().filter(|message| message["content"] == "") {
+        let calls = message["tool_calls"].as_array().into_iter().flatten();
+        let texts: Vec<String> =
+            calls.map(|call| format!("<tool_call>{}</tool_call>", call["function"])).collect();
+        message["content"] = texts.join("\n").into();
+    }
+}
+
+fn describe_tools(messages: &mut Vec<Value>, tools: &[Value], free: bool) {
+    let functions: Vec<String> = tools.iter().map(|tool| tool["function"].to_string()).collect();
+    let mut about = format!("You can call these functions with arguments in JSON:\n{}", functions.join("\n"));
+    if free {
+        about += "\nTo call one, answer with <tool_call>{\"name\": …, \"arguments\": {…}}</tool_call>.";
+    }
+    match messages.first_mut().filter(|first| first["role"] == "system") {
+        Some(system) => {
+            let said = system["content"].as_str().unwrap_or_default();
+            system["content"] = format!("{said}\n\n{about}").into();
+        }
+        None => messages.insert(0, json!({"role": "system", "content": about})),
+    }
+}
+
 fn variables(input: &ChatInput) -> Map<String, Value> {
     let mut variables = input.extra.cloned().unwrap_or_default();
     variables.insert("messages".into(), Value::Array(input.messages.to_vec()));
@@ -161,7 +232,11 @@ fn variables(input: &ChatInput) -> Map<String, Value> {
 }
 
 /// The characters that stand for the first characters of special tokens in what people wrote.
-struct StandIns(Vec<(char, char)>);
+struct StandIns {
+    pairs: Vec<(char, char)>,
+    /// Two more characters that occur nowhere.
+    spare: [char; 2],
+}
 
 impl StandIns {
     fn new(tokenizer: &Tokenizer, template: &str, variables: &Value) -> Result<StandIns> {
@@ -172,10 +247,11 @@ impl StandIns {
         });
         let mut free = candidates().filter(|c| !taken.contains(c));
         let firsts: BTreeSet<char> = tokenizer.special().first_chars().collect();
-        let pair = |first| free.next().map(|stand_in| (first, stand_in));
-        let pairs: Option<Vec<_>> = firsts.into_iter().map(pair).collect();
-        let none_free = || Error::Template("the messages use every private character".into());
-        pairs.map(StandIns).ok_or_else(none_free)
+        let mut next =
+            || free.next().ok_or_else(|| Error::Template("the messages use every private character".into()));
+        let spare = [next()?, next()?];
+        let pairs: Result<Vec<_>> = firsts.into_iter().map(|first| Ok((first, next()?))).collect();
+        Ok(StandIns { pairs: pairs?, spare })
     }
 
     /// The same value with stand-ins in all its texts, names of fields included.
@@ -194,14 +270,14 @@ impl StandIns {
     }
 
     fn protect_text(&self, special: &Finder, text: &str) -> String {
-        let stand_in = |c: char| self.0.iter().find(|(first, _)| *first == c).map_or(c, |pair| pair.1);
+        let stand_in = |c: char| self.pairs.iter().find(|(first, _)| *first == c).map_or(c, |pair| pair.1);
         text.char_indices()
             .map(|(at, c)| if special.may_start(&text[at..]) { stand_in(c) } else { c })
             .collect()
     }
 
     fn restore(&self, text: &str) -> String {
-        let first = |c: char| self.0.iter().find(|(_, stand_in)| *stand_in == c).map_or(c, |pair| pair.0);
+        let first = |c: char| self.pairs.iter().find(|(_, stand_in)| *stand_in == c).map_or(c, |pair| pair.0);
         text.chars().map(|c| if is_candidate(c) { first(c) } else { c }).collect()
     }
 }

@@ -29,13 +29,26 @@ pub(crate) fn environment() -> Result<Environment<'static>> {
     Ok(environment)
 }
 
-/// `{% generation %}` marks what a trainer learns from; for inference it means nothing.
-pub(crate) fn without_generation_tags(source: &str) -> String {
+/// Variables that are written where an answer begins and ends; nothing where they are not given.
+pub(crate) const GENERATION_BEGINS: &str = "loquat_generation_begins";
+pub(crate) const GENERATION_ENDS: &str = "loquat_generation_ends";
+
+const TAG_ENDS: [(&str, &str); 4] = [("{%-", "-%}"), ("{%-", "%}"), ("{%", "-%}"), ("{%", "%}")];
+
+/// Whether the template says itself, with `{% generation %}`, what a trainer learns from.
+pub(crate) fn has_generation_tags(source: &str) -> bool {
+    TAG_ENDS.iter().any(|(open, close)| source.contains(&format!("{open} generation {close}")))
+}
+
+/// `{% generation %}` and its end become the variables above, between tags that trim white space as the originals do.
+pub(crate) fn with_generation_marks(source: &str) -> String {
     let mut prepared = source.to_owned();
-    for (tag, plain) in [("generation", "if true"), ("endgeneration", "endif")] {
-        for (open, close) in [("{%-", "-%}"), ("{%-", "%}"), ("{%", "-%}"), ("{%", "%}")] {
-            prepared = prepared.replace(&format!("{open} {tag} {close}"), &format!("{open} {plain} {close}"));
-        }
+    for (open, close) in TAG_ENDS {
+        let begins =
+            format!("{open} if true %}}{{{{ {GENERATION_BEGINS} }}}}{{% endif %}}{{% if true {close}");
+        let ends = format!("{open} endif %}}{{% if true %}}{{{{ {GENERATION_ENDS} }}}}{{% endif {close}");
+        prepared = prepared.replace(&format!("{open} generation {close}"), &begins);
+        prepared = prepared.replace(&format!("{open} endgeneration {close}"), &ends);
     }
     prepared
 }

@@ -164,16 +164,17 @@ impl Tokenizer {
         self.0.encode(|inner, scratch, ids| inner.encode_text(text, true, &inner.all_added, scratch, ids))
     }
 
-    /// Appends the ids of a rendered chat: special tokens are recognised, and `restore` turns the text between them back
-    /// into what people wrote, in which they are not.
+    /// Appends the ids of a rendered chat, or of a part of one: special tokens are recognised, and `restore` turns the
+    /// text between them back into what people wrote, in which they are not.
     pub(crate) fn encode_rendered(
         &self,
         rendered: &str,
+        begins_text: bool,
         restore: impl Fn(&str) -> String,
         ids: &mut Vec<TokenId>,
     ) {
         ids.extend(self.0.encode(|inner, scratch, ids| {
-            let mut is_first = true;
+            let mut is_first = begins_text;
             inner.special.split(rendered, |part| {
                 match part {
                     Part::Token(id) => ids.push(id),

@@ -4,36 +4,18 @@
 //! Files are the flat vectors in little-endian f32, parameters in the order of the model's table. They know nothing of
 //! ranks: any number of ranks can read them.
 
-use std::ops::Range;
 use std::sync::Arc;
 
-use model::ParamTable;
 use serde::{Deserialize, Serialize};
 use store::{Bundle, BundleWriter, Store};
-use tensor::adamw::AdamWState;
-use tensor::{Buf, Pool};
 
-use crate::plan::AdamW;
+use crate::guard::Health;
+use crate::state::{Snapshot, State};
 use crate::{Error, Event, Result};
 
 const KIND: &str = "checkpoint";
-const PARAMS: &str = "params.f32";
-const ADAM_M: &str = "adam_m.f32";
-const ADAM_V: &str = "adam_v.f32";
-
-/// What changes from step to step.
-#[derive(Clone)]
-pub(crate) struct State {
-    pub(crate) params: Buf<f32>,
-    /// Running mean of the gradient.
-    pub(crate) adam_m: Buf<f32>,
-    /// Running mean of the squared gradient.
-    pub(crate) adam_v: Buf<f32>,
-    /// Finished steps.
-    pub(crate) step: u64,
-    pub(crate) tokens: u64,
-    pub(crate) elapsed_seconds: f64,
-}
+/// Of [`Snapshot::vectors`].
+const FILES: [&str; 3] = ["params.f32", "adam_m.f32", "adam_v.f32"];
 
 /// What a checkpoint says of itself.
 #[derive(Serialize, Deserialize)]
@@ -44,6 +26,9 @@ struct Meta {
     tokens: u64,
     elapsed_seconds: f64,
     n_params: usize,
+    /// Absent in checkpoints of builds that skipped no steps.
+    #[serde(default)]
+    health: Health,
 }
 
 /// Which run's checkpoints are meant, and of which plan.
@@ -55,69 +40,25 @@ pub(crate) struct Checkpoints {
     pub(crate) n_params: usize,
 }
 
-impl State {
-    pub(crate) fn initial(table: &ParamTable, seed: u64) -> State {
-        let n = table.n_params();
-        State {
-            params: table.init(seed),
-            adam_m: Buf::zeroed(n),
-            adam_v: Buf::zeroed(n),
-            step: 0,
-            tokens: 0,
-            elapsed_seconds: 0.0,
-        }
-    }
-
-    /// AdamW with the mean, clipped gradient; finishes the step. `decayed` are the ranges that have weight decay.
-    pub(crate) fn update(
-        &mut self,
-        pool: &Pool,
-        grads: &[f32],
-        decayed: &[Range<usize>],
-        plan: AdamW,
-        rate: Rate,
-    ) {
-        self.step += 1;
-        let adamw = tensor::adamw::AdamW {
-            lr: rate.lr,
-            beta1: plan.beta1,
-            beta2: plan.beta2,
-            eps: plan.epsilon,
-            weight_decay: plan.weight_decay,
-            step: self.step,
-            grad_scale: rate.grad_scale,
-        };
-        let state = AdamWState { params: &mut self.params, m: &mut self.adam_m, v: &mut self.adam_v };
-        tensor::adamw::adamw(pool, state, grads, decayed, &adamw);
-    }
-}
-
-/// What an update is multiplied by.
-#[derive(Clone, Copy)]
-pub(crate) struct Rate {
-    pub(crate) lr: f32,
-    /// Applied to the gradient first: clipping and the mean over tokens.
-    pub(crate) grad_scale: f32,
-}
-
 impl Checkpoints {
     fn prefix(&self, step: u64) -> String {
         format!("runs/{}/checkpoints/{step:08}", self.run)
     }
 
-    /// Publishes `state`; when this returns it survives any crash. Returns its size in bytes.
-    pub(crate) fn save(&self, state: &State) -> Result<u64> {
-        let mut bundle = BundleWriter::new(&self.store, &self.prefix(state.step))?;
-        bundle.add(PARAMS, &to_bytes(&state.params))?;
-        bundle.add(ADAM_M, &to_bytes(&state.adam_m))?;
-        bundle.add(ADAM_V, &to_bytes(&state.adam_v))?;
+    /// Publishes a snapshot, calling `pace` now and then; when this returns it survives any crash. Returns its size in bytes.
+    pub(crate) fn save(&self, snapshot: &Snapshot, pace: &mut dyn FnMut()) -> Result<u64> {
+        let mut bundle = BundleWriter::new(&self.store, &self.prefix(snapshot.step))?;
+        for (file, bytes) in FILES.into_iter().zip(&snapshot.vectors) {
+            bundle.add_paced(file, bytes, pace)?;
+        }
         let meta = Meta {
             run: self.run.clone(),
             plan_sha256: self.plan_sha256.clone(),
-            step: state.step,
-            tokens: state.tokens,
-            elapsed_seconds: state.elapsed_seconds,
+            step: snapshot.step,
+            tokens: snapshot.tokens,
+            elapsed_seconds: snapshot.elapsed_seconds,
             n_params: self.n_params,
+            health: snapshot.health,
         };
         let meta = serde_json::to_value(meta).map_err(Error::PlanJson)?;
         let manifest = bundle.publish(KIND, meta)?;
@@ -162,7 +103,7 @@ impl Checkpoints {
                 self.n_params
             )));
         }
-        let vector = |file: &str| -> Result<Buf<f32>> {
+        let vector = |file: &str| -> Result<Vec<u8>> {
             let bytes = bundle.read(file)?;
             if bytes.len() != self.n_params * size_of::<f32>() {
                 return Err(refuse(format!(
@@ -171,16 +112,16 @@ impl Checkpoints {
                     self.n_params
                 )));
             }
-            Ok(from_bytes(&bytes))
+            Ok(bytes)
         };
-        Ok(Some(State {
-            params: vector(PARAMS)?,
-            adam_m: vector(ADAM_M)?,
-            adam_v: vector(ADAM_V)?,
+        let [params, adam_m, adam_v] = FILES;
+        Ok(Some(State::from_snapshot(&Snapshot {
+            vectors: [vector(params)?, vector(adam_m)?, vector(adam_v)?],
             step,
             tokens: meta.tokens,
             elapsed_seconds: meta.elapsed_seconds,
-        }))
+            health: meta.health,
+        })))
     }
 
     /// Removes all but the newest `keep`. The manifest goes first, so that a checkpoint half removed is not there.
@@ -206,18 +147,6 @@ impl Checkpoints {
         steps.dedup();
         Ok(steps)
     }
-}
-
-fn to_bytes(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|v| v.to_le_bytes()).collect()
-}
-
-fn from_bytes(bytes: &[u8]) -> Buf<f32> {
-    let mut values = Buf::zeroed(bytes.len() / 4);
-    for (value, four) in values.iter_mut().zip(bytes.as_chunks::<4>().0) {
-        *value = f32::from_le_bytes(*four);
-    }
-    values
 }
 
 /// An error and what caused it, in one line.

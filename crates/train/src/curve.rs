@@ -169,7 +169,7 @@ mod tests {
     #[test]
     fn steps_told_again_replace_the_old_ones() {
         let mut curve = falling();
-        curve.push(&Event::Eval { step: 60, nats_per_token: 3.0, bits_per_byte: 1.9 });
+        curve.push(&Event::Eval { step: 60, nats_per_token: 3.0, bits_per_byte: 1.9, parts: Vec::new() });
         assert_eq!(curve.validation, [(50, 2.0), (60, 1.9)]);
     }
 }

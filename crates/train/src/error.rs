@@ -1,3 +1,5 @@
+use crate::BadBatch;
+
 /// Why a run could not begin, go on or end.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -23,10 +25,22 @@ pub enum Error {
     DatasetChanged { name: String, found: String, planned: String },
     #[error("the model has {model} token ids where the dataset's tokenizer has {dataset}")]
     Vocabulary { model: usize, dataset: usize },
+    #[error("the datasets {a} and {b} were made with different tokenizers")]
+    Tokenizers { a: String, b: String },
     #[error(
-        "the loss of step {step} is not a number (micro-batch {micro_batch}, rows {rows:?} of the data's order)"
+        "the data cannot be mixed: a weight gives some dataset no place among 4096 rows, or only some are pairs of answers"
     )]
-    NotANumber { step: u64, micro_batch: usize, rows: std::ops::Range<u64> },
+    Mixture,
+    #[error("step {step} went wrong, {n} in a row: {what} ({bad})")]
+    StepsWentWrong { n: u64, step: u64, what: &'static str, bad: BadBatch },
+    #[error("the thread that loads rows stopped")]
+    LoaderStopped,
+    #[error(
+        "the run {run} has no model to start from, or another than its plan names; start a run of another name"
+    )]
+    StartChanged { run: String },
+    #[error("the dataset {name} holds {found}, the objective needs {needed}")]
+    Pairs { name: String, found: &'static str, needed: &'static str },
     #[error("checkpoint {prefix}: {what}")]
     Checkpoint { prefix: String, what: String },
     #[error("no checkpoint of run {run} could be read")]

@@ -3,17 +3,33 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::Wrong;
+
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
     /// The run begins, or goes on from the checkpoint of `step`.
     Started(Started),
     Step(Step),
-    /// Loss on whole held-out documents.
+    /// A step that went wrong and changed nothing.
+    Skipped {
+        step: u64,
+        wrong: Wrong,
+        /// Where it is a number.
+        loss: Option<f64>,
+        grad_norm: Option<f64>,
+        bad: BadBatch,
+        /// Since the run began.
+        n_skipped: u64,
+    },
+    /// Loss on held-out rows: a token's, or where pairs are judged a pair's; of several datasets the mean by their weights.
     Eval {
         step: u64,
         nats_per_token: f64,
         bits_per_byte: f64,
+        /// Each of several datasets.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        parts: Vec<EvalPart>,
     },
     /// A continuation written by the model as it is now.
     Sample {
@@ -25,6 +41,9 @@ pub enum Event {
         step: u64,
         bytes: u64,
         seconds: f64,
+        /// From the copy of the state until it was there, beside the steps.
+        #[serde(default)]
+        write_seconds: f64,
     },
     /// A checkpoint could not be read; the one before it is tried.
     CheckpointRefused {
@@ -71,7 +90,7 @@ pub struct Started {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Step {
     pub step: u64,
-    /// Mean cross-entropy of the step's tokens, in nats.
+    /// Mean of the objective over the step's tokens, or pairs, in nats.
     pub loss: f64,
     pub lr: f32,
     /// Norm of the mean gradient before clipping.
@@ -83,6 +102,36 @@ pub struct Step {
     pub data_seconds: f64,
     /// Seconds of training since the run began, without the time it was stopped.
     pub elapsed_seconds: f64,
+    /// Where pairs are judged: by how much the better one is ahead, on average.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub margin: Option<f64>,
+}
+
+/// Held-out loss on one of several datasets.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EvalPart {
+    pub dataset: String,
+    pub nats_per_token: f64,
+    pub bits_per_byte: f64,
+}
+
+/// The micro-batch that made a step go wrong, or lost most in it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct BadBatch {
+    pub micro_batch: usize,
+    /// In the order of the run's data.
+    pub first_row: u64,
+    /// Of each row the dataset and its index in that dataset's order.
+    pub from: Vec<(String, u64)>,
+}
+
+impl std::fmt::Display for BadBatch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let rows: Vec<String> = self.from.iter().map(|(dataset, row)| format!("{dataset} {row}")).collect();
+        let last = self.first_row + self.from.len() as u64;
+        let (first, micro_batch) = (self.first_row, self.micro_batch);
+        write!(f, "micro-batch {micro_batch}, rows {first}..{last} of the data's order: {}", rows.join(", "))
+    }
 }
 
 impl Event {
@@ -92,6 +141,7 @@ impl Event {
             Event::Step(s) => s.step,
             Event::Started(s) => s.step,
             Event::Eval { step, .. }
+            | Event::Skipped { step, .. }
             | Event::Sample { step, .. }
             | Event::Checkpoint { step, .. }
             | Event::CheckpointRefused { step, .. }
@@ -123,6 +173,7 @@ mod tests {
             tokens_per_second: 100.0,
             data_seconds: 0.0,
             elapsed_seconds: 1.5,
+            margin: None,
         };
         let event = Event::Step(step);
         let line = event.to_line();

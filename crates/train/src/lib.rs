@@ -7,24 +7,36 @@
 //! Where to start: [`Plan`] determines a run; [`run`] carries it out; `rank.rs` is the step loop.
 //!
 //! Invariant: the weights after step k are a pure function of the plan and the dataset. Killing the run, resuming it,
-//! and the numbers of ranks and threads change no bit (held by `tests/exact.rs`).
+//! and the numbers of ranks and threads change no bit (held by `tests/exact/`).
 #![forbid(unsafe_code)]
 
 mod checkpoint;
 mod curve;
 mod error;
 mod event;
+mod guard;
+mod loader;
 mod metrics_log;
+mod optimizer;
 mod plan;
 mod rank;
 mod run;
 mod sample;
+mod saver;
 mod schedule;
+mod sources;
+mod start;
+mod state;
+mod tensorboard;
 
 pub use curve::Curve;
 pub use error::{Error, Result};
-pub use event::{Event, Started, Step};
+pub use event::{BadBatch, EvalPart, Event, Started, Step};
+pub use guard::Wrong;
 pub use metrics_log::read_metrics;
-pub use plan::{AdamW, CheckpointPolicy, Evaluate, PLAN_VERSION, Plan, Sample};
+pub use plan::{
+    AdamW, CheckpointPolicy, DataPart, Evaluate, Guard, Method, Muon, PLAN_VERSION, Plan, Sample, Start,
+};
 pub use run::{Context, Outcome, create, read_plan, run};
 pub use schedule::{Decay, Schedule};
+pub use start::start_files;

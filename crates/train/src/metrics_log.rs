@@ -94,7 +94,7 @@ mod tests {
     use super::*;
 
     fn eval(step: u64) -> Event {
-        Event::Eval { step, nats_per_token: 1.0, bits_per_byte: step as f64 }
+        Event::Eval { step, nats_per_token: 1.0, bits_per_byte: step as f64, parts: Vec::new() }
     }
 
     fn steps(store: &Arc<dyn Store>) -> Vec<u64> {

@@ -4,13 +4,15 @@
 //! threads and however often they were killed. What may differ between two starts of one run (threads, ranks, the
 //! place of the store) is therefore not part of the plan.
 
-use model::Config;
+use model::{Config, Lora, Objective};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result, Schedule};
 
 /// The newest layout of `plan.json` that this build understands.
-pub const PLAN_VERSION: u64 = 1;
+///
+/// 1 had one dataset, as `dataset` and `dataset_sha256`.
+pub const PLAN_VERSION: u64 = 2;
 
 /// The most tokens one micro-batch may hold. 2^20 tokens * 1 KiB of activations and more a token: GiBs.
 const MICRO_BATCH_TOKENS_MAX: usize = 1 << 20;
@@ -21,14 +23,24 @@ const MICRO_BATCHES_MAX: usize = 1 << 16;
 #[serde(deny_unknown_fields)]
 pub struct Plan {
     pub version: u64,
-    /// Name of the dataset in the store.
-    pub dataset: String,
-    /// The dataset's identity: the sha256 of all that its bytes depend on. A run never goes on with other data.
-    pub dataset_sha256: String,
+    /// What is trained on, mixed by weight, and validated on, each by itself.
+    pub data: Vec<DataPart>,
+    /// Documents of text do not see each other, as those of chats never do.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub isolated: bool,
     /// Name to publish the finished model under.
     pub publish: Option<String>,
     /// The model's shape: a Hugging Face `config.json`.
     pub model: serde_json::Value,
+    /// The model that training starts from; without one, weights are random.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<Start>,
+    /// What of it is trained. (Fields that old plans lack are left out where they say what old plans mean.)
+    #[serde(default, skip_serializing_if = "Method::is_full")]
+    pub method: Method,
+    /// What is minimized.
+    #[serde(default, skip_serializing_if = "is_cross_entropy")]
+    pub objective: Objective,
     /// t, tokens in a row.
     pub context: usize,
     /// b, rows in a micro-batch: what one rank computes at once.
@@ -38,6 +50,14 @@ pub struct Plan {
     pub steps: u64,
     pub schedule: Schedule,
     pub adamw: AdamW,
+    /// What trains the matrices of the layers, instead of AdamW.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub muon: Option<Muon>,
+    /// Weight of the square of the logits' logarithmic sum in the gradient.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub z_loss: f32,
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub guard: Guard,
     /// The mean gradient is scaled down to this norm.
     pub clip_norm: f32,
     pub seed: u64,
@@ -46,6 +66,81 @@ pub struct Plan {
     pub evaluate: Evaluate,
     pub checkpoint: CheckpointPolicy,
     pub sample: Sample,
+}
+
+/// A dataset and its share of the rows.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataPart {
+    /// Name of the dataset in the store.
+    pub dataset: String,
+    /// The dataset's identity: the sha256 of all that its bytes depend on. A run never goes on with other data.
+    pub sha256: String,
+    /// Its share, against the sum of all; 0: it is only validated on.
+    pub weight: f64,
+}
+
+/// What happens to a step that went wrong: it changes nothing, and the run goes on with the next rows.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Guard {
+    /// The run ends when more steps than this go wrong in a row.
+    pub skips_max: u64,
+    /// A loss goes wrong that lies so many standard deviations above the mean of the last ones; one that is not a
+    /// number always does.
+    pub spike_sigmas: Option<f32>,
+}
+
+/// Jordan et al. 2024. Embeddings, the head, norms and biases stay with AdamW.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Muon {
+    /// Falls as the schedule's does.
+    pub lr_peak: f32,
+    pub momentum: f32,
+    pub weight_decay: f32,
+}
+
+impl Default for Muon {
+    /// What nanochat trains with.
+    fn default() -> Muon {
+        Muon { lr_peak: 0.02, momentum: 0.95, weight_decay: 0.0 }
+    }
+}
+
+/// A model to start from. Its files are kept in the run, see [`crate::create`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Start {
+    /// What it is called, for those who use an adapter of it.
+    pub model: String,
+    /// The sha256 of its tensors' file.
+    pub sha256: String,
+}
+
+/// What of a model is trained.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Method {
+    /// All parameters.
+    #[default]
+    Full,
+    /// Low-rank changes.
+    Lora {
+        changes: Lora,
+        /// Publish the whole model, changes merged, instead of an adapter.
+        merge: bool,
+    },
+}
+
+impl Method {
+    fn is_full(&self) -> bool {
+        *self == Method::Full
+    }
+}
+
+fn is_cross_entropy(objective: &Objective) -> bool {
+    *objective == Objective::CrossEntropy
 }
 
 /// Loshchilov and Hutter 2019, "Decoupled weight decay regularization".
@@ -88,10 +183,15 @@ pub struct Sample {
 impl Plan {
     /// Reads a plan as it stands in a run.
     pub fn from_json(bytes: &[u8]) -> Result<Plan> {
-        let plan: Plan = serde_json::from_slice(bytes).map_err(Error::PlanJson)?;
-        if plan.version > PLAN_VERSION {
-            return Err(Error::PlanVersion { found: plan.version });
+        let mut value: serde_json::Value = serde_json::from_slice(bytes).map_err(Error::PlanJson)?;
+        let version = value["version"].as_u64().unwrap_or_default();
+        if version > PLAN_VERSION {
+            return Err(Error::PlanVersion { found: version });
         }
+        if version < 2 {
+            from_version_1(&mut value);
+        }
+        let plan: Plan = serde_json::from_value(value).map_err(Error::PlanJson)?;
         plan.check()?;
         Ok(plan)
     }
@@ -127,6 +227,9 @@ impl Plan {
         let micro_batches = 1..=MICRO_BATCHES_MAX;
         check(micro_batches.contains(&self.micro_batches), "micro_batches", "must be 1 to 65536")?;
         check(self.steps >= 1, "steps", "must be at least 1")?;
+        self.check_method()?;
+        self.check_data()?;
+        self.check_optimizer()?;
         check(finite(self.schedule.lr_peak), "schedule.lr_peak", "must be a number, 0 or more")?;
         let share = self.schedule.lr_final_share;
         check(finite(share) && share <= 1.0, "schedule.lr_final_share", "must be 0 to 1")?;
@@ -146,11 +249,56 @@ impl Plan {
         check(self.sample.every_steps >= 1, "sample.every_steps", "must be at least 1")
     }
 
+    fn check_data(&self) -> Result<()> {
+        check(!self.data.is_empty(), "data", "must name a dataset")?;
+        let weights = || self.data.iter().map(|part| part.weight);
+        check(weights().all(|w| w.is_finite() && w >= 0.0), "data.weight", "must be a number, 0 or more")?;
+        check(weights().sum::<f64>() > 0.0, "data.weight", "must be more than 0 for one dataset at least")?;
+        let mut names: Vec<&str> = self.data.iter().map(|part| part.dataset.as_str()).collect();
+        names.sort_unstable();
+        names.dedup();
+        check(names.len() == self.data.len(), "data.dataset", "must not be named twice")
+    }
+
+    fn check_optimizer(&self) -> Result<()> {
+        let finite = |x: f32| x.is_finite() && x >= 0.0;
+        check(finite(self.z_loss), "z_loss", "must be a number, 0 or more")?;
+        let sigmas = self.guard.spike_sigmas;
+        check(sigmas.is_none_or(|s| finite(s) && s > 0.0), "guard.spike_sigmas", "must be more than 0")?;
+        let Some(muon) = &self.muon else { return Ok(()) };
+        check(finite(muon.lr_peak), "muon.lr_peak", "must be a number, 0 or more")?;
+        check((0.0..1.0).contains(&muon.momentum), "muon.momentum", "must be in [0, 1)")?;
+        check(finite(muon.weight_decay), "muon.weight_decay", "must be a number, 0 or more")
+    }
+
+    fn check_method(&self) -> Result<()> {
+        let has_start = self.start.is_some();
+        check(has_start || self.method.is_full(), "method", "changes a model: name one to start from")?;
+        let Objective::Dpo { beta } = self.objective else { return Ok(()) };
+        check(has_start, "objective", "compares with a model: name one to start from")?;
+        check(beta > 0.0 && beta <= 100.0, "objective.dpo.beta", "must be more than 0 and at most 100")?;
+        check(self.rows.is_multiple_of(2), "rows", "must be even: preferences are pairs of rows")
+    }
+
     /// Refuses ranks among which the step's micro-batches cannot be shared evenly.
     pub fn check_ranks(&self, n_ranks: usize) -> Result<()> {
         let even = n_ranks.is_power_of_two() && self.micro_batches.is_multiple_of(n_ranks);
         if even { Ok(()) } else { Err(Error::Ranks { n_ranks, micro_batches: self.micro_batches }) }
     }
+}
+
+/// A plan of version 1 in today's fields. It stays of version 1: what it says is what it said.
+fn from_version_1(plan: &mut serde_json::Value) {
+    if let Some(fields) = plan.as_object_mut()
+        && let (Some(dataset), Some(sha256)) = (fields.remove("dataset"), fields.remove("dataset_sha256"))
+    {
+        let data = serde_json::json!([{"dataset": dataset, "sha256": sha256, "weight": 1.0}]);
+        fields.insert("data".into(), data);
+    }
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 fn check(holds: bool, field: &'static str, must: &'static str) -> Result<()> {

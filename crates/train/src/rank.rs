@@ -5,13 +5,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use comm::{Comm, tree};
-use data::Batches;
-use model::{ParamTable, TrainModel};
-use tensor::cross_entropy::IGNORED;
+use data::{Batches, Mixture, NO_TARGET};
+use model::{LossSum, Objective, TrainModel, Trainable};
 use tensor::{Buf, Pool};
 
-use crate::checkpoint::{Rate, State};
-use crate::{Error, Event, Plan, Result, Step};
+use crate::guard::Wrong;
+use crate::loader::{Loader, Order, Rows};
+use crate::optimizer::{Optimizer, Rate};
+use crate::state::State;
+use crate::{BadBatch, Error, EvalPart, Event, Plan, Result, Step};
 
 /// What a rank needs beyond the plan.
 pub(crate) struct Rank<'a> {
@@ -19,14 +21,14 @@ pub(crate) struct Rank<'a> {
     pub(crate) comm: Box<dyn Comm>,
     pub(crate) pool: Pool,
     pub(crate) model: TrainModel,
-    pub(crate) table: ParamTable,
-    pub(crate) train: Batches,
-    pub(crate) validation: Batches,
+    pub(crate) trainable: Trainable,
+    pub(crate) mixture: Mixture,
+    /// Of every dataset that holds something out.
+    pub(crate) validation: Arc<[Validation]>,
     /// Bytes of text that each token id stands for.
     pub(crate) token_bytes: Arc<[u32]>,
     pub(crate) state: State,
-    /// The parameters that have weight decay.
-    pub(crate) decayed: Vec<Range<usize>>,
+    pub(crate) optimizer: Optimizer,
     /// Gradient of the sum of the step's token losses.
     pub(crate) grads: Buf<f32>,
     /// One buffer a level of the gradient tree.
@@ -36,158 +38,268 @@ pub(crate) struct Rank<'a> {
     pub(crate) seconds: &'a (dyn Fn() -> f64 + Sync),
 }
 
+/// A dataset's held-out rows, and its weight in the mean over datasets.
+pub(crate) struct Validation {
+    pub(crate) dataset: String,
+    pub(crate) weight: f64,
+    pub(crate) batches: Batches,
+}
+
 /// The part of the work that only rank 0 does: telling, saving, sampling.
 pub(crate) trait Lead {
     fn event(&mut self, event: Event);
-    /// Returns whether the checkpoint is there; why not has been told as an event.
-    fn save(&mut self, state: &State) -> bool;
-    fn sample(&mut self, pool: &Pool, table: &ParamTable, state: &State) -> Result<()>;
+    /// Tells of a checkpoint that has been written meanwhile, and begins one beside the next steps if one is due and
+    /// none is being written. Returns whether one is still due.
+    fn go_on_saving(&mut self, is_due: bool, pool: &Pool, state: &State) -> bool;
+    /// Returns once the checkpoint is there or has failed, and whether it is there; why not has been told as an event.
+    fn save(&mut self, pool: &Pool, state: &State) -> bool;
+    fn sample(&mut self, pool: &Pool, trainable: &Trainable, state: &State) -> Result<()>;
+}
+
+/// What micro-batches lost, three numbers each, in their order: nats, what counts (tokens with a target, or pairs),
+/// margins of pairs.
+#[derive(Default)]
+struct Sums(Vec<f64>);
+
+impl Sums {
+    fn push(&mut self, loss: LossSum) {
+        self.0.extend([loss.nats, loss.n_tokens as f64, loss.margin]);
+    }
+
+    fn nats(&self) -> f64 {
+        self.0.iter().step_by(3).sum()
+    }
+
+    /// At least 1: a step in which nothing counts changes nothing.
+    fn n_counted(&self) -> f64 {
+        self.0.iter().skip(1).step_by(3).sum::<f64>().max(1.0)
+    }
+
+    fn margin(&self) -> f64 {
+        self.0.iter().skip(2).step_by(3).sum()
+    }
+
+    /// The micro-batch that lost most of what counts in it, or is no number.
+    fn worst(&self) -> usize {
+        let loss = |nats: f64, n: f64| if nats.is_finite() { nats / n.max(1.0) } else { f64::INFINITY };
+        let losses = self.0.as_chunks::<3>().0.iter().map(|[nats, n, _]| loss(*nats, *n)).enumerate();
+        losses.max_by(|a, b| a.1.total_cmp(&b.1)).map_or(0, |(i, _)| i)
+    }
 }
 
 impl Rank<'_> {
     /// Runs steps until the plan is done or `stop` is set; returns whether it is done.
     /// `lead` is `Some` on rank 0 and `None` elsewhere.
     pub(crate) fn run(&mut self, mut lead: Option<&mut dyn Lead>, stop: &AtomicBool) -> Result<bool> {
+        let loader = Loader::start(self.mixture.clone(), self.order());
         if self.state.step == 0 {
             self.look(&mut lead, true)?;
         }
+        let (mut is_save_due, first) = (false, self.state.step);
         while self.state.step < self.plan.steps {
             // Rank 0 decides for all, so that every rank stops before the same step.
             let wants_stop = self.comm.rank() == 0 && stop.load(Ordering::Relaxed);
             if self.comm.all_gather(&[f64::from(u8::from(wants_stop))])?[0] != 0.0 {
                 if let Some(lead) = &mut lead
-                    && lead.save(&self.state)
+                    && lead.save(&self.pool, &self.state)
                 {
                     lead.event(Event::Interrupted { step: self.state.step });
                 }
                 return Ok(false);
             }
-            let step = self.step()?;
+            let event = self.step(&loader)?;
             if let Some(lead) = &mut lead {
-                lead.event(Event::Step(step));
+                lead.event(event);
             }
-            let last = self.state.step == self.plan.steps;
-            self.look(&mut lead, last)?;
+            self.look(&mut lead, self.state.step == self.plan.steps)?;
             if let Some(lead) = &mut lead
-                && (last || self.state.step.is_multiple_of(self.plan.checkpoint.every_steps))
+                && self.state.step < self.plan.steps
             {
-                lead.save(&self.state);
+                is_save_due |= self.state.step.is_multiple_of(self.plan.checkpoint.every_steps);
+                is_save_due = lead.go_on_saving(is_save_due, &self.pool, &self.state);
             }
         }
+        if let Some(lead) = &mut lead
+            && self.state.step > first
+        {
+            lead.save(&self.pool, &self.state);
+        }
         Ok(true)
+    }
+
+    /// The rows of the steps that are left.
+    fn order(&self) -> Order {
+        Order {
+            steps: self.state.step..self.plan.steps,
+            micro_batches: self.plan.micro_batches as u64,
+            share: tree::share(self.plan.micro_batches, self.comm.rank(), self.comm.n_ranks()),
+            rows: self.plan.rows as u64,
+        }
     }
 
     /// Evaluates and samples where the plan says so, or where it must.
     fn look(&mut self, lead: &mut Option<&mut dyn Lead>, must: bool) -> Result<()> {
         let step = self.state.step;
-        if must || step.is_multiple_of(self.plan.evaluate.every_steps) {
-            let (nats_per_token, bits_per_byte) = self.evaluate()?;
-            if let Some(lead) = lead {
-                lead.event(Event::Eval { step, nats_per_token, bits_per_byte });
-            }
+        if (must || step.is_multiple_of(self.plan.evaluate.every_steps))
+            && let Some(event) = self.evaluate()?
+            && let Some(lead) = lead
+        {
+            lead.event(event);
         }
         if let Some(lead) = lead
             && (must || step.is_multiple_of(self.plan.sample.every_steps))
         {
-            lead.sample(&self.pool, &self.table, &self.state)?;
+            lead.sample(&self.pool, &self.trainable, &self.state)?;
         }
         Ok(())
     }
 
     /// One optimizer step over the micro-batches of all ranks.
-    fn step(&mut self) -> Result<Step> {
+    fn step(&mut self, loader: &Loader) -> Result<Event> {
         let start = (self.seconds)();
         let plan = self.plan;
-        let n_tokens = plan.tokens_per_step() as f64;
-        let (nats, data_seconds) = self.gradients()?;
+        let (sums, data_seconds) = self.gradients(loader)?;
         self.comm.all_reduce_tree(&mut self.grads)?;
-        let nats = self.comm.all_gather(&nats)?;
-        if let Some(micro_batch) = nats.iter().position(|n| !n.is_finite()) {
-            let first = self.first_row(micro_batch);
-            let rows = first..first + plan.rows as u64;
-            return Err(Error::NotANumber { step: self.state.step + 1, micro_batch, rows });
-        }
+        let sums = Sums(self.comm.all_gather(&sums.0)?);
+        let n_counted = sums.n_counted();
+        let loss = sums.nats() / n_counted;
         let squares = tensor::adamw::sum_squares(&self.pool, &self.grads, &mut self.squares);
-        let grad_norm = squares.sqrt() / n_tokens;
-        let lr = plan.schedule.lr(self.state.step, plan.steps);
+        let grad_norm = squares.sqrt() / n_counted;
+        // From numbers that all ranks have alike, so that all decide alike.
+        let wrong = self.state.health.judge(loss, grad_norm, plan.guard);
+        let lr_share = plan.schedule.share(self.state.step, plan.steps);
+        if let Some(wrong) = wrong {
+            let bad = self.bad_batch(sums.worst());
+            return self.skip(wrong, [loss, grad_norm], bad);
+        }
         let clip = (f64::from(plan.clip_norm) / grad_norm).min(1.0);
-        let rate = Rate { lr, grad_scale: (clip / n_tokens) as f32 };
-        self.state.update(&self.pool, &self.grads, &self.decayed, plan.adamw, rate);
+        let rate = Rate { lr_share, grad_scale: (clip / n_counted) as f32 };
+        self.optimizer.update(&self.pool, &mut self.state, &self.grads, rate);
+        self.finish_step((self.seconds)() - start);
+        let n_tokens = plan.tokens_per_step() as f64;
         let seconds = (self.seconds)() - start;
-        self.state.tokens += n_tokens as u64;
-        self.state.elapsed_seconds += seconds;
-        Ok(Step {
+        Ok(Event::Step(Step {
             step: self.state.step,
-            loss: nats.iter().sum::<f64>() / n_tokens,
-            lr,
+            loss,
+            lr: plan.schedule.lr_peak * lr_share as f32,
             grad_norm,
             tokens: self.state.tokens,
             tokens_per_second: n_tokens / seconds.max(1e-9),
             data_seconds,
             elapsed_seconds: self.state.elapsed_seconds,
+            margin: plan.objective.is_of_pairs().then(|| sums.margin() / n_counted),
+        }))
+    }
+
+    fn finish_step(&mut self, seconds: f64) {
+        self.state.step += 1;
+        self.state.tokens += self.plan.tokens_per_step() as u64;
+        self.state.elapsed_seconds += seconds;
+    }
+
+    /// Goes on with the next rows; ends the run when that has happened too often in a row.
+    fn skip(&mut self, wrong: Wrong, [loss, grad_norm]: [f64; 2], bad: BadBatch) -> Result<Event> {
+        self.finish_step(0.0);
+        let (step, n) = (self.state.step, self.state.health.n_skipped_in_a_row);
+        if n > self.plan.guard.skips_max {
+            return Err(Error::StepsWentWrong { n, step, what: wrong.text(), bad });
+        }
+        let number = |x: f64| x.is_finite().then_some(x);
+        Ok(Event::Skipped {
+            step,
+            wrong,
+            loss: number(loss),
+            grad_norm: number(grad_norm),
+            bad,
+            n_skipped: self.state.health.n_skipped,
         })
     }
 
-    /// Sums the gradients of this rank's micro-batches in tree order. Returns the summed loss of each micro-batch and
-    /// the seconds spent on data.
-    fn gradients(&mut self) -> Result<(Vec<f64>, f64)> {
+    /// Where the rows of a micro-batch are from.
+    fn bad_batch(&self, micro_batch: usize) -> BadBatch {
+        let rows = self.order().rows_of(self.state.step, micro_batch);
+        let place = |index: u64| {
+            let (part, row) = self.mixture.place(index);
+            let dataset = self.plan.data.iter().filter(|part| part.weight > 0.0).nth(part);
+            (dataset.map_or(String::new(), |part| part.dataset.clone()), row)
+        };
+        BadBatch { micro_batch, from: rows.clone().map(place).collect(), first_row: rows.start }
+    }
+
+    /// Sums the gradients of this rank's micro-batches in tree order. Returns what each micro-batch lost, and the seconds
+    /// waited for data.
+    fn gradients(&mut self, loader: &Loader) -> Result<(Sums, f64)> {
         let mine = tree::share(self.plan.micro_batches, self.comm.rank(), self.comm.n_ranks());
-        let mut nats = Vec::with_capacity(mine.len());
-        let mut data_seconds = 0.0;
-        let rows = self.plan.rows as u64;
-        let first_row = self.first_row(0);
-        let Rank { pool, model, train, state, grads, spare, seconds, .. } = self;
-        let mut leaf = |micro_batch: usize, dparams: &mut [f32]| -> Result<()> {
+        let (mut sums, mut data_seconds) = (Sums::default(), 0.0);
+        let Rank { plan, pool, model, state, grads, spare, seconds, .. } = self;
+        let mut leaf = |_: usize, dparams: &mut [f32]| -> Result<()> {
             let start = seconds();
-            let first = first_row + micro_batch as u64 * rows;
-            let (tokens_bt, targets_bt) = windows(train, first..first + rows)?;
+            let rows = loader.next()?;
             data_seconds += seconds() - start;
-            let sum = model.loss_and_grads(pool, &state.params, &tokens_bt, &targets_bt, dparams);
-            nats.push(sum.nats);
+            sums.push(model.loss_and_grads(pool, &state.params, (rows.batch(), plan.objective), dparams));
             Ok(())
         };
         tree::reduce(mine, grads, spare, &mut leaf)?;
-        Ok((nats, data_seconds))
+        Ok((sums, data_seconds))
     }
 
-    /// Index of the first row of a micro-batch of the current step in the data's order.
-    fn first_row(&self, micro_batch: usize) -> u64 {
-        let (rows, micro_batches) = (self.plan.rows as u64, self.plan.micro_batches as u64);
-        (self.state.step * micro_batches + micro_batch as u64) * rows
-    }
-
-    /// Mean nats a token and bits a byte over the first validation rows, shared among ranks, summed in row order.
-    fn evaluate(&mut self) -> Result<(f64, f64)> {
-        let n_rows = (self.plan.evaluate.rows_max as u64).min(self.validation.n_windows());
-        let rows = self.plan.rows as u64;
-        let n_batches = n_rows.div_ceil(rows);
-        let (rank, n_ranks) = (self.comm.rank() as u64, self.comm.n_ranks() as u64);
-        let mut sums = Vec::new();
-        for batch in n_batches * rank / n_ranks..n_batches * (rank + 1) / n_ranks {
-            let present = batch * rows..((batch + 1) * rows).min(n_rows);
-            let (mut tokens_bt, mut targets_bt) = windows(&mut self.validation, present)?;
-            let full = self.plan.rows * self.plan.context;
-            tokens_bt.resize(full, 0);
-            targets_bt.resize(full, IGNORED);
-            let sum = self.model.loss(&self.pool, &self.state.params, &tokens_bt, &targets_bt);
-            let real = targets_bt.iter().filter(|t| **t != IGNORED);
-            let bytes: u64 = real.map(|t| u64::from(self.token_bytes[*t as usize])).sum();
-            sums.extend([sum.nats, sum.n_tokens as f64, bytes as f64]);
+    /// The mean of the objective, and bits a byte, over the first validation rows of every dataset, shared among ranks, summed in
+    /// row order. `None` where nothing is held out.
+    fn evaluate(&mut self) -> Result<Option<Event>> {
+        let validation = self.validation.clone();
+        let mut parts = Vec::new();
+        for part in validation.iter() {
+            let sums = self.held_out_sums(&part.batches)?;
+            let sums = self.comm.all_gather(&sums)?;
+            let total = |at: usize| sums.iter().skip(at).step_by(4).sum::<f64>();
+            parts.push(EvalPart {
+                dataset: part.dataset.clone(),
+                nats_per_token: total(0) / total(1).max(1.0),
+                bits_per_byte: total(2) / std::f64::consts::LN_2 / total(3).max(1.0),
+            });
         }
-        let sums = self.comm.all_gather(&sums)?;
-        let total = |at: usize| sums.iter().skip(at).step_by(3).sum::<f64>();
-        let (nats, n_tokens, bytes) = (total(0), total(1), total(2));
-        Ok((nats / n_tokens, nats / std::f64::consts::LN_2 / bytes))
+        if parts.is_empty() {
+            return Ok(None);
+        }
+        let weights: f64 = validation.iter().map(|part| part.weight).sum();
+        let mean = |of: &dyn Fn(&EvalPart) -> f64| -> f64 {
+            parts.iter().zip(validation.iter()).map(|(part, v)| of(part) * v.weight / weights).sum()
+        };
+        let (nats_per_token, bits_per_byte) =
+            (mean(&|part| part.nats_per_token), mean(&|part| part.bits_per_byte));
+        if parts.len() == 1 {
+            parts.clear();
+        }
+        Ok(Some(Event::Eval { step: self.state.step, nats_per_token, bits_per_byte, parts }))
+    }
+
+    /// Of each of this rank's batches of held-out rows: the objective's sum, what counts in it, nats of tokens, bytes.
+    fn held_out_sums(&mut self, held_out: &Batches) -> Result<Vec<f64>> {
+        let n_rows = (self.plan.evaluate.rows_max as u64).min(held_out.n_rows());
+        // A pair is judged whole.
+        let n_rows = if held_out.is_pairs() { n_rows.next_multiple_of(2) } else { n_rows };
+        let rows = self.plan.rows as u64;
+        let mut sums = Vec::new();
+        for batch in share(n_rows.div_ceil(rows), self.comm.rank(), self.comm.n_ranks()) {
+            let mut batch_rows = Rows::default();
+            for index in batch * rows..((batch + 1) * rows).min(n_rows) {
+                batch_rows.push(held_out.row(index)?);
+            }
+            batch_rows.pad(self.plan.rows * self.plan.context);
+            let mut loss =
+                |objective| self.model.loss(&self.pool, &self.state.params, (batch_rows.batch(), objective));
+            let tokens = loss(Objective::CrossEntropy);
+            let sum = if self.plan.objective.is_of_pairs() { loss(self.plan.objective) } else { tokens };
+            let real = batch_rows.targets_bt.iter().filter(|target| **target != NO_TARGET);
+            let bytes: u64 = real.map(|target| u64::from(self.token_bytes[*target as usize])).sum();
+            sums.extend([sum.nats, sum.n_tokens as f64, tokens.nats, bytes as f64]);
+        }
+        Ok(sums)
     }
 }
 
-/// Rows `range` of the data's order as inputs and the targets one position later, row by row.
-fn windows(batches: &mut Batches, range: Range<u64>) -> Result<(Vec<u32>, Vec<u32>)> {
-    let (mut tokens_bt, mut targets_bt) = (Vec::new(), Vec::new());
-    for index in range {
-        let window = batches.window(index)?;
-        tokens_bt.extend_from_slice(&window[..window.len() - 1]);
-        targets_bt.extend_from_slice(&window[1..]);
-    }
-    Ok((tokens_bt, targets_bt))
+/// A rank's share of `n` things, in order.
+fn share(n: u64, rank: usize, n_ranks: usize) -> Range<u64> {
+    let (rank, n_ranks) = (rank as u64, n_ranks as u64);
+    n * rank / n_ranks..n * (rank + 1) / n_ranks
 }

@@ -8,24 +8,27 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use comm::ThreadComm;
-use data::{Batches, Dataset, Split};
-use model::{ParamTable, TrainModel};
+use data::Dataset;
+use model::{TrainModel, Trainable};
 use sha2::{Digest, Sha256};
 use store::{BundleWriter, ObjectName, Put, Store};
 use tensor::packed::WeightKind;
 use tensor::{Buf, Pool, Precision};
 
-use crate::checkpoint::{Checkpoints, State, chain};
+use crate::checkpoint::{Checkpoints, chain};
 use crate::metrics_log::MetricsLog;
+use crate::optimizer::Optimizer;
+use crate::plan::Method;
 use crate::rank::{Lead, Rank};
 use crate::sample::Sampler;
-use crate::{Curve, Error, Event, Plan, Result, Started, read_metrics};
+use crate::saver::Saver;
+use crate::sources::Sources;
+use crate::state::State;
+use crate::tensorboard::TensorBoard;
+use crate::{Curve, Error, Event, Plan, Result, Started, read_metrics, start};
 
 /// How often metrics reach the store while steps go on.
 const FLUSH_SECONDS: f64 = 2.0;
-
-/// The validation rows are those of this seed in every run, so that runs compare.
-const VALIDATION_SEED: u64 = 0;
 
 /// What a run is carried out with. None of it changes the result.
 pub struct Context<'a> {
@@ -40,6 +43,8 @@ pub struct Context<'a> {
     pub stop: &'a AtomicBool,
     /// A clock that never goes back, in seconds.
     pub seconds: &'a (dyn Fn() -> f64 + Sync),
+    /// Seconds since 1970 when `seconds` was 0: for those who draw curves over time.
+    pub started_unix: f64,
 }
 
 /// How a run ended.
@@ -50,13 +55,19 @@ pub enum Outcome {
     Interrupted,
 }
 
-/// Writes the plan into the run. A run that exists keeps its plan: another one is refused, naming the first field
-/// that differs.
-pub fn create(store: &Arc<dyn Store>, run: &str, plan: &Plan) -> Result<()> {
+/// Writes the plan into the run, and the files of the model it starts from, if it names one (see [`crate::start_files`]).
+/// A run that exists keeps its plan: another one is refused, naming the first field that differs.
+pub fn create(store: &Arc<dyn Store>, run: &str, plan: &Plan, start: Option<&model::Files>) -> Result<()> {
     plan.check()?;
     let name = plan_name(run)?;
-    if store.put_if_absent(&name, &plan.to_json())? == Put::Created {
-        return Ok(());
+    if read_plan(store, run)?.is_none() {
+        // First, so that a run with a plan has all that it needs.
+        if let Some(files) = start {
+            start::keep(store, run, files)?;
+        }
+        if store.put_if_absent(&name, &plan.to_json())? == Put::Created {
+            return Ok(());
+        }
     }
     let old = Plan::from_json(&store.get(&name)?)?;
     match first_difference(&as_value(&old)?, &as_value(plan)?, String::new()) {
@@ -67,33 +78,42 @@ pub fn create(store: &Arc<dyn Store>, run: &str, plan: &Plan) -> Result<()> {
 
 /// The plan of a run, if there is such a run.
 pub fn read_plan(store: &Arc<dyn Store>, run: &str) -> Result<Option<Plan>> {
+    Ok(stored_plan(store, run)?.map(|(plan, _)| plan))
+}
+
+/// The plan and the SHA-256 of its bytes as they were written: what checkpoints name it by, whatever a newer build would
+/// write.
+fn stored_plan(store: &Arc<dyn Store>, run: &str) -> Result<Option<(Plan, String)>> {
     let name = plan_name(run)?;
-    match store.head(&name)? {
-        Some(_) => Ok(Some(Plan::from_json(&store.get(&name)?)?)),
-        None => Ok(None),
+    if store.head(&name)?.is_none() {
+        return Ok(None);
     }
+    let bytes = store.get(&name)?;
+    Ok(Some((Plan::from_json(&bytes)?, hex::encode(Sha256::digest(&bytes)))))
 }
 
 /// Carries a created run out, from its newest checkpoint if it has one. `on_event` is told what happens.
 pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcome> {
     let run = &context.run;
-    let plan = read_plan(&context.store, run)?.ok_or_else(|| Error::NoRun { run: run.clone() })?;
+    let (plan, plan_sha256) =
+        stored_plan(&context.store, run)?.ok_or_else(|| Error::NoRun { run: run.clone() })?;
     plan.check_ranks(context.n_ranks)?;
-    let dataset = open_dataset(context, &plan)?;
-    let table = ParamTable::new(&plan.config()?);
+    let sources = Sources::open(&context.store, &plan)?;
+    let mut trainable = start::trainable(&context.store, run, &plan)?;
     let checkpoints = Checkpoints {
         store: context.store.clone(),
         run: run.clone(),
-        plan_sha256: hex::encode(Sha256::digest(plan.to_json())),
-        n_params: table.n_params(),
+        plan_sha256,
+        n_params: trainable.n_params(),
     };
     let mut refused = Vec::new();
     let state = checkpoints.load_newest(&mut |event| refused.push(event))?;
     let step = state.as_ref().map_or(0, |s| s.step);
     let mut leader = Leader {
         log: MetricsLog::open(context.store.clone(), run, step)?,
-        sampler: Sampler::new(&plan, dataset.tokenizer())?,
-        checkpoints,
+        board: TensorBoard::open(context.store.clone(), run, step, context.started_unix)?,
+        sampler: Sampler::new(&plan, sources.voice.tokenizer())?,
+        saver: Saver::new(checkpoints, plan.checkpoint.keep),
         context,
         plan: &plan,
         on_event,
@@ -102,63 +122,52 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
     for event in refused {
         leader.event(event);
     }
-    leader.started(step, table.n_params())?;
-    let states = (0..context.n_ranks).map(|_| match &state {
-        Some(state) => state.clone(),
-        None => State::initial(&table, plan.seed),
-    });
-    let ranks = ranks(context, &plan, &dataset, states)?;
+    leader.started(step, &trainable);
+    let mut states = vec![state.unwrap_or_else(|| State::initial(&trainable, plan.seed))];
+    states.extend((1..context.n_ranks).map(|_| states[0].clone()).collect::<Vec<_>>());
+    if !plan.objective.is_of_pairs() {
+        trainable.forget_start();
+    }
+    let ranks = ranks(context, (&plan, &trainable), &sources, states)?;
     let (finished, params) = run_ranks(ranks, &mut leader, context.stop)?;
     if finished {
-        leader.finish(&dataset, &table, &params)?;
+        leader.finish(&sources.voice, &trainable, &params)?;
     }
     leader.flush();
+    leader.flush_board();
     Ok(if finished { Outcome::Finished } else { Outcome::Interrupted })
-}
-
-fn open_dataset(context: &Context, plan: &Plan) -> Result<Dataset> {
-    let name = &plan.dataset;
-    let dataset = Dataset::open(&context.store, name)?;
-    let found = dataset.info().plan_sha256.clone();
-    if found != plan.dataset_sha256 {
-        let planned = plan.dataset_sha256.clone();
-        return Err(Error::DatasetChanged { name: name.clone(), found, planned });
-    }
-    let (model, dataset_vocab) = (plan.config()?.vocab, dataset.info().vocab_size);
-    if model != dataset_vocab {
-        return Err(Error::Vocabulary { model, dataset: dataset_vocab });
-    }
-    Ok(dataset)
 }
 
 fn ranks<'a>(
     context: &Context<'a>,
-    plan: &'a Plan,
-    dataset: &Dataset,
-    states: impl Iterator<Item = State>,
+    (plan, trainable): (&'a Plan, &Trainable),
+    sources: &Sources,
+    states: Vec<State>,
 ) -> Result<Vec<Rank<'a>>> {
     let config = plan.config()?;
     let precision = if plan.bf16 { Precision::Bf16 } else { Precision::F32 };
     let n_threads = (context.n_threads / context.n_ranks).max(1);
-    let tokenizer = dataset.tokenizer();
-    let bytes = |id: u32| if tokenizer.is_special(id) { 0 } else { tokenizer.token_bytes(id).len() as u32 };
+    let tokenizer = sources.voice.tokenizer();
+    let n_ids = sources.voice.info().vocab_size as u32;
+    let is_text = |id: u32| id < n_ids && !tokenizer.is_special(id);
+    let bytes = |id: u32| if is_text(id) { tokenizer.token_bytes(id).len() as u32 } else { 0 };
     let token_bytes: Arc<[u32]> = (0..config.vocab as u32).map(bytes).collect();
-    let table = ParamTable::new(&config);
     let group: Vec<ThreadComm> = comm::threads(context.n_ranks)?;
     let rank = |(comm, state): (ThreadComm, State)| -> Result<Rank<'a>> {
         Ok(Rank {
             plan,
             comm: Box::new(comm),
             pool: Pool::new(n_threads),
-            model: TrainModel::new(&config, plan.rows, plan.context, precision),
-            table: table.clone(),
-            train: Batches::new(dataset, Split::Train, plan.seed, plan.context)?,
-            validation: Batches::new(dataset, Split::Validation, VALIDATION_SEED, plan.context)?,
+            model: TrainModel::new(trainable.clone(), plan.rows, plan.context, precision)
+                .with_z_loss(plan.z_loss),
+            optimizer: Optimizer::new(plan, trainable.specs(), &trainable.decayed(), precision),
+            trainable: trainable.clone(),
+            mixture: sources.mixture.clone(),
+            validation: sources.validation.clone(),
             token_bytes: token_bytes.clone(),
             grads: Buf::zeroed(state.params.len()),
             spare: Vec::new(),
             squares: Vec::new(),
-            decayed: table.decayed(),
             state,
             seconds: context.seconds,
         })
@@ -197,25 +206,34 @@ fn run_ranks(mut ranks: Vec<Rank>, leader: &mut Leader, stop: &AtomicBool) -> Re
 struct Leader<'a, 'b> {
     context: &'a Context<'a>,
     plan: &'a Plan,
-    checkpoints: Checkpoints,
+    saver: Saver,
     log: MetricsLog,
+    board: TensorBoard,
     sampler: Sampler,
     on_event: &'b mut dyn FnMut(&Event),
     flushed: f64,
 }
 
 impl Leader<'_, '_> {
-    fn started(&mut self, step: u64, n_params: usize) -> Result<()> {
+    fn started(&mut self, step: u64, trainable: &Trainable) {
         self.event(Event::Started(Started {
             run: self.context.run.clone(),
             step,
             n_steps: self.plan.steps,
-            n_params: n_params as u64,
-            flops_per_token: self.plan.config()?.flops_per_token_train(self.plan.context),
+            n_params: trainable.n_params() as u64,
+            flops_per_token: trainable.flops_per_token(self.plan.context),
             peak_flops: self.context.peak_flops,
             n_ranks: self.context.n_ranks as u64,
         }));
-        Ok(())
+    }
+
+    /// Tells what became of the checkpoint being written, once that is known; whether it is there. One that cannot be
+    /// written (a full disk) is reported; the run goes on and tries again at the next.
+    fn tell_saved(&mut self, wait: bool) -> bool {
+        let event = self.saver.finished(wait, self.context.seconds);
+        let is_there = matches!(event, Some(Event::Checkpoint { .. }));
+        event.into_iter().for_each(|event| self.event(event));
+        is_there
     }
 
     fn flush(&mut self) {
@@ -226,10 +244,16 @@ impl Leader<'_, '_> {
         self.flushed = (self.context.seconds)();
     }
 
+    fn flush_board(&mut self) {
+        if let Err(error) = self.board.flush((self.context.seconds)()) {
+            (self.on_event)(&Event::MetricsFailed { step: 0, why: chain(&error) });
+        }
+    }
+
     /// Publishes the model, draws the curve.
-    fn finish(&mut self, dataset: &Dataset, table: &ParamTable, params: &[f32]) -> Result<()> {
+    fn finish(&mut self, dataset: &Dataset, trainable: &Trainable, params: &[f32]) -> Result<()> {
         if let Some(name) = &self.plan.publish {
-            publish(self.context, self.plan, name, dataset, table, params)?;
+            publish(self.context, (self.plan, name), dataset, trainable, params)?;
         }
         self.event(Event::Finished { step: self.plan.steps, model: self.plan.publish.clone() });
         self.flush();
@@ -245,7 +269,8 @@ impl Leader<'_, '_> {
 
 impl Lead for Leader<'_, '_> {
     fn event(&mut self, event: Event) {
-        if let Err(error) = self.log.push(&event) {
+        let seconds = (self.context.seconds)();
+        if let Err(error) = self.log.push(&event).and_then(|()| self.board.push(seconds, &event)) {
             (self.on_event)(&Event::MetricsFailed { step: event.step(), why: chain(&error) });
         }
         (self.on_event)(&event);
@@ -254,24 +279,19 @@ impl Lead for Leader<'_, '_> {
         }
     }
 
-    /// A checkpoint that cannot be written (a full disk) is reported; the run goes on and tries again at the next.
-    fn save(&mut self, state: &State) -> bool {
-        let start = (self.context.seconds)();
-        let saved = self.checkpoints.save(state).and_then(|bytes| {
-            self.checkpoints.prune(self.plan.checkpoint.keep)?;
-            Ok(bytes)
-        });
-        let seconds = (self.context.seconds)() - start;
-        let event = match &saved {
-            Ok(bytes) => Event::Checkpoint { step: state.step, bytes: *bytes, seconds },
-            Err(error) => Event::CheckpointFailed { step: state.step, why: chain(error) },
-        };
-        self.event(event);
-        saved.is_ok()
+    fn go_on_saving(&mut self, is_due: bool, pool: &Pool, state: &State) -> bool {
+        self.tell_saved(false);
+        is_due && !self.saver.begin(pool, state, self.context.seconds)
     }
 
-    fn sample(&mut self, pool: &Pool, table: &ParamTable, state: &State) -> Result<()> {
-        let text = self.sampler.continue_prompt(pool, table, state)?;
+    fn save(&mut self, pool: &Pool, state: &State) -> bool {
+        self.tell_saved(true);
+        self.saver.begin(pool, state, self.context.seconds);
+        self.tell_saved(true)
+    }
+
+    fn sample(&mut self, pool: &Pool, trainable: &Trainable, state: &State) -> Result<()> {
+        let text = self.sampler.continue_prompt(pool, trainable, state)?;
         let name = ObjectName::parse(&format!("runs/{}/samples/{:08}.txt", self.context.run, state.step))?;
         if let Err(error) = self.context.store.put(&name, text.as_bytes()) {
             (self.on_event)(&Event::MetricsFailed { step: state.step, why: chain(&error) });
@@ -281,25 +301,41 @@ impl Lead for Leader<'_, '_> {
     }
 }
 
-/// The finished model as a Hugging Face directory, visible with its manifest.
+/// The finished model as a Hugging Face directory, `models/<name>`, or as an adapter, `adapters/<name>`; visible with its
+/// manifest.
 fn publish(
     context: &Context,
-    plan: &Plan,
-    name: &str,
+    (plan, name): (&Plan, &str),
     dataset: &Dataset,
-    table: &ParamTable,
+    trainable: &Trainable,
     params: &[f32],
 ) -> Result<()> {
-    let weights = table.to_weights(&plan.config()?, params, WeightKind::F32);
-    let mut bundle = BundleWriter::new(&context.store, &format!("models/{name}"))?;
-    for (file, bytes) in model::hf::files(&weights)? {
+    let base = plan.start.as_ref().map_or("", |start| &start.model);
+    let adapter = match plan.method {
+        Method::Lora { merge: false, .. } => trainable.adapter_files(params, base).transpose()?,
+        _ => None,
+    };
+    let kind = if adapter.is_some() { "adapter" } else { "model" };
+    let mut bundle = BundleWriter::new(&context.store, &format!("{kind}s/{name}"))?;
+    let files = match adapter {
+        Some(files) => files,
+        None => {
+            let pool = Pool::new(context.n_threads);
+            let mut files = model::hf::files(&trainable.to_weights(&pool, params, WeightKind::F32))?;
+            files.extend(dataset.tokenizer_files()?);
+            files
+        }
+    };
+    for (file, bytes) in files {
         bundle.add(file, &bytes)?;
     }
-    bundle.add("tokenizer.json", dataset.tokenizer().to_json().as_bytes())?;
-    bundle.add("tokenizer_config.json", dataset.tokenizer().config_json(None).as_bytes())?;
-    let meta =
-        serde_json::json!({ "run": context.run, "dataset": plan.dataset, "steps": plan.steps, "base": true });
-    bundle.publish("model", meta)?;
+    // What has learned no chats speaks as a base model does.
+    let is_base = dataset.info().chats.is_none();
+    let datasets: Vec<&str> = plan.data.iter().map(|part| part.dataset.as_str()).collect();
+    let meta = serde_json::json!({
+        "run": context.run, "dataset": datasets.join(" + "), "steps": plan.steps, "base": is_base,
+    });
+    bundle.publish(kind, meta)?;
     Ok(())
 }
 

@@ -1,12 +1,12 @@
 //! What the model writes as it learns: a continuation of the plan's prompt, through the same cached forward that
 //! serves it later.
 
-use model::{Config, KvType, Scratch, StepInput, Transformer};
+use model::{KvType, Scratch, StepInput, Transformer};
 use tensor::Pool;
 use tensor::packed::WeightKind;
 use tokenizer::Tokenizer;
 
-use crate::checkpoint::State;
+use crate::state::State;
 use crate::{Plan, Result};
 
 /// Plain sampling is enough to see what has been learned: temperature 0.8 over all ids.
@@ -17,7 +17,6 @@ pub(crate) struct Sampler {
     n_tokens: usize,
     seed: u64,
     tokenizer: Tokenizer,
-    config: Config,
     context_max: usize,
 }
 
@@ -28,21 +27,21 @@ impl Sampler {
             prompt.extend(tokenizer.eos());
         }
         prompt.truncate(plan.context);
-        let config = plan.config()?;
         let n_tokens = plan.sample.n_tokens;
-        Ok(Sampler { prompt, n_tokens, seed: plan.seed, tokenizer, config, context_max: plan.context })
+        Ok(Sampler { prompt, n_tokens, seed: plan.seed, tokenizer, context_max: plan.context })
     }
 
     /// The prompt and what the model adds to it. A pure function of the state.
     pub(crate) fn continue_prompt(
         &self,
         pool: &Pool,
-        table: &model::ParamTable,
+        trainable: &model::Trainable,
         state: &State,
     ) -> Result<String> {
-        let llama = Transformer::new(table.to_weights(&self.config, &state.params, WeightKind::F32), pool)?;
+        let weights = trainable.to_weights(pool, &state.params, WeightKind::F32);
+        let transformer = Transformer::new(weights, pool)?;
         let n_blocks = self.context_max.div_ceil(model::BLOCK_TOKENS);
-        let mut kv = llama.new_kv(n_blocks, KvType::F32);
+        let mut kv = transformer.new_kv(n_blocks, KvType::F32);
         let blocks: Vec<u32> = (0..n_blocks as u32).collect();
         let (mut scratch, mut logits_rv, mut input) = (Scratch::default(), Vec::new(), StepInput::default());
         let mut random = Random(self.seed ^ state.step.wrapping_mul(0x9e37_79b9_7f4a_7c15));
@@ -51,7 +50,7 @@ impl Sampler {
         while ids.len() < (self.prompt.len() + self.n_tokens).min(self.context_max) {
             input.clear();
             input.push_row(&ids[n_cached..], n_cached, &blocks, 1);
-            llama.forward(pool, &input, &mut kv, &mut scratch, &mut logits_rv)?;
+            transformer.forward(pool, &input, &mut kv, &mut scratch, &mut logits_rv)?;
             n_cached = ids.len();
             let id = draw(&logits_rv, random.next());
             if Some(id) == self.tokenizer.eos() {

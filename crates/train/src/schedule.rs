@@ -11,6 +11,8 @@ pub enum Decay {
     /// Warm-up, stable, decay: constant, then linear to the floor over the last fifth of the steps
     /// (Hu et al. 2024, MiniCPM).
     Wsd,
+    /// Straight from the peak to the floor.
+    Linear,
     /// Constant at the peak.
     Constant,
 }
@@ -32,18 +34,24 @@ pub struct Schedule {
 impl Schedule {
     /// Learning rate of step `step` (the first is 0) out of `n_steps`.
     pub fn lr(&self, step: u64, n_steps: u64) -> f32 {
+        (f64::from(self.lr_peak) * self.share(step, n_steps)) as f32
+    }
+
+    /// The same as a share of the peak.
+    pub fn share(&self, step: u64, n_steps: u64) -> f64 {
         if step < self.warmup_steps {
-            return (f64::from(self.lr_peak) * (step + 1) as f64 / self.warmup_steps as f64) as f32;
+            return (step + 1) as f64 / self.warmup_steps as f64;
         }
         let falling_steps = n_steps.saturating_sub(self.warmup_steps).max(1) as f64;
         let progress = ((step - self.warmup_steps) as f64 / falling_steps).min(1.0);
         let height = match self.decay {
             Decay::Cosine => 0.5 + 0.5 * (std::f64::consts::PI * progress).cos(),
             Decay::Wsd => ((1.0 - progress) / WSD_DECAY_SHARE).min(1.0),
+            Decay::Linear => 1.0 - progress,
             Decay::Constant => 1.0,
         };
-        let (peak, floor_share) = (f64::from(self.lr_peak), f64::from(self.lr_final_share));
-        (peak * (floor_share + (1.0 - floor_share) * height)) as f32
+        let floor_share = f64::from(self.lr_final_share);
+        floor_share + (1.0 - floor_share) * height
     }
 }
 
@@ -59,7 +67,7 @@ mod tests {
 
     #[test]
     fn warms_up_then_falls() {
-        for decay in [Decay::Cosine, Decay::Wsd, Decay::Constant] {
+        for decay in [Decay::Cosine, Decay::Wsd, Decay::Linear, Decay::Constant] {
             check(decay, 0, 0.1);
             check(decay, 9, 1.0);
             check(decay, 10, 1.0);
@@ -69,6 +77,9 @@ mod tests {
         check(Decay::Wsd, 60, 1.0);
         check(Decay::Wsd, 100, 0.55);
         check(Decay::Wsd, 110, 0.1);
+        check(Decay::Linear, 60, 0.55);
+        check(Decay::Linear, 85, 0.325);
+        check(Decay::Linear, 110, 0.1);
         check(Decay::Constant, 110, 1.0);
     }
 

@@ -2,14 +2,14 @@ use std::io::BufRead;
 
 use super::Rows;
 use super::lines::Lines;
-use super::row::parse_row;
-use crate::error::Row;
+use super::row::RowParser;
+use crate::error::Place;
 use crate::{Error, ReadOptions, Result};
 
 /// A JSON array of objects (or strings), read one element at a time: the array may be larger than memory.
 pub(super) struct JsonRows {
     lines: Lines,
-    text_field: String,
+    row: RowParser,
     n_rows: u64,
     /// The byte that ended the last element, or came before the first: `[` or `,`; `]` at the end.
     last: Option<u8>,
@@ -17,7 +17,7 @@ pub(super) struct JsonRows {
 
 impl JsonRows {
     pub(super) fn new(lines: Lines, options: &ReadOptions) -> JsonRows {
-        JsonRows { lines, text_field: options.text_field.clone(), n_rows: 0, last: None }
+        JsonRows { lines, row: RowParser::new(options), n_rows: 0, last: None }
     }
 
     fn next(&mut self) -> Result<Option<(u64, String)>> {
@@ -29,9 +29,9 @@ impl JsonRows {
         }
         let Some(element) = self.element()? else { return self.end().map(|()| None) };
         self.n_rows += 1;
-        let fail = |reason: String| Error::row(&self.lines.path, Row::Row(self.n_rows), reason);
+        let fail = |reason: String| Error::row(&self.lines.path, Place::Row(self.n_rows), reason);
         let element = String::from_utf8(element).map_err(|_| fail("not UTF-8".to_string()))?;
-        let text = parse_row(&element, &self.text_field).map_err(fail)?;
+        let text = self.row.parse(&element).map_err(fail)?;
         if self.last == Some(b']') {
             self.end()?;
         }

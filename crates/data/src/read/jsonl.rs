@@ -1,25 +1,27 @@
 use super::Rows;
 use super::lines::Lines;
-use super::row::parse_row;
+use super::row::RowParser;
 use crate::document::text_of;
-use crate::error::Row;
+use crate::error::Place;
 use crate::{Error, ReadOptions, Result};
 
 /// A JSON object (or string) on every line; blank lines are left out.
 pub(super) struct JsonlRows {
     lines: Lines,
-    text_field: String,
+    row: RowParser,
 }
 
 impl JsonlRows {
     pub(super) fn new(lines: Lines, options: &ReadOptions) -> JsonlRows {
-        JsonlRows { lines, text_field: options.text_field.clone() }
+        JsonlRows { lines, row: RowParser::new(options) }
     }
 
     fn parse(&self, number: u64, line: Vec<u8>) -> Result<(u64, String)> {
         let line = text_of(&self.lines.path, number, line)?;
-        let text = parse_row(&line, &self.text_field)
-            .map_err(|reason| Error::row(&self.lines.path, Row::Line(number), reason))?;
+        let text = self
+            .row
+            .parse(&line)
+            .map_err(|reason| Error::row(&self.lines.path, Place::Line(number), reason))?;
         Ok((number, text))
     }
 }

@@ -1,7 +1,7 @@
 use std::io::{BufRead, Read};
 use std::path::{Path, PathBuf};
 
-use crate::error::Row;
+use crate::error::Place;
 use crate::{Error, Result};
 
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
@@ -33,7 +33,7 @@ impl Lines {
         if line.len() > self.bytes_max && !line.ends_with(b"\n") {
             self.skip_line()?;
             let reason = format!("longer than {} bytes", self.bytes_max);
-            return Err(Error::row(&self.path, Row::Line(self.n_lines), reason));
+            return Err(Error::row(&self.path, Place::Line(self.n_lines), reason));
         }
         if self.n_lines == 1 && line.starts_with(BYTE_ORDER_MARK) {
             line.drain(..BYTE_ORDER_MARK.len());

@@ -11,7 +11,8 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::path::Path;
 
-use crate::{Error, ReadOptions, Result};
+use crate::error::Place;
+use crate::{Content, Error, ReadOptions, Result};
 
 const BUFFER_BYTES: usize = 1 << 20;
 
@@ -47,6 +48,11 @@ pub(crate) fn open(path: &Path, options: &ReadOptions) -> Result<Box<dyn Rows>> 
     if file.metadata().map_err(|error| Error::open(path, error))?.len() == 0 {
         return Err(Error::Empty { path: path.to_path_buf() });
     }
+    let is_json = matches!(format, Format::Json | Format::Jsonl);
+    if options.content != Content::Text && !is_json {
+        let what = "of no format that chats are read from: those are .jsonl and .json";
+        return Err(Error::NotReadable { path: path.to_path_buf(), what });
+    }
     if let Format::Parquet = format {
         return Ok(Box::new(parquet::ParquetRows::new(path, file, options)?));
     }
@@ -57,6 +63,14 @@ pub(crate) fn open(path: &Path, options: &ReadOptions) -> Result<Box<dyn Rows>> 
         Format::Jsonl => Box::new(jsonl::JsonlRows::new(lines, options)),
         Format::Text | Format::Parquet => Box::new(text::TextRows::new(lines, options)),
     })
+}
+
+/// What the index of a row counts in a file of this name.
+pub(crate) fn row_of(path: &Path, index: u64) -> Place {
+    match format(path) {
+        Some((Format::Json | Format::Parquet, _)) => Place::Row(index),
+        _ => Place::Line(index),
+    }
 }
 
 fn decompress(file: File, compression: Compression) -> io::Result<Box<dyn BufRead + Send>> {

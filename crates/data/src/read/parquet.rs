@@ -9,7 +9,7 @@ use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 
 use super::Rows;
-use crate::error::Row;
+use crate::error::Place;
 use crate::{Error, ReadOptions, Result};
 
 /// Rows decoded at a time.
@@ -75,7 +75,7 @@ impl ParquetRows {
         }
         let value = self.batch.pop().flatten();
         self.n_rows += 1;
-        let fail = |reason: &str| Error::row(&self.path, Row::Row(self.n_rows), reason);
+        let fail = |reason: &str| Error::row(&self.path, Place::Row(self.n_rows), reason);
         // A null is a row without text, as an empty one is.
         let bytes = value.as_ref().map_or(&[][..], ByteArray::data);
         if bytes.len() > self.bytes_max {

@@ -2,8 +2,30 @@ use std::fmt;
 
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
+use crate::{Content, ReadOptions, chat};
+
+/// What is taken out of a JSON row.
+pub(super) struct RowParser {
+    content: Content,
+    text_field: String,
+}
+
+impl RowParser {
+    pub(super) fn new(options: &ReadOptions) -> RowParser {
+        RowParser { content: options.content, text_field: options.text_field.clone() }
+    }
+
+    /// The document's text, or what is wrong with the row.
+    pub(super) fn parse(&self, json: &str) -> Result<String, String> {
+        match self.content {
+            Content::Text => parse_row(json, &self.text_field),
+            Content::Chats(form) => chat::read(json, form).map(|_| json.to_owned()),
+        }
+    }
+}
+
 /// The text of a JSON row: the row itself where it is a string, else its field `text_field`.
-pub(super) fn parse_row(json: &str, text_field: &str) -> Result<String, String> {
+fn parse_row(json: &str, text_field: &str) -> Result<String, String> {
     let mut deserializer = serde_json::Deserializer::from_str(json);
     let text = RowText { text_field }.deserialize(&mut deserializer);
     // serde_json counts lines within the row; the caller names the line in the file.

@@ -1,7 +1,7 @@
 use super::Rows;
 use super::lines::Lines;
 use crate::document::text_of;
-use crate::error::Row;
+use crate::error::Place;
 use crate::{Error, ReadOptions, Result};
 
 /// A text file: one document, or several with a separator line between them.
@@ -52,7 +52,7 @@ impl TextRows {
                 "a document longer than {} bytes begins here: set a separator, or use JSONL",
                 self.lines.bytes_max
             );
-            return Err(Error::row(&self.lines.path, Row::Line(first_line), reason));
+            return Err(Error::row(&self.lines.path, Place::Line(first_line), reason));
         }
         Ok((first_line, text_of(&self.lines.path, first_line, text)?))
     }

@@ -1,6 +1,7 @@
 //! From files to documents to a dataset and back, and what can go wrong on the way.
 
 mod batches;
+mod chats;
 mod ingest;
 mod killed;
 mod parquet_file;

@@ -25,7 +25,8 @@ pub(crate) struct Serve {
     /// Clients must send this key; without it the service is open to whoever reaches the address.
     #[arg(long, env = "LOQUAT_API_KEY")]
     pub(crate) api_key: Option<String>,
-    /// LoRA adapters of the (first) model, as PEFT saves them: NAME=DIRECTORY. Each is served as a model of that name.
+    /// LoRA adapters of the (first) model, as PEFT saves them: NAME=DIRECTORY, or NAME=NAME of one that a run published.
+    /// Each is served as a model of that name.
     #[arg(long, value_name = "NAME=DIRECTORY", num_args = 1..)]
     pub(crate) lora_modules: Vec<String>,
     /// Clients may load adapters from this machine's disk and unload them (POST /v1/load_lora_adapter).

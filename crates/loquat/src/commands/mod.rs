@@ -9,5 +9,6 @@ pub(crate) mod ingest;
 pub(crate) mod job;
 pub(crate) mod key;
 pub(crate) mod model;
+pub(crate) mod presets;
 pub(crate) mod train;
 pub(crate) mod up;

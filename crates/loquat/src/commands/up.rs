@@ -1,13 +1,14 @@
 //! `loquat up` and `loquat serve`: serving until told to stop.
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use api::{AppState, Limits, Parts};
 use control::Control;
+use store::Bundle;
 use telemetry::Metrics;
 
 use crate::adapters::{NoJobs, OneKey};
@@ -65,7 +66,7 @@ impl Replica {
             let (id, path) = (served_name(args, i), resolve(model)?);
             serving::load(&id, &path, &share, &state.metrics)?.publish(&state);
         }
-        serve_adapters(&state, args)?;
+        serve_adapters(home, &state, args)?;
         state.lifecycle.set_ready();
         Ok(Replica { state, http })
     }
@@ -88,7 +89,7 @@ fn served_name(args: &args::Serve, i: usize) -> String {
     }
 }
 
-fn serve_adapters(state: &AppState, args: &args::Serve) -> Result<()> {
+fn serve_adapters(home: &Home, state: &AppState, args: &args::Serve) -> Result<()> {
     if args.lora_modules.is_empty() {
         return Ok(());
     }
@@ -96,11 +97,23 @@ fn serve_adapters(state: &AppState, args: &args::Serve) -> Result<()> {
     for module in &args.lora_modules {
         let (name, dir) =
             module.split_once('=').with_context(|| format!("--lora-modules {module}: not NAME=DIRECTORY"))?;
-        let adapted = base.adapted(name, crate::now_unix_s(), Path::new(dir));
+        let adapted = base.adapted(name, crate::now_unix_s(), &adapter_dir(home, dir)?);
         let adapted = adapted.map_err(|why| anyhow!("cannot load the adapter {dir}: {why}"))?;
         ensure!(state.models.insert_new(adapted), "--lora-modules {module}: the name is taken");
     }
     Ok(())
+}
+
+/// Where an adapter lies: a directory, or one that a run published, which is brought here.
+fn adapter_dir(home: &Home, dir: &str) -> Result<PathBuf> {
+    let prefix = format!("adapters/{dir}");
+    if Path::new(dir).exists() || store::ObjectName::parse(&prefix).is_err() {
+        return Ok(PathBuf::from(dir));
+    }
+    let Some(bundle) = Bundle::open(&home.store()?, &prefix)? else { return Ok(PathBuf::from(dir)) };
+    let local = home.path().join(&prefix);
+    bundle.download_to(&local)?;
+    Ok(local)
 }
 
 /// Where it is, with which key, and a line to try: what a new user needs, each on a line of its own.

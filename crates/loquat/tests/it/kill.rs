@@ -7,28 +7,22 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use crate::demo::demo;
 use crate::support::{PATIENCE, Running, loquat, speeches, succeed, wait_exit};
 
-const TRAIN: &[&str] = &[
-    "train",
-    "--dataset",
-    "d",
-    "--run",
-    "r",
-    "--publish",
-    "m",
-    "--json",
-    "--steps",
-    "14",
-    "--checkpoint-every",
-    "3",
-    "--rows",
-    "2",
-    "--micro-batches",
-    "2",
-    "--context",
-    "64",
-];
+const SHAPE: &str = "--json --steps 30 --checkpoint-every 3 --rows 1 --micro-batches 8 --context 32";
+
+/// A model so small that a step, and a checkpoint, take some milliseconds.
+const CONFIG: &str = r#"{"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": 512, "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": true, "max_position_embeddings": 32}"#;
+
+/// The words of a run that publishes a model of its name, in a directory that [`ingest`] prepared.
+fn train(home: &Path, run: &str, ranks: &str) -> Vec<String> {
+    let own = format!("train --dataset d --run {run} --publish {run} --ranks {ranks} {SHAPE} --config");
+    let config = home.join("config.json").display().to_string();
+    own.split(' ').map(str::to_owned).chain([config]).collect()
+}
 
 fn ingest(home: &Path) {
+    std::fs::write(home.join("config.json"), CONFIG).unwrap();
     let text = speeches();
     succeed(
         home,
@@ -36,46 +30,65 @@ fn ingest(home: &Path) {
     );
 }
 
+fn run_whole(home: &Path, run: &str, ranks: &str) -> String {
+    let words = train(home, run, ranks);
+    succeed(home, &words.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
 /// The published weights: the one object of the model's bundle that holds them.
-fn weights(home: &Path) -> Vec<u8> {
-    let dir = home.join("store/models/m");
+fn weights(home: &Path, model: &str) -> Vec<u8> {
+    let dir = home.join("store/models").join(model);
     let file = std::fs::read_dir(&dir).unwrap().map(|e| e.unwrap().path());
     let file = file.into_iter().find(|p| p.to_string_lossy().ends_with("model.safetensors"));
     std::fs::read(file.expect("no weights were published")).unwrap()
 }
 
-/// `./test --long`: ten runs, each killed until it is through.
+/// `./test --long`: killed at fifty moments.
 #[cfg(feature = "long")]
 #[test]
-fn ten_killed_runs_end_with_the_same_bytes() {
-    for _ in 0..10 {
-        killed_run_ends_with_the_same_bytes();
-    }
+fn fifty_kills_change_no_byte() {
+    killed_runs_end_with_the_same_bytes(50);
 }
 
 #[test]
 fn training_killed_at_random_moments_ends_with_the_same_bytes() {
-    killed_run_ends_with_the_same_bytes();
+    killed_runs_end_with_the_same_bytes(5);
 }
 
-fn killed_run_ends_with_the_same_bytes() {
-    let whole = tempfile::tempdir().unwrap();
-    ingest(whole.path());
+/// Runs that are killed until they are through, each life on another number of ranks, until there were `n_kills`.
+fn killed_runs_end_with_the_same_bytes(n_kills: usize) {
+    let home = tempfile::tempdir().unwrap();
+    ingest(home.path());
     let start = Instant::now();
-    succeed(whole.path(), TRAIN);
+    run_whole(home.path(), "whole", "8");
     let run_time = start.elapsed();
-
-    let killed = tempfile::tempdir().unwrap();
-    ingest(killed.path());
+    let whole = weights(home.path(), "whole");
     let seed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
-    let (mut random, mut n_kills) = (seed, 0);
+    let (mut random, mut killed, mut n_runs) = (seed, 0, 0);
+    while killed < n_kills {
+        let run = format!("killed-{n_runs}");
+        let kills = killed_run(home.path(), &run, run_time, &mut random);
+        assert!(
+            weights(home.path(), &run) == whole,
+            "seed {seed}: other weights after {kills} kills of {run}"
+        );
+        killed += kills;
+        n_runs += 1;
+        assert!(n_runs < 20 * n_kills, "seed {seed}: runs end before they are killed");
+    }
+    println!("seed {seed}: {killed} kills of {n_runs} runs");
+}
+
+/// Starts a run until it ends by itself; returns how often it was killed.
+fn killed_run(home: &Path, run: &str, run_time: Duration, random: &mut u64) -> usize {
     let deadline = Instant::now() + PATIENCE;
-    loop {
-        assert!(Instant::now() < deadline, "seed {seed}: not done after {n_kills} kills");
-        let mut child = loquat(killed.path()).args(TRAIN).stdout(Stdio::null()).spawn().unwrap();
-        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    for n_kills in 0.. {
+        assert!(Instant::now() < deadline, "{run} is not done after {n_kills} kills");
+        let ranks = ["4", "2", "8", "1"][n_kills % 4];
+        let mut child = loquat(home).args(train(home, run, ranks)).stdout(Stdio::null()).spawn().unwrap();
+        *random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         // Moments from the first instant to beyond the end; later ones as kills go on, so that it ends.
-        let share = (random >> 33) as f64 / (1u64 << 31) as f64 * (0.6 + 0.1 * f64::from(n_kills));
+        let share = (*random >> 33) as f64 / (1u64 << 31) as f64 * (0.6 + 0.1 * n_kills as f64);
         let moment = Instant::now() + run_time.mul_f64(share);
         let mut ended = false;
         while Instant::now() < moment && !ended {
@@ -83,18 +96,13 @@ fn killed_run_ends_with_the_same_bytes() {
             std::thread::sleep(Duration::from_millis(2));
         }
         if ended {
-            assert_eq!(wait_exit(&mut child), Some(0), "seed {seed}");
-            break;
+            assert_eq!(wait_exit(&mut child), Some(0), "{run}");
+            return n_kills;
         }
         child.kill().unwrap();
         child.wait().unwrap();
-        n_kills += 1;
     }
-    println!("seed {seed}: {n_kills} kills");
-    assert!(
-        weights(killed.path()) == weights(whole.path()),
-        "seed {seed}: other weights after {n_kills} kills"
-    );
+    unreachable!("the loop has no end")
 }
 
 #[test]
@@ -102,9 +110,9 @@ fn two_ranks_train_the_same_bytes_as_one() {
     let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     for (home, ranks) in [(&one, "1"), (&two, "2")] {
         ingest(home.path());
-        succeed(home.path(), &[TRAIN, &["--ranks", ranks]].concat());
+        run_whole(home.path(), "r", ranks);
     }
-    assert!(weights(one.path()) == weights(two.path()));
+    assert!(weights(one.path(), "r") == weights(two.path(), "r"));
 }
 
 #[test]
@@ -136,7 +144,8 @@ fn a_killed_controller_and_its_killed_job_go_on() {
 fn ctrl_c_saves_and_the_next_start_goes_on() {
     let home = tempfile::tempdir().unwrap();
     ingest(home.path());
-    let mut child = loquat(home.path()).args(TRAIN).stdout(Stdio::null()).spawn().unwrap();
+    let mut child =
+        loquat(home.path()).args(train(home.path(), "r", "1")).stdout(Stdio::null()).spawn().unwrap();
     let deadline = Instant::now() + PATIENCE;
     let checkpoint = home.path().join("store/runs/r/checkpoints/00000003/manifest.json");
     while !checkpoint.exists() && child.try_wait().unwrap().is_none() {
@@ -146,7 +155,7 @@ fn ctrl_c_saves_and_the_next_start_goes_on() {
     let pid = child.id().to_string();
     assert!(std::process::Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
     let code = wait_exit(&mut child);
-    let text = succeed(home.path(), TRAIN);
+    let text = run_whole(home.path(), "r", "1");
     if code == Some(75) {
         let started = text.lines().find(|l| l.contains("\"started\"")).expect("it says where it goes on");
         assert!(!started.contains("\"step\":0,"), "{started}");

@@ -14,3 +14,4 @@ mod serve;
 mod support;
 mod tiny;
 mod tools;
+mod train;

@@ -45,7 +45,7 @@ pub enum ConfigError {
     Unsupported { field: &'static str, value: String },
     #[error("config.json has format version {found}, this build reads up to {FORMAT_VERSION}")]
     Newer { found: u64 },
-    #[error("models of type {0} cannot be trained here, only plain Llamas can")]
+    #[error("models of type {0} cannot be trained here, only those that predict the next token can")]
     NotTrainable(&'static str),
 }
 
@@ -157,12 +157,11 @@ impl Config {
     /// Refuses what `TrainModel` does not compute.
     ///
     /// # Errors
-    /// If the model is another than a Llama that sees all its positions.
+    /// If the model does not predict the next token.
     pub fn check_trainable(&self) -> Result<()> {
-        match (self.architecture, &self.window) {
-            (Architecture::Llama, None) => Ok(()),
-            (Architecture::Llama, Some(_)) => Err(ConfigError::NotTrainable("mistral")),
-            (other, _) => Err(ConfigError::NotTrainable(other.gguf_name())),
+        match self.block().causal {
+            true => Ok(()),
+            false => Err(ConfigError::NotTrainable(self.architecture.gguf_name())),
         }
     }
 
@@ -226,8 +225,17 @@ impl Config {
     /// average in sequences of `t` tokens: 6 per matrix parameter, and 6·t·h·d per layer for causal attention
     /// (half of the t×t square: 2·2·(t/2) forward, twice that backward). The embedding look-up is free.
     pub fn flops_per_token_train(&self, t: usize) -> f64 {
+        self.flops_per_token(6.0, t)
+    }
+
+    /// As [`Config::flops_per_token_train`], where the matrices are frozen and have no gradient: 4 per parameter.
+    pub fn flops_per_token_frozen(&self, t: usize) -> f64 {
+        self.flops_per_token(4.0, t)
+    }
+
+    fn flops_per_token(&self, per_param: f64, t: usize) -> f64 {
         let matmul_params = self.n_layers * self.n_layer_matmul_params() + self.vocab * self.width;
-        6.0 * matmul_params as f64 + 6.0 * (self.n_layers * self.q_width() * t) as f64
+        per_param * matmul_params as f64 + 6.0 * (self.n_layers * self.q_width() * t) as f64
     }
 
     fn n_layer_matmul_params(&self) -> usize {

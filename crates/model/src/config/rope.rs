@@ -4,7 +4,7 @@ use std::f64::consts::TAU;
 
 use tensor::rope::RopeTable;
 
-use super::{CONTEXT_MAX, HEAD_WIDTH_MAX, Result, out_of_range, within, within_open};
+use super::{CONTEXT_MAX, Config, HEAD_WIDTH_MAX, Result, out_of_range, within, within_open};
 
 /// Factors beyond this would make positions indistinguishable in f32.
 const FACTOR_MAX: f64 = 65_536.0;
@@ -54,6 +54,22 @@ pub enum RopeScaling {
     },
     /// A divisor for each pair ("longrope" with one list; the tensor `rope_freqs` of GGUF files).
     Divisors(Vec<f32>),
+}
+
+impl Config {
+    /// Angles of layers without and with a window, for `n` positions; `None` where positions are learned, or windows have
+    /// no frequencies of their own.
+    pub(crate) fn rope_tables(&self, n: usize) -> [Option<RopeTable>; 2] {
+        let table = |rope: &Rope| rope.table(n, self.head_width);
+        let local = self.window.as_ref().and_then(|window| window.rope_theta).map(Rope::plain);
+        [self.block().rotary.then(|| table(&self.rope)), local.as_ref().map(table)]
+    }
+
+    /// Which of them layer `l` uses.
+    pub(crate) fn rope_idx(&self, l: usize) -> usize {
+        let local = self.window.as_ref().is_some_and(|window| window.rope_theta.is_some());
+        usize::from(local && self.window_of(l).is_some())
+    }
 }
 
 impl Rope {

@@ -8,6 +8,7 @@ mod safetensors;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::Deserialize;
 use tensor::packed::WeightKind;
@@ -46,6 +47,16 @@ pub fn read_dir(dir: &Path) -> Result<Weights> {
     } else {
         read_shards(dir, &read_json(&index_path)?)?
     };
+    Ok(Weights { tensors: arrange::from_files(config.architecture, tensors)?, config })
+}
+
+/// Reads what [`files`] gave.
+///
+/// # Errors
+/// If they are damaged or of a kind that is not supported.
+pub fn from_files(config: &[u8], tensors: Vec<u8>) -> Result<Weights> {
+    let config = Config::from_json(config)?;
+    let tensors = safetensors::read(&Source::Memory(Arc::new(tensors)), TENSORS_FILE)?;
     Ok(Weights { tensors: arrange::from_files(config.architecture, tensors)?, config })
 }
 
@@ -116,6 +127,11 @@ pub(crate) fn read_tensors(dir: &Path, file: &str) -> Result<BTreeMap<String, We
     safetensors::read(&Source::open(&dir.join(file))?, file)
 }
 
+/// The bytes of a file with these tensors.
+pub(crate) fn tensor_bytes(tensors: &BTreeMap<String, WeightTensor>) -> Result<Vec<u8>> {
+    safetensors::write(tensors)
+}
+
 pub(crate) fn read_json(path: &Path) -> Result<Vec<u8>> {
     let failed = |source| Error::Read { path: path.to_owned(), source };
     let bytes = std::fs::metadata(path).map_err(failed)?.len();
@@ -141,6 +157,10 @@ mod tests {
             write_dir(&table.to_weights(&config, &params, WeightKind::F32), dir.path()).unwrap();
             let weights = read_dir(dir.path()).unwrap();
             assert_eq!(weights.config, config);
+            assert_eq!(&*table.from_weights(weights).unwrap(), &*params);
+            let mut files = files(&table.to_weights(&config, &params, WeightKind::F32)).unwrap();
+            let (tensors, json) = (files.pop().unwrap().1, files.pop().unwrap().1);
+            let weights = from_files(&json, tensors).unwrap();
             assert_eq!(&*table.from_weights(weights).unwrap(), &*params);
         }
     }

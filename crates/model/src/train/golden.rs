@@ -4,7 +4,7 @@ use serde_json::Value;
 use tensor::adamw::{AdamW, AdamWState, adamw};
 
 use super::*;
-use crate::{Architecture, Rope};
+use crate::{Architecture, Rope, Trainable};
 
 fn golden() -> Value {
     let text = include_str!("../../../../fixtures/golden/llama_train.json");
@@ -12,7 +12,7 @@ fn golden() -> Value {
 }
 
 /// The finalizer of MurmurHash3 over a counter, as in golden.py.
-fn hashed(salt: u32, n: usize) -> impl Iterator<Item = u32> {
+pub(super) fn hashed(salt: u32, n: usize) -> impl Iterator<Item = u32> {
     (0..n as u32).map(move |i| {
         let x = i.wrapping_add(salt.wrapping_mul(0x9e37_79b9));
         let x = (x ^ (x >> 16)).wrapping_mul(0x85eb_ca6b);
@@ -21,11 +21,11 @@ fn hashed(salt: u32, n: usize) -> impl Iterator<Item = u32> {
     })
 }
 
-fn number(value: &Value) -> f64 {
+pub(super) fn number(value: &Value) -> f64 {
     value.as_f64().unwrap_or_else(|| panic!("{value} is not a number"))
 }
 
-fn size(value: &Value) -> usize {
+pub(super) fn size(value: &Value) -> usize {
     value.as_u64().unwrap_or_else(|| panic!("{value} is not a size")) as usize
 }
 
@@ -60,6 +60,10 @@ struct Case {
     targets: Vec<u32>,
 }
 
+fn plain<'a>(tokens: &'a [u32], targets: &'a [u32]) -> (MicroBatch<'a>, Objective) {
+    (MicroBatch::plain(tokens, targets), Objective::CrossEntropy)
+}
+
 impl Case {
     fn all() -> Vec<Case> {
         golden()["cases"].as_array().expect("cases").iter().map(Case::new).collect()
@@ -68,9 +72,9 @@ impl Case {
     fn new(golden: &Value) -> Case {
         let config = config(golden);
         let (b, t) = (size(&golden["rows"]), size(&golden["positions"]));
-        let model = TrainModel::new(&config, b, t, Precision::F32);
-        let mut params = Buf::zeroed(model.table().n_params());
-        for (salt, spec) in model.table().specs().iter().enumerate() {
+        let model = TrainModel::new(Trainable::new(&config), b, t, Precision::F32);
+        let mut params = Buf::zeroed(model.trainable().n_params());
+        for (salt, spec) in model.trainable().specs().iter().enumerate() {
             let one = if spec.dims.len() == 1 { 1.0 } else { 0.0 };
             let hashes = hashed(salt as u32 + 1, spec.range.len());
             for (param, hash) in params[spec.range.clone()].iter_mut().zip(hashes) {
@@ -85,7 +89,7 @@ impl Case {
 }
 
 #[track_caller]
-fn assert_near(what: &str, found: f64, expected: f64, tolerance: f64) {
+pub(super) fn assert_near(what: &str, found: f64, expected: f64, tolerance: f64) {
     assert!((found - expected).abs() <= tolerance, "{what}: {found}, PyTorch says {expected}");
 }
 
@@ -95,10 +99,11 @@ fn loss_logits_and_gradients_are_pytorchs() {
     for mut case in Case::all() {
         let name = case.golden["name"].to_string();
         let mut dparams = vec![0.0; case.params.len()];
-        let loss = case.model.loss_and_grads(&pool, &case.params, &case.tokens, &case.targets, &mut dparams);
+        let loss =
+            case.model.loss_and_grads(&pool, &case.params, plain(&case.tokens, &case.targets), &mut dparams);
         let expected = number(&case.golden["loss_sum"]);
         assert_near(&name, loss.nats, expected, 1e-6 * expected);
-        let alone = case.model.loss(&pool, &case.params, &case.tokens, &case.targets);
+        let alone = case.model.loss(&pool, &case.params, plain(&case.tokens, &case.targets));
         assert_near(&name, alone.nats, expected, 1e-6 * expected);
 
         let logits = case.model.last_logits(&pool, &case.params, size(&case.golden["positions"]));
@@ -115,8 +120,8 @@ fn loss_logits_and_gradients_are_pytorchs() {
         }
 
         let gradients = case.golden["gradients"].as_array().unwrap();
-        assert_eq!(gradients.len(), case.model.table().specs().len());
-        for (spec, golden) in case.model.table().specs().iter().zip(gradients) {
+        assert_eq!(gradients.len(), case.model.trainable().specs().len());
+        for (spec, golden) in case.model.trainable().specs().iter().zip(gradients) {
             assert_eq!(golden["name"], spec.name);
             let found = &dparams[spec.range.clone()];
             let norm = found.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
@@ -137,12 +142,16 @@ fn twenty_steps_of_adamw_lose_what_pytorchs_lose() {
     let pool = Pool::new(2);
     for mut case in Case::all() {
         let golden = &case.golden["adamw"];
-        let decayed = case.model.table().decayed();
+        let decayed = case.model.trainable().decayed();
         let n = case.params.len();
         let [mut dparams, mut m, mut v] = [(); 3].map(|()| vec![0.0; n]);
         for (step, expected) in golden["losses"].as_array().unwrap().iter().enumerate() {
-            let loss =
-                case.model.loss_and_grads(&pool, &case.params, &case.tokens, &case.targets, &mut dparams);
+            let loss = case.model.loss_and_grads(
+                &pool,
+                &case.params,
+                plain(&case.tokens, &case.targets),
+                &mut dparams,
+            );
             let mean = loss.nats / loss.n_tokens as f64;
             assert_near(&format!("step {step}"), mean, number(expected), 2e-5 * number(expected));
             let settings = AdamW {

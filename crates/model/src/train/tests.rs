@@ -1,5 +1,9 @@
+use tensor::cross_entropy::IGNORED;
+use tensor::packed::WeightKind;
+
 use super::*;
 use crate::config::tests::tiny;
+use crate::{Architecture, Lora, ParamSpec, Weights, Window};
 
 const B: usize = 3;
 const T: usize = 9;
@@ -9,79 +13,220 @@ fn tokens(config: &Config, salt: u32) -> Vec<u32> {
 }
 
 /// Weights far larger than at the start of training, so that every gradient is well above the noise.
-fn params(table: &ParamTable) -> Buf<f32> {
-    let mut params = table.init(1);
+fn params(trainable: &Trainable) -> Buf<f32> {
+    let mut params = trainable.init(1);
     params.iter_mut().for_each(|x| *x *= if *x == 1.0 { 1.0 } else { 10.0 });
     params
 }
 
-#[test]
-fn gradients_match_finite_differences() {
-    for tied_embeddings in [true, false] {
-        let config = Config { tied_embeddings, ..tiny() };
-        let pool = Pool::new(2);
-        let mut model = TrainModel::new(&config, B, T, Precision::F32);
-        let mut params = params(model.table());
-        let (tokens, mut targets) = (tokens(&config, 0), tokens(&config, 5));
-        targets[4] = IGNORED;
-        let mut dparams = vec![f32::NAN; params.len()];
-        let loss = model.loss_and_grads(&pool, &params, &tokens, &targets, &mut dparams);
-        assert_eq!(loss.n_tokens, B * T - 1);
-        assert_eq!(model.loss(&pool, &params, &tokens, &targets).n_tokens, loss.n_tokens);
-        let specs = model.table().specs().to_vec();
-        for spec in specs {
-            for i in spec.range.clone().step_by(spec.range.len().div_ceil(7)) {
-                let (old, h) = (params[i], 4e-3);
-                let mut at = |x: f32| {
-                    params[i] = x;
-                    model.loss(&pool, &params, &tokens, &targets).nats
-                };
-                let slope = (at(old + h) - at(old - h)) / f64::from((old + h) - (old - h));
-                at(old);
-                let found = f64::from(dparams[i]);
-                let tolerance = 5e-3 * slope.abs().max(0.5);
-                assert!(
-                    (found - slope).abs() < tolerance,
-                    "{} at {i}: {found}, differences: {slope}",
-                    spec.name
-                );
-            }
+fn plain<'a>(tokens: &'a [u32], targets: &'a [u32]) -> (MicroBatch<'a>, Objective) {
+    (MicroBatch::plain(tokens, targets), Objective::CrossEntropy)
+}
+
+/// One of every kind of block.
+fn configs() -> Vec<Config> {
+    let of = |architecture| Config { architecture, ..tiny() };
+    let window = Window { n_positions: 4, rope_theta: Some(100.0), layers: vec![true, false] };
+    vec![
+        tiny(),
+        Config { tied_embeddings: false, ..tiny() },
+        Config { window: Some(Window { rope_theta: None, ..window.clone() }), ..tiny() },
+        of(Architecture::Qwen2),
+        of(Architecture::Qwen3),
+        Config { window: Some(window), query_scalar: Some(5.0), ..of(Architecture::Gemma3) },
+        Config { n_kv_heads: 4, head_width: 6, ..of(Architecture::Gpt2) },
+    ]
+}
+
+/// Three documents in the first row, one in each of the others.
+fn starts() -> Vec<u32> {
+    let first = [0, 0, 0, 3, 4, 4, 4, 4, 4];
+    first.into_iter().chain([0; (B - 1) * T]).collect()
+}
+
+#[track_caller]
+fn check_gradients(model: &mut TrainModel, params: &mut [f32], of: (MicroBatch, Objective)) {
+    let pool = Pool::new(2);
+    let mut dparams = vec![f32::NAN; params.len()];
+    let loss = model.loss_and_grads(&pool, params, of, &mut dparams);
+    let alone = model.loss(&pool, params, of);
+    assert_eq!((alone.n_tokens, alone.margin), (loss.n_tokens, loss.margin));
+    assert!((alone.nats - loss.nats).abs() < 1e-5 * loss.nats, "{} and {}", alone.nats, loss.nats);
+    let specs: Vec<ParamSpec> = model.trainable().specs().to_vec();
+    for spec in specs {
+        for i in spec.range.clone().step_by(spec.range.len().div_ceil(7)) {
+            let (old, h) = (params[i], 4e-3);
+            let mut at = |x: f32| {
+                params[i] = x;
+                model.loss(&pool, params, of).nats
+            };
+            let slope = (at(old + h) - at(old - h)) / f64::from((old + h) - (old - h));
+            at(old);
+            let found = f64::from(dparams[i]);
+            let tolerance = 5e-3 * slope.abs().max(0.5);
+            assert!((found - slope).abs() < tolerance, "{} at {i}: {found}, differences: {slope}", spec.name);
         }
     }
 }
 
 #[test]
+fn gradients_match_finite_differences() {
+    for config in configs() {
+        let mut model = TrainModel::new(Trainable::new(&config), B, T, Precision::F32);
+        let mut params = params(model.trainable());
+        let (tokens, mut targets) = (tokens(&config, 0), tokens(&config, 5));
+        targets[4] = IGNORED;
+        let batch = MicroBatch::plain(&tokens, &targets);
+        let starts = starts();
+        for starts_bt in [None, Some(&starts[..])] {
+            let batch = MicroBatch { starts_bt, ..batch };
+            check_gradients(&mut model, &mut params, (batch, Objective::CrossEntropy));
+        }
+    }
+}
+
+/// A document's losses do not depend on what else is in its row, or where.
+#[test]
+fn packed_documents_lose_what_they_lose_alone() {
+    let (pool, n) = (Pool::new(2), 5);
+    for config in configs() {
+        let mut model = TrainModel::new(Trainable::new(&config), B, T, Precision::F32);
+        let params = params(model.trainable());
+        let (mut tokens, mut targets) = (tokens(&config, 0), tokens(&config, 5));
+        targets[..T - n].fill(IGNORED);
+        targets[T..].fill(IGNORED);
+        let starts = starts();
+        let batch = MicroBatch { starts_bt: Some(&starts), ..MicroBatch::plain(&tokens, &targets) };
+        let packed = model.loss(&pool, &params, (batch, Objective::CrossEntropy)).nats;
+        tokens.copy_within(T - n..T, 0);
+        targets.copy_within(T - n..T, 0);
+        targets[n..].fill(IGNORED);
+        let alone = model.loss(&pool, &params, plain(&tokens, &targets)).nats;
+        assert!((packed - alone).abs() < 1e-5 * alone, "{packed} packed, {alone} alone");
+    }
+}
+
+fn lora() -> Lora {
+    Lora { rank: 3, alpha: 6.0, targets: vec!["all-linear".into()] }
+}
+
+/// B starts at zero, where A has no gradient.
+fn changed(trainable: &Trainable) -> Buf<f32> {
+    let mut params = trainable.init(1);
+    let zeros = params.iter_mut().enumerate().filter(|(_, x)| **x == 0.0);
+    zeros.for_each(|(i, x)| *x = (i % 9) as f32 * 0.03 - 0.1);
+    params
+}
+
+fn weights(config: &Config) -> Weights {
+    let trainable = Trainable::new(config);
+    trainable.to_weights(&Pool::new(1), &params(&trainable), WeightKind::F32)
+}
+
+#[test]
+fn gradients_of_low_rank_changes_match_finite_differences() {
+    for config in configs() {
+        let trainable = Trainable::lora(weights(&config), &lora()).unwrap();
+        let mut model = TrainModel::new(trainable, B, T, Precision::F32);
+        let mut params = changed(model.trainable());
+        let (tokens, targets) = (tokens(&config, 0), tokens(&config, 5));
+        check_gradients(&mut model, &mut params, plain(&tokens, &targets));
+    }
+}
+
+#[test]
+fn gradients_of_preferences_match_finite_differences() {
+    let (b, config) = (2, tiny());
+    let (tokens, mut targets) = (tokens(&config, 0), tokens(&config, 5));
+    targets[..3].fill(IGNORED);
+    targets[T..T + 2].fill(IGNORED);
+    let of = (MicroBatch::plain(&tokens[..b * T], &targets[..b * T]), Objective::Dpo { beta: 0.2 });
+    for trainable in [Trainable::from_weights(weights(&config)), Trainable::lora(weights(&config), &lora())] {
+        let mut model = TrainModel::new(trainable.unwrap(), b, T, Precision::F32);
+        let mut params = model.trainable().init(1);
+        let start = model.loss(&Pool::new(1), &params, of);
+        assert_eq!((start.margin, start.n_tokens), (0.0, 1), "the start is its own reference");
+        params.iter_mut().enumerate().for_each(|(i, x)| *x += (i % 9) as f32 * 0.02 - 0.08);
+        check_gradients(&mut model, &mut params, of);
+    }
+}
+
+#[test]
+fn merged_changes_and_an_adapter_are_one_model() {
+    for config in configs() {
+        let pool = Pool::new(2);
+        let trainable = Trainable::lora(weights(&config), &lora()).unwrap();
+        let params = changed(&trainable);
+        let (tokens, targets) = (tokens(&config, 0), tokens(&config, 5));
+        let merged = Trainable::from_weights(trainable.to_weights(&pool, &params, WeightKind::F32)).unwrap();
+        let mut model = TrainModel::new(trainable, B, T, Precision::F32);
+        let adapted = model.loss(&pool, &params, plain(&tokens, &targets)).nats;
+        let mut model = TrainModel::new(merged, B, T, Precision::F32);
+        let start = model.trainable().init(0);
+        let merged = model.loss(&pool, &start, plain(&tokens, &targets)).nats;
+        assert_eq!(adapted, merged);
+        let mut model =
+            TrainModel::new(Trainable::from_weights(weights(&config)).unwrap(), B, T, Precision::F32);
+        let unchanged = model.loss(&pool, &model.trainable().init(0), plain(&tokens, &targets)).nats;
+        assert_ne!(adapted, unchanged, "the changes do nothing");
+    }
+}
+
+#[test]
+fn settings_that_fit_no_matrix_are_refused_by_name() {
+    let refused =
+        |settings: Lora| Trainable::lora(weights(&tiny()), &settings).err().expect("refused").to_string();
+    assert!(refused(Lora { targets: vec!["q_proj".into(), "c_attn".into()], ..lora() }).contains("c_attn"));
+    assert!(refused(Lora { targets: vec!["lm_head".into()], ..lora() }).contains("lm_head"));
+    assert!(refused(Lora { targets: Vec::new(), ..lora() }).contains("0 targets"));
+    assert!(refused(Lora { rank: 0, ..lora() }).contains("rank"));
+    assert!(refused(Lora { alpha: f32::NAN, ..lora() }).contains("alpha"));
+}
+
+#[test]
 fn bits_do_not_depend_on_threads_or_earlier_calls() {
-    let config = tiny();
-    for precision in [Precision::F32, Precision::Bf16] {
-        let run = |n_threads: usize, n_calls: usize| {
-            let pool = Pool::new(n_threads);
-            let mut model = TrainModel::new(&config, B, T, precision);
-            let params = params(model.table());
-            let (tokens, targets) = (tokens(&config, 0), tokens(&config, 5));
-            let mut dparams = vec![0.0; params.len()];
-            let mut loss = LossSum::default();
-            for _ in 0..n_calls {
-                loss = model.loss_and_grads(&pool, &params, &tokens, &targets, &mut dparams);
+    let starts = starts();
+    for (config, precision) in
+        configs().into_iter().flat_map(|c| [(c.clone(), Precision::F32), (c, Precision::Bf16)])
+    {
+        for has_lora in [false, true] {
+            let run = |n_threads: usize, n_calls: usize| {
+                let pool = Pool::new(n_threads);
+                let trainable = match has_lora {
+                    true => Trainable::lora(weights(&config), &lora()).unwrap(),
+                    false => Trainable::new(&config),
+                };
+                let mut model = TrainModel::new(trainable, B, T, precision);
+                let params = params(model.trainable());
+                let (tokens, targets) = (tokens(&config, 0), tokens(&config, 5));
+                let batch = MicroBatch { starts_bt: Some(&starts), ..MicroBatch::plain(&tokens, &targets) };
+                let mut dparams = vec![0.0; params.len()];
+                let mut loss = LossSum::default();
+                for _ in 0..n_calls {
+                    let of = (batch, Objective::CrossEntropy);
+                    loss = model.loss_and_grads(&pool, &params, of, &mut dparams);
+                }
+                (loss, dparams)
+            };
+            let one = run(1, 1);
+            assert!(one.0.nats.is_finite());
+            for (n_threads, n_calls) in [(1, 2), (2, 1), (3, 1), (3, 3)] {
+                assert_eq!(run(n_threads, n_calls), one, "{n_threads} threads, {n_calls} calls");
             }
-            (loss, dparams)
-        };
-        let one = run(1, 1);
-        assert!(one.0.nats.is_finite());
-        for (n_threads, n_calls) in [(1, 2), (2, 1), (3, 1), (3, 3)] {
-            assert_eq!(run(n_threads, n_calls), one, "{n_threads} threads, {n_calls} calls");
         }
     }
 }
 
 #[test]
 fn ignored_targets_leave_no_trace() {
-    let config = tiny();
-    let pool = Pool::new(1);
-    let mut model = TrainModel::new(&config, B, T, Precision::F32);
-    let params = params(model.table());
-    let mut dparams = vec![9.0; params.len()];
-    let loss = model.loss_and_grads(&pool, &params, &tokens(&config, 0), &[IGNORED; B * T], &mut dparams);
-    assert_eq!(loss, LossSum { nats: 0.0, n_tokens: 0 });
-    assert!(dparams.iter().all(|x| *x == 0.0));
+    for config in configs() {
+        let pool = Pool::new(1);
+        let mut model = TrainModel::new(Trainable::new(&config), B, T, Precision::F32);
+        let params = params(model.trainable());
+        let mut dparams = vec![9.0; params.len()];
+        let (tokens, targets) = (tokens(&config, 0), [IGNORED; B * T]);
+        let loss = model.loss_and_grads(&pool, &params, plain(&tokens, &targets), &mut dparams);
+        assert_eq!(loss, LossSum::default());
+        assert!(dparams.iter().all(|x| *x == 0.0));
+    }
 }

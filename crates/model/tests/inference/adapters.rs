@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use model::{Adapter, BLOCK_TOKENS, KvType, Scratch, StepInput, Transformer, load};
+use model::{Adapter, BLOCK_TOKENS, KvType, Lora, Scratch, StepInput, Trainable, Transformer, load};
 use tensor::Pool;
+use tensor::packed::WeightKind;
 
 use super::architectures::{self, TOLERANCE, distance, expected_in};
 
@@ -75,6 +76,36 @@ fn adapters_share_a_step_and_do_not_touch_each_other() {
         assert!(&logits(&pool, &model, &[*text])[0] == together, "{text:?}");
     }
     assert!(together[0] != together[1] && together[1] != together[3] && together[1] == together[5]);
+}
+
+/// What was trained is served alike, beside its base and merged into it.
+#[test]
+fn trained_changes_are_served_as_an_adapter_and_merged() {
+    let pool = Pool::new(2);
+    for (base_name, targets) in [
+        ("llama", &["q_proj", "v_proj", "up_proj"][..]),
+        ("gpt2", &["all-linear"]),
+        ("qwen3", &["down_proj"]),
+    ] {
+        let weights = load(&architectures::dir(base_name)).unwrap().weights;
+        let targets = targets.iter().map(|target| (*target).to_owned()).collect();
+        let trainable = Trainable::lora(weights, &Lora { rank: 4, alpha: 6.0, targets }).unwrap();
+        let params: Vec<f32> =
+            (0..trainable.n_params()).map(|i| (i * 37 % 101) as f32 / 500.0 - 0.1).collect();
+        let served = tempfile::tempdir().unwrap();
+        for (file, bytes) in trainable.adapter_files(&params, "the base").unwrap().unwrap() {
+            std::fs::write(served.path().join(file), bytes).unwrap();
+        }
+        let model = base(base_name, &pool);
+        let adapter = Adapter::load(served.path(), model.config(), &pool).unwrap();
+        let merged = Transformer::new(trainable.to_weights(&pool, &params, WeightKind::F32), &pool).unwrap();
+        let ids = expected_in(&architectures::dir(base_name)).ids;
+        let [beside, merged, without] = [(&model, Some(&adapter)), (&merged, None), (&model, None)]
+            .map(|(model, adapter)| logits(&pool, model, &[(&ids[..20], adapter)])[0].concat());
+        let error = distance(&beside, &merged);
+        assert!(error < TOLERANCE, "{base_name}: {error}");
+        assert!(distance(&without, &merged) > 100.0 * TOLERANCE, "{base_name}: the changes do nothing");
+    }
 }
 
 #[test]

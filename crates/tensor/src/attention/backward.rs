@@ -1,8 +1,10 @@
 //! Backward of one key/value head of one row.
 
+use std::ops::Range;
+
 use super::forward::MASKED;
 use super::product::Product;
-use super::{Attended, AttentionDims, Head, TILE, take};
+use super::{Attended, AttentionDims, Head, Mask, TILE, take};
 use crate::Buf;
 use crate::pool::Disjoint;
 use crate::simd::{Simd, dispatch};
@@ -13,6 +15,7 @@ const BLOCK: usize = 4 * TILE;
 /// What the tasks share.
 pub(super) struct Job<'a> {
     pub(super) dims: AttentionDims,
+    pub(super) mask: Mask<'a>,
     pub(super) attended: Attended<'a>,
     pub(super) dout_nhd: &'a [f32],
     pub(super) dqkv: Disjoint<'a, f32>,
@@ -27,7 +30,7 @@ struct Group<'a> {
     dvalues_td: &'a mut [f32],
 }
 
-/// One tile of queries and what belongs to it. Queries are scaled by 1/√d.
+/// One tile of queries and what belongs to it. Queries are scaled.
 struct Tile<'a> {
     query: &'a mut [f32],
     dout: &'a mut [f32],
@@ -37,6 +40,8 @@ struct Tile<'a> {
     /// Position of the first query.
     first: usize,
     n_queries: usize,
+    /// The first position that each query sees.
+    first_seen: [usize; TILE],
     lse: &'a [f32],
     /// dout · out of every query.
     dot: [f32; TILE],
@@ -65,6 +70,7 @@ fn group_simd<S: Simd>(s: S, job: &Job, row: usize, group: usize, scratch: &mut 
         dp: take(&mut rest, TILE * BLOCK),
         first: 0,
         n_queries: 0,
+        first_seen: [0; TILE],
         lse: &[],
         dot: [0.0; TILE],
     };
@@ -78,11 +84,11 @@ fn group_simd<S: Simd>(s: S, job: &Job, row: usize, group: usize, scratch: &mut 
     for h in group * per_group..(group + 1) * per_group {
         for first in (0..t).step_by(TILE) {
             load_tile(s, job, &mut tile, [row, h, first]);
-            for first_key in (0..first + TILE).step_by(BLOCK) {
+            for first_key in (job.mask.first_tile(dims, row, first)..first + TILE).step_by(BLOCK) {
                 let n_keys = BLOCK.min(first + TILE - first_key);
                 block(s, &mut tile, &mut kv, dims, first_key..first_key + n_keys);
             }
-            job.store_rows(s, tile.dquery, [row, h, first], tile.n_queries, dims.scale());
+            job.store_rows(s, tile.dquery, [row, h, first], tile.n_queries, dims.scale);
         }
     }
     job.store_rows(s, kv.dkeys_td, [row, key_head, 0], t, 1.0);
@@ -97,12 +103,13 @@ fn load_tile<'a, S: Simd>(s: S, job: &Job<'a>, tile: &mut Tile<'a>, [row, h, fir
     tile.first = first;
     tile.n_queries = TILE.min(t - first);
     tile.lse = &job.attended.lse_bht[(row * dims.n_heads + h) * t + first..][..tile.n_queries];
-    job.head(row, h, first, tile.n_queries).copy(s, tile.query, d_padded, dims.scale());
+    job.head(row, h, first, tile.n_queries).copy(s, tile.query, d_padded, dims.scale);
     let at = (row * t + first) * dims.out_width() + h * d;
     let dout = Head { data: &job.dout_nhd[at..], stride: dims.out_width(), n_rows: tile.n_queries, width: d };
     dout.copy(s, tile.dout, d_padded, 1.0);
     tile.dquery.fill(0.0);
     for i in 0..tile.n_queries {
+        tile.first_seen[i] = job.mask.first(dims, row, first + i);
         let (out_d, dout_d) =
             (&job.attended.out_nhd[at + i * dims.out_width()..][..d], &tile.dout[i * d_padded..][..d]);
         let mut sum = s.zero();
@@ -115,7 +122,7 @@ fn load_tile<'a, S: Simd>(s: S, job: &Job<'a>, tile: &mut Tile<'a>, [row, h, fir
 
 /// Adds what the tile and the keys in `range` contribute to each other's gradients.
 #[inline(always)]
-fn block<S: Simd>(s: S, tile: &mut Tile, kv: &mut Group, dims: AttentionDims, range: std::ops::Range<usize>) {
+fn block<S: Simd>(s: S, tile: &mut Tile, kv: &mut Group, dims: AttentionDims, range: Range<usize>) {
     let (d, t_padded, d_padded) = (dims.head_width, dims.padded_positions(), dims.padded_width::<S>());
     let n_keys = range.len();
     let scores = [TILE, n_keys, d];
@@ -144,8 +151,9 @@ fn block<S: Simd>(s: S, tile: &mut Tile, kv: &mut Group, dims: AttentionDims, ra
             dp.fill(0.0);
             continue;
         }
-        let n_valid = (tile.first + i + 1).saturating_sub(range.start).min(n_keys);
-        softmax_backward(s, p, dp, n_valid, tile.lse[i], tile.dot[i]);
+        let within = |position: usize| position.saturating_sub(range.start).min(n_keys);
+        let seen = within(tile.first_seen[i])..within(tile.first + i + 1);
+        softmax_backward(s, [p, dp], seen, tile.lse[i], tile.dot[i]);
     }
     // P and dS are read transposed here: rows are keys, and the sums run over queries.
     let sums = [n_keys, d_padded, TILE];
@@ -171,18 +179,21 @@ fn block<S: Simd>(s: S, tile: &mut Tile, kv: &mut Group, dims: AttentionDims, ra
     );
 }
 
-/// `p` from scores to probabilities, `dp` from their gradient to that of the scores; zeros from `n_valid` on.
+/// `p` from scores to probabilities, `dp` from their gradient to that of the scores; zeros outside of `seen`.
 #[inline(always)]
-fn softmax_backward<S: Simd>(s: S, p: &mut [f32], dp: &mut [f32], n_valid: usize, lse: f32, dot: f32) {
-    p[n_valid..].fill(MASKED);
+fn softmax_backward<S: Simd>(s: S, [p, dp]: [&mut [f32]; 2], seen: Range<usize>, lse: f32, dot: f32) {
+    p[..seen.start].fill(MASKED);
+    p[seen.end..].fill(MASKED);
     for (p_at, dp_at) in p.chunks_exact_mut(S::LANES).zip(dp.chunks_exact_mut(S::LANES)) {
         let p = s.exp(s.sub(s.load(p_at), s.splat(lse)));
         let ds = s.mul(p, s.sub(s.load(dp_at), s.splat(dot)));
         s.store(p_at, p);
         s.store(dp_at, ds);
     }
-    p[n_valid..].fill(0.0);
-    dp[n_valid..].fill(0.0);
+    for x in [p, dp] {
+        x[..seen.start].fill(0.0);
+        x[seen.end..].fill(0.0);
+    }
 }
 
 impl<'a> Job<'a> {

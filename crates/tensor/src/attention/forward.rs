@@ -1,7 +1,9 @@
 //! Forward of one key/value head of one row.
 
+use std::ops::Range;
+
 use super::product::Product;
-use super::{AttentionDims, Head, TILE, take};
+use super::{AttentionDims, Head, Mask, TILE, take};
 use crate::Buf;
 use crate::pool::Disjoint;
 use crate::simd::{Simd, dispatch};
@@ -12,6 +14,7 @@ pub(super) const MASKED: f32 = -1e30;
 /// What the tasks share.
 pub(super) struct Job<'a> {
     pub(super) dims: AttentionDims,
+    pub(super) mask: Mask<'a>,
     pub(super) qkv: &'a [f32],
     pub(super) out_nhd: Disjoint<'a, f32>,
     pub(super) lse_bht: Disjoint<'a, f32>,
@@ -41,10 +44,13 @@ fn group_simd<S: Simd>(s: S, job: &Job, row: usize, group: usize, scratch: &mut 
     for h in group * per_group..(group + 1) * per_group {
         for first in (0..t).step_by(TILE) {
             let n_queries = TILE.min(t - first);
-            let n_keys = first + TILE; // whole tiles: the padding is masked
-            head(h, first, n_queries).copy(s, query, d, dims.scale());
+            // Whole tiles: what is too far back, and the padding, is masked.
+            let first_key = job.mask.first_tile(dims, row, first);
+            let n_keys = first + TILE - first_key;
+            head(h, first, n_queries).copy(s, query, d, dims.scale);
             let scores = [TILE, n_keys, d];
-            Product { a: query, a_row: d, a_col: 1, b: keys_dt, b_stride: t_padded, dims: scores }
+            let keys = &keys_dt[first_key..];
+            Product { a: query, a_row: d, a_col: 1, b: keys, b_stride: t_padded, dims: scores }
                 .run(s, p, t_padded, false);
             let lse_at = (row * dims.n_heads + h) * t + first;
             // SAFETY: this task alone has this head of this row.
@@ -52,13 +58,14 @@ fn group_simd<S: Simd>(s: S, job: &Job, row: usize, group: usize, scratch: &mut 
             let mut scales = [0.0; TILE];
             for i in 0..n_queries {
                 let p = &mut p[i * t_padded..][..n_keys];
-                (lse[i], scales[i]) = softmax(s, p, first + i + 1);
+                let seen = job.mask.first(dims, row, first + i) - first_key..first + i + 1 - first_key;
+                (lse[i], scales[i]) = softmax(s, p, seen);
             }
             Product {
                 a: p,
                 a_row: t_padded,
                 a_col: 1,
-                b: values_td,
+                b: &values_td[first_key * d_padded..],
                 b_stride: d_padded,
                 dims: [TILE, d_padded, n_keys],
             }
@@ -76,10 +83,11 @@ fn group_simd<S: Simd>(s: S, job: &Job, row: usize, group: usize, scratch: &mut 
     }
 }
 
-/// Turns scores into `e^(score - max)`, those from `n_valid` on into zeros. Gives ln Σ e^score and 1 / Σ e^(score - max).
+/// Turns scores into `e^(score - max)`, those outside of `seen` into zeros. Gives ln Σ e^score and 1 / Σ e^(score - max).
 #[inline(always)]
-fn softmax<S: Simd>(s: S, p: &mut [f32], n_valid: usize) -> (f32, f32) {
-    p[n_valid..].fill(MASKED);
+fn softmax<S: Simd>(s: S, p: &mut [f32], seen: Range<usize>) -> (f32, f32) {
+    p[..seen.start].fill(MASKED);
+    p[seen.end..].fill(MASKED);
     let mut max = s.splat(MASKED);
     for x in p.chunks_exact(S::LANES) {
         max = s.max(s.load(x), max);
@@ -91,7 +99,8 @@ fn softmax<S: Simd>(s: S, p: &mut [f32], n_valid: usize) -> (f32, f32) {
         sum = s.add(sum, e); // what is masked adds at most 1e-38
         s.store(x, e);
     }
-    p[n_valid..].fill(0.0);
+    p[..seen.start].fill(0.0);
+    p[seen.end..].fill(0.0);
     let sum = s.sum(sum);
     (max + sum.ln(), 1.0 / sum)
 }

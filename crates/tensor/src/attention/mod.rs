@@ -1,15 +1,16 @@
 //! Causal grouped-query attention over whole rows, for training.
 //!
-//! For every query head h with its key/value head g = h / (h/g), at position i:
-//! `p_j = softmax_{j ≤ i}(q_i · k_j / √d)`, `out_i = Σ_j p_j v_j`.
+//! For every query head h with its key/value head g = h / (h/g), at position i that sees positions first_i to i:
+//! `p_j = softmax_{first_i ≤ j ≤ i}(s · q_i · k_j)`, `out_i = Σ_j p_j v_j`. Mostly s is 1/√d. What is seen, a [`Mask`]
+//! says: all of the row before, of the own document in a row of many, of a window.
 //!
 //! Backward (Dao et al. 2022, FlashAttention), with `D_i = dout_i · out_i` and `P` computed again from the kept
 //! logarithm of the softmax's denominator: `dv_j = Σ_i P_ij dout_i`, `dS_ij = P_ij (dout_i · v_j - D_i)`,
-//! `dq_i = Σ_j dS_ij k_j / √d`, `dk_j = Σ_i dS_ij q_i / √d`.
+//! `dq_i = s Σ_j dS_ij k_j`, `dk_j = s Σ_i dS_ij q_i`.
 //!
 //! Queries, keys and values stand side by side in one matrix `[n, (h + 2g)·d]`, as one matrix product makes them. A task
 //! is one key/value head of one row with all its query heads: it owns its part of every output, so nothing is summed
-//! across tasks. It works on tiles of queries; no `t×t` matrix exists.
+//! across tasks. It works on tiles of queries; no `t×t` matrix exists. Keys before the first one that a tile sees cost nothing.
 
 mod backward;
 mod forward;
@@ -42,9 +43,51 @@ pub struct AttentionDims {
     pub n_kv_heads: usize,
     /// d
     pub head_width: usize,
+    /// Factor of scores, see [`AttentionDims::default_scale`].
+    pub scale: f32,
+}
+
+/// What a token sees of its row, besides itself: positions before it that are not masked.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Mask<'a> {
+    /// `[b, t]`: where in its row the document of a token begins. Never after the token, and never decreasing in a row.
+    /// `None`: every row is one document.
+    pub starts_bt: Option<&'a [u32]>,
+    /// Positions a token sees at most, itself included.
+    pub window: Option<usize>,
+}
+
+impl Mask<'_> {
+    /// The first position that position `i` of `row` sees.
+    #[inline(always)]
+    fn first(&self, dims: AttentionDims, row: usize, i: usize) -> usize {
+        let start = self.starts_bt.map_or(0, |starts| starts[row * dims.n_positions + i] as usize);
+        start.max(self.window.map_or(0, |window| (i + 1).saturating_sub(window)))
+    }
+
+    /// The tile of it.
+    #[inline(always)]
+    fn first_tile(&self, dims: AttentionDims, row: usize, i: usize) -> usize {
+        self.first(dims, row, i) / TILE * TILE
+    }
+
+    fn check(&self, dims: AttentionDims) {
+        assert!(self.window != Some(0), "attention: an empty window");
+        let Some(starts_bt) = self.starts_bt else { return };
+        assert_eq!(starts_bt.len(), dims.n_tokens(), "attention: starts");
+        for starts_t in starts_bt.chunks_exact(dims.n_positions) {
+            let ordered = starts_t.is_sorted() && starts_t.iter().enumerate().all(|(i, s)| *s as usize <= i);
+            assert!(ordered, "attention: a document begins after one of its tokens");
+        }
+    }
 }
 
 impl AttentionDims {
+    /// 1/√d
+    pub fn default_scale(head_width: usize) -> f32 {
+        1.0 / (head_width as f32).sqrt()
+    }
+
     /// Width of a row of queries, keys and values: (h + 2g)·d.
     pub fn qkv_width(&self) -> usize {
         (self.n_heads + 2 * self.n_kv_heads) * self.head_width
@@ -63,11 +106,6 @@ impl AttentionDims {
         self.n_heads / self.n_kv_heads
     }
 
-    /// 1/√d
-    fn scale(&self) -> f32 {
-        1.0 / (self.head_width as f32).sqrt()
-    }
-
     /// Positions rounded up to whole tiles.
     fn padded_positions(&self) -> usize {
         self.n_positions.next_multiple_of(TILE)
@@ -79,7 +117,7 @@ impl AttentionDims {
     }
 
     fn check(&self, qkv: &[f32], out: &[f32], lse: &[f32]) {
-        let Self { n_rows, n_positions, n_heads, n_kv_heads, head_width } = *self;
+        let Self { n_rows, n_positions, n_heads, n_kv_heads, head_width, scale: _ } = *self;
         assert!(
             n_kv_heads > 0 && n_heads.is_multiple_of(n_kv_heads),
             "attention: {n_heads} heads in {n_kv_heads} groups"
@@ -104,15 +142,20 @@ pub struct Attended<'a> {
 }
 
 /// `out_nhd` from `qkv`; `lse_bht` is kept for [`attention_backward`].
+///
+/// # Panics
+/// If a shape differs from `dims`, or a document of the mask begins after one of its tokens.
 pub fn attention_forward(
     pool: &Pool,
-    dims: AttentionDims,
+    (dims, mask): (AttentionDims, Mask),
     out_nhd: &mut [f32],
     lse_bht: &mut [f32],
     qkv: &[f32],
 ) {
     dims.check(qkv, out_nhd, lse_bht);
-    let job = forward::Job { dims, qkv, out_nhd: Disjoint::new(out_nhd), lse_bht: Disjoint::new(lse_bht) };
+    mask.check(dims);
+    let job =
+        forward::Job { dims, mask, qkv, out_nhd: Disjoint::new(out_nhd), lse_bht: Disjoint::new(lse_bht) };
     pool.run(dims.n_rows * dims.n_kv_heads, &|task| {
         let (row, group) = (task / dims.n_kv_heads, task % dims.n_kv_heads);
         SCRATCH.with_borrow_mut(|scratch| forward::group(pool.level(), &job, row, group, scratch));
@@ -120,9 +163,12 @@ pub fn attention_forward(
 }
 
 /// `dqkv` (overwritten) from `dout_nhd`.
+///
+/// # Panics
+/// As [`attention_forward`].
 pub fn attention_backward(
     pool: &Pool,
-    dims: AttentionDims,
+    (dims, mask): (AttentionDims, Mask),
     dqkv: &mut [f32],
     attended: Attended,
     dout_nhd: &[f32],
@@ -132,7 +178,8 @@ pub fn attention_backward(
         dqkv.len() == attended.qkv.len() && dout_nhd.len() == attended.out_nhd.len(),
         "attention: gradients"
     );
-    let job = backward::Job { dims, attended, dout_nhd, dqkv: Disjoint::new(dqkv) };
+    mask.check(dims);
+    let job = backward::Job { dims, mask, attended, dout_nhd, dqkv: Disjoint::new(dqkv) };
     pool.run(dims.n_rows * dims.n_kv_heads, &|task| {
         let (row, group) = (task / dims.n_kv_heads, task % dims.n_kv_heads);
         SCRATCH.with_borrow_mut(|scratch| backward::group(pool.level(), &job, row, group, scratch));
@@ -140,18 +187,19 @@ pub fn attention_backward(
 }
 
 /// Plain reference.
-pub fn attention_reference(dims: AttentionDims, qkv: &[f32]) -> Vec<f32> {
+pub fn attention_reference((dims, mask): (AttentionDims, Mask), qkv: &[f32]) -> Vec<f32> {
     let (d, stride) = (dims.head_width, dims.qkv_width());
     let mut out_nhd = vec![0.0; dims.n_tokens() * dims.out_width()];
     for n in 0..dims.n_tokens() {
-        let first = n - n % dims.n_positions;
+        let (row, i) = (n / dims.n_positions, n % dims.n_positions);
+        let first = n - i + mask.first(dims, row, i);
         for h in 0..dims.n_heads {
             let g = h / dims.heads_per_group();
             let head = |n: usize, head: usize| &qkv[n * stride + head * d..][..d];
             let q = head(n, h);
             let scores = (first..=n).map(|j| {
                 let k = head(j, dims.n_heads + g);
-                q.iter().zip(k).map(|(q, k)| q * k).sum::<f32>() * dims.scale()
+                q.iter().zip(k).map(|(q, k)| q * k).sum::<f32>() * dims.scale
             });
             let scores: Vec<f32> = scores.collect();
             let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -245,13 +293,35 @@ mod tests {
         n_kv_heads: usize,
         head_width: usize,
     ) -> AttentionDims {
-        AttentionDims { n_rows, n_positions, n_heads, n_kv_heads, head_width }
+        let scale = AttentionDims::default_scale(head_width);
+        AttentionDims { n_rows, n_positions, n_heads, n_kv_heads, head_width, scale }
     }
 
-    fn forward(pool: &Pool, dims: AttentionDims, qkv: &[f32]) -> [Vec<f32>; 2] {
+    /// Rows of documents that are `lengths` long, over and over; the last one is cut off.
+    fn starts(dims: AttentionDims, lengths: &[usize]) -> Vec<u32> {
+        let mut next = lengths.iter().cycle();
+        let mut starts = Vec::new();
+        for _ in 0..dims.n_rows {
+            let row_end = starts.len() + dims.n_positions;
+            while starts.len() < row_end {
+                let (first, length) = (starts.len() + dims.n_positions - row_end, *next.next().unwrap());
+                starts.extend(std::iter::repeat_n(first as u32, length.min(row_end - starts.len())));
+            }
+        }
+        starts
+    }
+
+    /// Everything, windows, documents, and windows in documents.
+    fn masks(starts_bt: &[u32]) -> [Mask<'_>; 5] {
+        let starts = Some(starts_bt);
+        [(None, None), (None, Some(1)), (None, Some(37)), (starts, None), (starts, Some(9))]
+            .map(|(starts_bt, window)| Mask { starts_bt, window })
+    }
+
+    fn forward(pool: &Pool, (dims, mask): (AttentionDims, Mask), qkv: &[f32]) -> [Vec<f32>; 2] {
         let mut out = vec![9.0; dims.n_tokens() * dims.out_width()];
         let mut lse = vec![9.0; dims.n_rows * dims.n_heads * dims.n_positions];
-        attention_forward(pool, dims, &mut out, &mut lse, qkv);
+        attention_forward(pool, (dims, mask), &mut out, &mut lse, qkv);
         [out, lse]
     }
 
@@ -266,9 +336,12 @@ mod tests {
         ] {
             let qkv: Vec<f32> =
                 numbers(1, dims.n_tokens() * dims.qkv_width()).iter().map(|x| x * 3.0).collect();
-            let expected = attention_reference(dims, &qkv);
-            for pool in every_pool() {
-                assert_close(&forward(&pool, dims, &qkv)[0], &expected, 1e-5);
+            let starts = starts(dims, &[3, 40, 1, 77]);
+            for mask in masks(&starts) {
+                let expected = attention_reference((dims, mask), &qkv);
+                for pool in every_pool() {
+                    assert_close(&forward(&pool, (dims, mask), &qkv)[0], &expected, 1e-5);
+                }
             }
         }
     }
@@ -279,16 +352,19 @@ mod tests {
             let qkv: Vec<f32> =
                 numbers(1, dims.n_tokens() * dims.qkv_width()).iter().map(|x| x * 2.0).collect();
             let dout = numbers(2, dims.n_tokens() * dims.out_width());
-            let loss = |qkv: &[f32]| -> f64 {
-                let out = attention_reference(dims, qkv);
-                out.iter().zip(&dout).map(|(out, dout)| f64::from(*out) * f64::from(*dout)).sum()
-            };
-            for pool in every_pool() {
-                let [out, lse] = forward(&pool, dims, &qkv);
-                let mut dqkv = vec![9.0; qkv.len()];
-                let attended = Attended { qkv: &qkv, out_nhd: &out, lse_bht: &lse };
-                attention_backward(&pool, dims, &mut dqkv, attended, &dout);
-                check_gradient(&qkv, &dqkv, loss);
+            let starts = starts(dims, &[3, 40, 1, 77]);
+            for mask in masks(&starts) {
+                let loss = |qkv: &[f32]| -> f64 {
+                    let out = attention_reference((dims, mask), qkv);
+                    out.iter().zip(&dout).map(|(out, dout)| f64::from(*out) * f64::from(*dout)).sum()
+                };
+                for pool in every_pool() {
+                    let [out, lse] = forward(&pool, (dims, mask), &qkv);
+                    let mut dqkv = vec![9.0; qkv.len()];
+                    let attended = Attended { qkv: &qkv, out_nhd: &out, lse_bht: &lse };
+                    attention_backward(&pool, (dims, mask), &mut dqkv, attended, &dout);
+                    check_gradient(&qkv, &dqkv, loss);
+                }
             }
         }
     }
@@ -298,12 +374,14 @@ mod tests {
         let one = dims(1, 45, 4, 2, 16);
         let three = AttentionDims { n_rows: 3, ..one };
         let qkv = numbers(1, three.n_tokens() * three.qkv_width());
-        let all = every_pool().map(|pool| (pool.level(), forward(&pool, three, &qkv))).collect::<Vec<_>>();
+        let plain = Mask::default();
+        let all = every_pool().map(|pool| (pool.level(), forward(&pool, (three, plain), &qkv)));
+        let all = all.collect::<Vec<_>>();
         for pair in all.windows(2).filter(|pair| pair[0].0 == pair[1].0) {
             assert_eq!(pair[0].1, pair[1].1);
         }
-        let alone = forward(&Pool::new(1), one, &qkv[..one.n_tokens() * one.qkv_width()]);
-        let among = forward(&Pool::new(1), three, &qkv);
+        let alone = forward(&Pool::new(1), (one, plain), &qkv[..one.n_tokens() * one.qkv_width()]);
+        let among = forward(&Pool::new(1), (three, plain), &qkv);
         assert_eq!(alone[0], among[0][..alone[0].len()]);
     }
 
@@ -312,8 +390,16 @@ mod tests {
         let dims = dims(1, 64, 1, 1, 4);
         let qkv: Vec<f32> = numbers(1, dims.n_tokens() * dims.qkv_width()).iter().map(|x| x * 1e4).collect();
         for pool in every_pool() {
-            let [out, lse] = forward(&pool, dims, &qkv);
+            let [out, lse] = forward(&pool, (dims, Mask::default()), &qkv);
             assert!(out.iter().chain(&lse).all(|x| x.is_finite()));
         }
+    }
+
+    #[test]
+    #[should_panic(expected = "begins after")]
+    fn a_document_that_begins_after_its_token_is_refused() {
+        let dims = dims(1, 3, 1, 1, 2);
+        let mask = Mask { starts_bt: Some(&[0, 2, 2]), window: None };
+        forward(&Pool::new(1), (dims, mask), &[0.0; 3 * 6]);
     }
 }

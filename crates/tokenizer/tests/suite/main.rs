@@ -4,6 +4,7 @@ mod chat;
 mod gguf_metadata;
 mod golden;
 mod hostile;
+mod lesson;
 mod published;
 mod streaming;
 mod training;

@@ -6,11 +6,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use data::{Dataset, IngestPlan, TokenizerSource};
+use model::Objective;
 use store::{Bundle, Store};
 use train::{
-    AdamW, CheckpointPolicy, Context, Decay, Error, Evaluate, Event, Outcome, PLAN_VERSION, Plan, Sample,
-    Schedule,
+    AdamW, CheckpointPolicy, Context, DataPart, Decay, Error, Evaluate, Event, Guard, Method, Outcome,
+    PLAN_VERSION, Plan, Sample, Schedule,
 };
+
+mod methods;
+mod mishaps;
 
 const STEPS: u64 = 6;
 
@@ -29,16 +33,26 @@ fn prepared() -> (Arc<dyn Store>, Plan) {
     });
     let plan = Plan {
         version: PLAN_VERSION,
-        dataset: "speeches".into(),
-        dataset_sha256: dataset.info().plan_sha256.clone(),
+        data: vec![DataPart {
+            dataset: "speeches".into(),
+            sha256: dataset.info().plan_sha256.clone(),
+            weight: 1.0,
+        }],
+        isolated: false,
         publish: Some("tiny".into()),
         model,
+        start: None,
+        method: Method::Full,
+        objective: Objective::CrossEntropy,
         context: 32,
         rows: 2,
         micro_batches: 8,
         steps: STEPS,
         schedule: Schedule { decay: Decay::Cosine, lr_peak: 1e-2, lr_final_share: 0.1, warmup_steps: 2 },
         adamw: AdamW { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 },
+        muon: None,
+        z_loss: 0.0,
+        guard: Guard::default(),
         clip_norm: 1.0,
         seed: 3,
         bf16: false,
@@ -65,6 +79,7 @@ fn carry_out(
         peak_flops: 1.0,
         stop: &stop,
         seconds: &|| 0.0,
+        started_unix: 0.0,
     };
     let mut events = Vec::new();
     let outcome = train::run(&context, &mut |event| {
@@ -93,7 +108,7 @@ fn whole_run(
     run: &str,
     layout: [usize; 2],
 ) -> (Vec<u8>, Vec<(u64, u64)>) {
-    train::create(store, run, plan).unwrap();
+    train::create(store, run, plan, None).unwrap();
     assert_eq!(carry_out(store, run, layout, None).0, Outcome::Finished);
     results(store, run)
 }
@@ -124,7 +139,7 @@ fn ranks_and_threads_change_no_bit() {
 fn stopped_and_resumed_on_other_ranks_changes_no_bit() {
     let (store, plan) = prepared();
     let uninterrupted = whole_run(&store, &plan, "whole", [1, 1]);
-    train::create(&store, "parts", &plan).unwrap();
+    train::create(&store, "parts", &plan, None).unwrap();
     assert_eq!(carry_out(&store, "parts", [4, 4], Some(1)).0, Outcome::Interrupted);
     assert_eq!(carry_out(&store, "parts", [2, 2], Some(4)).0, Outcome::Interrupted);
     let (outcome, events) = carry_out(&store, "parts", [8, 1], None);
@@ -137,7 +152,7 @@ fn stopped_and_resumed_on_other_ranks_changes_no_bit() {
 fn a_damaged_checkpoint_falls_back_to_the_one_before() {
     let (store, plan) = prepared();
     let uninterrupted = whole_run(&store, &plan, "whole", [1, 1]);
-    train::create(&store, "hurt", &plan).unwrap();
+    train::create(&store, "hurt", &plan, None).unwrap();
     carry_out(&store, "hurt", [1, 1], Some(4));
     let newest = store.list("runs/hurt/checkpoints/00000004").unwrap();
     let victim = newest.iter().find(|o| o.name.as_str().ends_with("params.f32")).unwrap();
@@ -157,23 +172,31 @@ fn a_damaged_checkpoint_falls_back_to_the_one_before() {
     let stop = AtomicBool::new(false);
     let run = "hurt".to_owned();
     let seconds = || 0.0;
-    let context =
-        Context { store, run, n_ranks: 1, n_threads: 1, peak_flops: 1.0, stop: &stop, seconds: &seconds };
+    let context = Context {
+        store,
+        run,
+        n_ranks: 1,
+        n_threads: 1,
+        peak_flops: 1.0,
+        stop: &stop,
+        seconds: &seconds,
+        started_unix: 0.0,
+    };
     assert!(matches!(train::run(&context, &mut |_| {}), Err(Error::NoCheckpoint { .. })));
 }
 
 #[test]
 fn a_changed_plan_and_other_data_are_refused_by_name() {
     let (store, plan) = prepared();
-    train::create(&store, "fixed", &plan).unwrap();
-    train::create(&store, "fixed", &plan).unwrap();
+    train::create(&store, "fixed", &plan, None).unwrap();
+    train::create(&store, "fixed", &plan, None).unwrap();
     let mut changed = plan.clone();
     changed.schedule.lr_peak = 0.5;
-    let error = train::create(&store, "fixed", &changed).unwrap_err();
+    let error = train::create(&store, "fixed", &changed, None).unwrap_err();
     assert!(error.to_string().contains("schedule.lr_peak"), "{error}");
 
-    let moved = Plan { dataset_sha256: "00".into(), ..plan.clone() };
-    train::create(&store, "moved", &moved).unwrap();
+    let moved = Plan { data: vec![DataPart { sha256: "00".into(), ..plan.data[0].clone() }], ..plan.clone() };
+    train::create(&store, "moved", &moved, None).unwrap();
     let stop = AtomicBool::new(false);
     let seconds = || 0.0;
     let context = |run: &str, n_ranks| Context {
@@ -184,10 +207,11 @@ fn a_changed_plan_and_other_data_are_refused_by_name() {
         peak_flops: 1.0,
         stop: &stop,
         seconds: &seconds,
+        started_unix: 0.0,
     };
     assert!(matches!(train::run(&context("moved", 1), &mut |_| {}), Err(Error::DatasetChanged { .. })));
     assert!(matches!(train::run(&context("fixed", 3), &mut |_| {}), Err(Error::Ranks { .. })));
     assert!(matches!(train::run(&context("absent", 1), &mut |_| {}), Err(Error::NoRun { .. })));
     let bad = Plan { rows: 0, ..plan };
-    assert!(train::create(&store, "bad", &bad).unwrap_err().to_string().contains("rows"));
+    assert!(train::create(&store, "bad", &bad, None).unwrap_err().to_string().contains("rows"));
 }

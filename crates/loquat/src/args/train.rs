@@ -1,0 +1,151 @@
+//! The flags of `loquat train`.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+#[derive(Args)]
+pub(crate) struct Train {
+    /// Name of the run; one that exists goes on where it was.
+    #[arg(long, required_unless_present = "resume")]
+    run: Option<String>,
+    /// Go on with this run as it was planned.
+    #[arg(long, value_name = "RUN", conflicts_with_all = ["run", "dataset", "config", "preset", "init", "dry_run"])]
+    pub(crate) resume: Option<String>,
+    /// Name of the dataset; several are mixed by weight: books=3 chats=1. One of weight 0 is only validated on.
+    #[arg(long, required_unless_present = "resume", num_args = 1.., value_name = "NAME[=WEIGHT]")]
+    pub(crate) dataset: Vec<String>,
+    /// Publish the finished model under this name.
+    #[arg(long)]
+    pub(crate) publish: Option<String>,
+    /// Optimizer steps.
+    #[arg(long, conflicts_with = "minutes")]
+    pub(crate) steps: Option<u64>,
+    /// Plan so many steps as this machine does in this time.
+    #[arg(long)]
+    pub(crate) minutes: Option<f64>,
+    /// The model's shape: a Hugging Face config.json. Default: the preset tiny.
+    #[arg(long)]
+    pub(crate) config: Option<PathBuf>,
+    /// A known shape, with the dataset's vocabulary.
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["config", "init"], value_parser = crate::commands::presets::names())]
+    pub(crate) preset: Option<String>,
+    /// Print what the run would be and take, and do nothing.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// With --dry-run: plan for the machines that this TOML file describes instead of this one.
+    #[arg(long, value_name = "FILE", requires = "dry_run")]
+    pub(crate) cluster: Option<PathBuf>,
+    /// Rows of one micro-batch.
+    #[arg(long, default_value_t = 4)]
+    pub(crate) rows: usize,
+    /// Micro-batches of one step.
+    #[arg(long, default_value_t = 4)]
+    pub(crate) micro_batches: usize,
+    /// Tokens of one row.
+    #[arg(long, default_value_t = 256)]
+    pub(crate) context: usize,
+    #[command(flatten)]
+    pub(crate) method: Method,
+    /// Peak learning rate. Default: 3e-3 from random weights, 2e-4 with LoRA, 2e-5 from a model; less with --dpo.
+    #[arg(long)]
+    pub(crate) lr: Option<f32>,
+    /// How the learning rate falls after its warm-up.
+    #[arg(long, value_enum, default_value_t = DecayName::Wsd)]
+    pub(crate) decay: DecayName,
+    /// Steps in which the learning rate rises. Default: a twentieth of all, at most 200.
+    #[arg(long, value_name = "STEPS")]
+    pub(crate) warmup: Option<u64>,
+    /// Train the layers' matrices with Muon (the rest stays with AdamW); its peak learning rate.
+    #[arg(long, value_name = "LR", num_args = 0..=1, default_missing_value = "0.02", conflicts_with = "lora_rank")]
+    pub(crate) muon: Option<f32>,
+    /// Keep logits from drifting: the weight of the square of their logarithmic sum.
+    #[arg(long, value_name = "WEIGHT", default_value_t = 0.0)]
+    pub(crate) z_loss: f32,
+    /// Skip steps whose loss lies so many standard deviations above the last ones; those that are no number always are.
+    #[arg(long, value_name = "SIGMAS")]
+    pub(crate) skip_spikes: Option<f32>,
+    /// Documents of text that share a row do not see each other, as those of chats never do.
+    #[arg(long)]
+    pub(crate) isolate: bool,
+    /// Steps between checkpoints.
+    #[arg(long, default_value_t = 25)]
+    pub(crate) checkpoint_every: u64,
+    /// Seed of the first weights and of the data's order.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Text that the model is asked to continue as it learns.
+    #[arg(long, default_value = "My fellow Americans")]
+    pub(crate) prompt: String,
+    /// Ranks: threads that each train on their share of a step. The result does not depend on it.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) ranks: usize,
+    #[arg(long)]
+    pub(crate) threads: Option<usize>,
+    /// Report as JSON lines instead of the live view.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What to start from, what of it to train, and to what end.
+#[derive(Args)]
+pub(crate) struct Method {
+    /// Start from this model: a Hugging Face directory, a .gguf file, or the name of a model kept here. The dataset must
+    /// have been made with its tokenizer.
+    #[arg(long, value_name = "MODEL", conflicts_with = "config")]
+    pub(crate) init: Option<String>,
+    /// Train low-rank changes (LoRA) of this rank instead of all parameters.
+    #[arg(long, value_name = "R", requires = "init")]
+    pub(crate) lora_rank: Option<usize>,
+    /// Changes count alpha / rank times. Default: twice the rank.
+    #[arg(long, value_name = "ALPHA", requires = "lora_rank")]
+    pub(crate) lora_alpha: Option<f32>,
+    /// Matrices to change, by the ends of their names: q_proj,v_proj.
+    #[arg(
+        long,
+        value_name = "NAMES",
+        value_delimiter = ',',
+        default_value = "all-linear",
+        requires = "lora_rank"
+    )]
+    pub(crate) lora_targets: Vec<String>,
+    /// Publish the whole model with the changes in it, not an adapter.
+    #[arg(long, requires = "lora_rank")]
+    pub(crate) merge: bool,
+    /// Learn preferences (DPO) from a dataset of pairs; BETA small lets the model go far from where it started.
+    #[arg(long, value_name = "BETA", num_args = 0..=1, default_missing_value = "0.1", requires = "init")]
+    pub(crate) dpo: Option<f32>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum DecayName {
+    Wsd,
+    Cosine,
+    Linear,
+    Constant,
+}
+
+/// A dataset and its weight, as `--dataset` names them.
+pub(crate) struct DataChoice {
+    pub(crate) name: String,
+    pub(crate) weight: f64,
+}
+
+impl Train {
+    pub(crate) fn run_name(&self) -> &str {
+        self.resume.as_ref().or(self.run.as_ref()).map_or("", String::as_str)
+    }
+
+    pub(crate) fn datasets(&self) -> Result<Vec<DataChoice>, String> {
+        let choice = |text: &String| match text.split_once('=') {
+            None => Ok(DataChoice { name: text.clone(), weight: 1.0 }),
+            Some((name, weight)) => {
+                let number = weight.parse().ok().filter(|w: &f64| w.is_finite() && *w >= 0.0);
+                let weight = number
+                    .ok_or_else(|| format!("--dataset {text}: {weight:?} is not a weight, 0 or more"))?;
+                Ok(DataChoice { name: name.to_owned(), weight })
+            }
+        };
+        self.dataset.iter().map(choice).collect()
+    }
+}

@@ -1,0 +1,172 @@
+//! `loquat train --dry-run`: what a run would be, and what it would take.
+
+use anyhow::{Result, bail};
+use data::{Batches, Mixture, Split};
+use model::Config;
+use tensor::Pool;
+use train::Plan;
+
+use super::cluster::{Cluster, Layout, Work};
+use super::memory::Needs;
+use super::plan::{self, Planned};
+use crate::args;
+use crate::machine::{bytes_text, count_text, memory_available};
+use crate::view::duration;
+
+/// Micro-batches that take longer than this are not tried out.
+const TRIAL_SECONDS_MAX: f64 = 20.0;
+/// What of the peak is assumed to be reached where it was not measured.
+const SHARE_ASSUMED: f64 = 0.5;
+
+/// Prints the plan, for this machine or a described one.
+pub(super) fn run(args: &args::Train, mut planned: Planned, (pool, peak): (&Pool, f64)) -> Result<()> {
+    let config = planned.plan.config()?;
+    let counts = plan::n_trained_and_frozen(&planned.plan, planned.weights.clone())?;
+    tell_model(&config, counts);
+    let needs = Needs::new(&planned.plan, counts, args.ranks)?;
+    if let Some(path) = &args.cluster {
+        tell_run(&planned)?;
+        return tell_cluster(&Cluster::read(path)?, &planned.plan, &config);
+    }
+    let step_seconds = step_seconds(&planned, &needs, pool, peak)?;
+    if let (None, Some(minutes)) = (args.steps, args.minutes) {
+        let steps = plan::steps_in(minutes, step_seconds.0)?;
+        plan::set_steps(&mut planned.plan, args, steps)?;
+    }
+    tell_run(&planned)?;
+    tell_here(&planned.plan, &needs, args.ranks);
+    tell_time(&planned.plan, &config, step_seconds, peak);
+    needs.check(memory_available())
+}
+
+fn tell_model(config: &Config, (n_trained, n_frozen): (usize, usize)) {
+    let n = config.n_params();
+    let tables = config.vocab * config.width * if config.tied_embeddings { 1 } else { 2 };
+    println!(
+        "model      {} layers, {} wide, {} heads ({} of keys and values), {} ids",
+        config.n_layers, config.width, config.n_heads, config.n_kv_heads, config.vocab
+    );
+    println!(
+        "parameters {}: embeddings and head {}, layers {}",
+        count_text(n as u64),
+        count_text(tables as u64),
+        count_text((n - tables.min(n)) as u64)
+    );
+    if n_frozen > 0 && n_trained < n {
+        println!("trained    {} of them, as low-rank changes", count_text(n_trained as u64));
+    }
+}
+
+fn tell_run(planned: &Planned) -> Result<()> {
+    let plan = &planned.plan;
+    let (per_step, n_rows) =
+        (plan.tokens_per_step() as u64, plan.steps * (plan.rows * plan.micro_batches) as u64);
+    println!(
+        "run        {} steps of {} micro-batches of {} rows of {} tokens: {} tokens a step, {} in all",
+        plan.steps,
+        plan.micro_batches,
+        plan.rows,
+        plan.context,
+        count_text(per_step),
+        count_text(per_step * plan.steps)
+    );
+    let mut parts = Vec::new();
+    for (part, dataset) in plan.data.iter().zip(&planned.datasets).filter(|(part, _)| part.weight > 0.0) {
+        parts.push((Batches::new(dataset, Split::Train, plan.seed, plan.context)?, part.weight));
+    }
+    let Some(mixture) = Mixture::new(parts, plan.seed) else { bail!("{}", train::Error::Mixture) };
+    let total: f64 = plan.data.iter().map(|part| part.weight).sum();
+    for (i, part) in plan.data.iter().filter(|part| part.weight > 0.0).enumerate() {
+        let epochs = mixture.epochs(i, n_rows);
+        println!(
+            "data       {}: {:.1} % of the rows, {epochs:.2} epochs",
+            part.dataset,
+            100.0 * part.weight / total
+        );
+    }
+    Ok(())
+}
+
+fn tell_here(plan: &Plan, needs: &Needs, n_ranks: usize) {
+    for (kind, bytes) in needs.kinds.iter().filter(|(_, bytes)| *bytes > 0) {
+        println!("memory     {:>9} {kind}", bytes_text(*bytes));
+    }
+    let free = memory_available().map_or("unknown".to_owned(), bytes_text);
+    println!("memory     {:>9} in all, {free} free", bytes_text(needs.total()));
+    println!(
+        "layout     data parallel on {n_ranks} rank(s) of this machine, each with all parameters; {}",
+        if plan.bf16 { "products in bf16, sums and weights in f32" } else { "f32" }
+    );
+}
+
+/// Seconds of a step, and whether they were measured.
+fn step_seconds(planned: &Planned, needs: &Needs, pool: &Pool, peak: f64) -> Result<(f64, bool)> {
+    let plan = &planned.plan;
+    let flops = plan.config()?.flops_per_token_train(plan.context) * plan.tokens_per_step() as f64;
+    let assumed = flops / (SHARE_ASSUMED * peak);
+    let fits = memory_available().is_none_or(|left| needs.total() < left);
+    if !fits || assumed / plan.micro_batches as f64 > TRIAL_SECONDS_MAX {
+        return Ok((assumed, false));
+    }
+    Ok((plan::step_seconds(plan, planned.weights.clone(), pool, 2)?, true))
+}
+
+fn tell_time(plan: &Plan, config: &Config, (step_seconds, is_measured): (f64, bool), peak: f64) {
+    let flops = config.flops_per_token_train(plan.context) * plan.tokens_per_step() as f64;
+    let per_second = plan.tokens_per_step() as f64 / step_seconds;
+    println!("compute    {:.3e} FLOP a step, {:.3e} in all", flops, flops * plan.steps as f64);
+    let how = if is_measured { "measured" } else { "assumed, not measured" };
+    println!(
+        "time       {} ({:.2} s a step, {per_second:.0} tokens/s, {:.0} % of this machine's {:.0} GFLOP/s: {how})",
+        duration(step_seconds * plan.steps as f64),
+        step_seconds,
+        100.0 * flops / step_seconds / peak,
+        peak / 1e9
+    );
+}
+
+fn tell_cluster(cluster: &Cluster, plan: &Plan, config: &Config) -> Result<()> {
+    let rows_per_step = plan.rows * plan.micro_batches;
+    let work = Work { config, context: plan.context, rows_per_step };
+    let n = cluster.n_accelerators();
+    let layout = match cluster.choose(&work) {
+        Ok(layout) => layout,
+        Err(nearest) => {
+            let (need, has) = (bytes_text(nearest.memory_bytes as u64), cluster.memory_gb);
+            bail!(
+                "no layout of {n} accelerators fits: {} needs {need} of each accelerator's {has} GB",
+                text(&nearest)
+            );
+        }
+    };
+    let flops = config.flops_per_token_train(plan.context) * plan.tokens_per_step() as f64;
+    println!(
+        "cluster    {} nodes of {} accelerators of {} TFLOP/s",
+        cluster.nodes, cluster.accelerators, cluster.tflops
+    );
+    println!("layout     {}", text(&layout));
+    println!(
+        "memory     {} of {} GB on the fullest accelerator",
+        bytes_text(layout.memory_bytes as u64),
+        cluster.memory_gb
+    );
+    println!(
+        "time       {} ({:.2} s a step, {:.0} tokens/s, {:.0} % of the cluster's peak)",
+        duration(layout.step_seconds * plan.steps as f64),
+        layout.step_seconds,
+        plan.tokens_per_step() as f64 / layout.step_seconds,
+        100.0 * flops / layout.step_seconds / (n as f64 * cluster.tflops * 1e12)
+    );
+    println!(
+        "           Only planned: this build trains data-parallel on the ranks of one machine. The numbers are a model's, \
+         not measurements."
+    );
+    Ok(())
+}
+
+fn text(layout: &Layout) -> String {
+    let Layout { data, zero, tensor, pipeline, recompute, .. } = layout;
+    let zero = if *zero > 0 { format!(" with ZeRO stage {zero}") } else { String::new() };
+    let recompute = if *recompute { ", activations recomputed" } else { "" };
+    format!("data {data}{zero} × tensor {tensor} × pipeline {pipeline}{recompute}")
+}

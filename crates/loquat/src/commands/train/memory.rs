@@ -1,0 +1,55 @@
+//! What a run takes of memory, by kind, before it takes any.
+
+use anyhow::{Result, bail};
+use model::TrainModel;
+use train::Plan;
+
+use crate::machine::bytes_text;
+
+/// Bytes by kind, in the order of the list that is shown.
+pub(super) struct Needs {
+    pub(super) kinds: Vec<(&'static str, u64)>,
+}
+
+impl Needs {
+    /// Of a run here: `n_ranks` threads that hold everything each, and one copy for the checkpoint that is being written.
+    pub(super) fn new(plan: &Plan, (n_trained, n_frozen): (usize, usize), n_ranks: usize) -> Result<Needs> {
+        let config = plan.config()?;
+        let activations = TrainModel::activation_bytes(&config, plan.rows, plan.context).total() as u64;
+        let (ranks, vector) = (n_ranks as u64, 4 * n_trained as u64);
+        // Gradients wait in a tree of micro-batches, one a level; ranks exchange them through one more.
+        let levels = (plan.micro_batches / n_ranks).max(1).next_power_of_two().trailing_zeros() as u64;
+        let exchanged = u64::from(n_ranks > 1);
+        Ok(Needs {
+            kinds: vec![
+                ("parameters", ranks * vector),
+                ("the model it starts from", 4 * n_frozen as u64),
+                ("gradients", ranks * vector * (1 + levels + exchanged)),
+                ("optimizer", ranks * 2 * vector),
+                ("activations", ranks * activations),
+                ("checkpoint being written", 3 * vector),
+            ],
+        })
+    }
+
+    pub(super) fn total(&self) -> u64 {
+        self.kinds.iter().map(|(_, bytes)| bytes).sum()
+    }
+
+    /// Refuses what the machine has not left.
+    pub(super) fn check(&self, available: Option<u64>) -> Result<()> {
+        let Some(left) = available.filter(|left| self.total() > *left) else { return Ok(()) };
+        let (need, left) = (bytes_text(self.total()), bytes_text(left));
+        bail!(
+            "the run needs {need} of memory, {left} are free ({}): take fewer --rows, a shorter --context, fewer \
+             --ranks, --lora-rank or a smaller model",
+            self.text()
+        );
+    }
+
+    /// The kinds that there are, on one line.
+    pub(super) fn text(&self) -> String {
+        let there = self.kinds.iter().filter(|(_, bytes)| *bytes > 0);
+        there.map(|(kind, bytes)| format!("{kind} {}", bytes_text(*bytes))).collect::<Vec<_>>().join(", ")
+    }
+}

@@ -1,0 +1,91 @@
+//! `loquat train`: one training run, by hand or as a job of the control plane.
+
+mod cluster;
+mod dry_run;
+mod memory;
+mod plan;
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use anyhow::{Result, bail};
+use tensor::Pool;
+use train::{Event, Outcome};
+
+use crate::args;
+use crate::home::Home;
+use crate::machine::memory_available;
+use crate::view::View;
+
+/// Micro-batches that are tried out to know how long a step takes.
+const TRIALS: usize = 5;
+
+pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
+    let store = home.store()?;
+    let n_threads = args.threads.unwrap_or_else(crate::n_threads);
+    let pool = Arc::new(Pool::new(n_threads));
+    let limits = tensor::limits::measure(&pool);
+    let peak_flops = if tensor::cpu::features().bf16 { limits.bf16_per_s } else { limits.f32_per_s };
+    if args.dry_run {
+        dry_run::run(args, plan::plan(home, args, &pool)?, (&pool, peak_flops))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let run = args.run_name();
+    if train::read_plan(&store, run)?.is_none() {
+        if args.resume.is_some() {
+            bail!("{}", train::Error::NoRun { run: run.to_owned() });
+        }
+        create(home, args, &pool)?;
+    }
+    drop(pool);
+    // SIGINT and SIGTERM end the run after its step, with a checkpoint; a second one ends it at once.
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register_conditional_shutdown(signal, 130, stop.clone())?;
+        signal_hook::flag::register(signal, stop.clone())?;
+    }
+    let start = Instant::now();
+    let context = train::Context {
+        store: store.clone(),
+        run: run.to_owned(),
+        n_ranks: args.ranks,
+        n_threads,
+        peak_flops,
+        stop: &stop,
+        seconds: &|| start.elapsed().as_secs_f64(),
+        started_unix: crate::now_unix_s() as f64,
+    };
+    let mut view = View::new();
+    if !args.json {
+        train::read_metrics(store.as_ref(), run)?.iter().for_each(|e| view.remember(e));
+    }
+    let mut on_event = |event: &Event| match args.json {
+        true => print_line(&event.to_line()),
+        false => view.show(event),
+    };
+    match train::run(&context, &mut on_event)? {
+        Outcome::Finished => Ok(ExitCode::SUCCESS),
+        Outcome::Interrupted => Ok(ExitCode::from(control::EXIT_INTERRUPTED as u8)),
+    }
+}
+
+/// Plans the run: refused where it does not fit in memory, and of as many steps as were asked for.
+fn create(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<()> {
+    let mut planned = plan::plan(home, args, pool)?;
+    let counts = plan::n_trained_and_frozen(&planned.plan, planned.weights.clone())?;
+    memory::Needs::new(&planned.plan, counts, args.ranks)?.check(memory_available())?;
+    if let (None, Some(minutes)) = (args.steps, args.minutes) {
+        let seconds = plan::step_seconds(&planned.plan, planned.weights.take(), pool, TRIALS)?;
+        plan::set_steps(&mut planned.plan, args, plan::steps_in(minutes, seconds)?)?;
+    }
+    Ok(train::create(&home.store()?, args.run_name(), &planned.plan, planned.files.as_ref())?)
+}
+
+fn print_line(line: &str) {
+    let mut out = std::io::stdout().lock();
+    // Whoever reads the lines may be gone; the run is worth more than its audience.
+    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+}

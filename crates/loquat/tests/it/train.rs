@@ -1,0 +1,120 @@
+//! `loquat train` and `loquat ingest` as people type them: chats, mixtures, presets, dry runs.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::support::{output, speeches, succeed};
+
+const SMALL: &[&str] = &["--rows", "2", "--micro-batches", "2", "--context", "64"];
+
+fn ingest_text(home: &Path, name: &str, vocab: &str) {
+    let text = speeches();
+    succeed(
+        home,
+        &["ingest", "--name", name, "--vocab", vocab, "--validation", "0.2", text.to_str().unwrap()],
+    );
+}
+
+/// What a failing command says.
+fn refused(home: &Path, args: &[&str], words: &[&str]) {
+    let output = output(home, args);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && !error.contains("panicked"), "{args:?}: {error}");
+    words.iter().for_each(|word| assert!(error.contains(word), "{args:?} does not say '{word}':\n{error}"));
+}
+
+#[test]
+fn from_text_to_a_model_that_learned_chats() {
+    let dir = tempfile::tempdir().unwrap();
+    let home = &dir.path().join("home");
+    ingest_text(home, "d", "512");
+    let base = ["train", "--run", "base", "--dataset", "d", "--publish", "base", "--steps", "3", "--json"];
+    succeed(home, &[&base[..], SMALL].concat());
+
+    let chats = dir.path().join("chats.jsonl");
+    let chat = |i: usize| json!({"prompt": format!("Is {i} even?"), "response": if i.is_multiple_of(2) { "Yes" } else { "No" }});
+    fs::write(&chats, (0..60).map(|i| chat(i).to_string() + "\n").collect::<String>()).unwrap();
+    let ingest = ["ingest", "--name", "chats", "--tokenizer", "base", "--validation", "0.1"];
+    let told = succeed(home, &[&ingest[..], &["--chats", chats.to_str().unwrap()]].concat());
+    assert!(told.contains("chats: ") && told.contains("% of the tokens are learned"), "{told}");
+
+    let tune =
+        ["train", "--run", "tuned", "--dataset", "chats=3", "d=1", "--init", "base", "--publish", "tuned"];
+    let told =
+        succeed(home, &[&tune[..], SMALL, &["--steps", "4", "--muon", "--lr", "1e-3", "--json"]].concat());
+    let events: Vec<Value> = told.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let last_eval = events.iter().rfind(|event| event["event"] == "eval").unwrap();
+    let names: Vec<&str> =
+        last_eval["parts"].as_array().unwrap().iter().map(|p| p["dataset"].as_str().unwrap()).collect();
+    assert_eq!(names, ["chats", "d"]);
+    assert!(events.iter().any(|event| event["event"] == "finished" && event["model"] == "tuned"), "{told}");
+
+    let told = succeed(home, &["train", "--resume", "tuned", "--json"]);
+    assert!(
+        told.contains("\"started\"") && told.contains("\"finished\"") && !told.contains("\"skipped\""),
+        "{told}"
+    );
+    refused(home, &["train", "--resume", "nobody"], &["nobody", "does not exist"]);
+
+    ingest_text(home, "other", "300");
+    refused(
+        home,
+        &["train", "--run", "bad", "--dataset", "other", "--init", "base", "--steps", "1"],
+        &["other", "base", "tokenizer"],
+    );
+}
+
+#[test]
+fn bad_chats_and_weights_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let home = &dir.path().join("home");
+    ingest_text(home, "d", "512");
+    let base = ["train", "--run", "base", "--dataset", "d", "--publish", "base", "--steps", "1", "--json"];
+    succeed(home, &[&base[..], SMALL].concat());
+    let file = dir.path().join("bad.jsonl");
+    fs::write(&file, "{\"prompt\": \"a\", \"response\": \"b\"}\n{\"prompt\": \"a\"}\n").unwrap();
+    let path = file.to_str().unwrap();
+    let ingest = ["ingest", "--name", "c", "--tokenizer", "base", "--validation", "0"];
+    refused(home, &[&ingest[..], &["--chats", path]].concat(), &["bad.jsonl", "line 2", "prompt"]);
+    refused(home, &[&ingest[..], &["--chats=alpaca", path]].concat(), &["line 1", "instruction"]);
+    refused(home, &[&ingest[..], &["--chats=klingon", path]].concat(), &["klingon", "sharegpt"]);
+    let told = succeed(home, &[&ingest[..], &["--skip-bad-rows", "--chats=prompt", path]].concat());
+    assert!(told.contains("1 rows could not be read"), "{told}");
+    refused(home, &["train", "--run", "r", "--dataset", "d=much", "--steps", "1"], &["d=much"]);
+    refused(home, &["train", "--run", "r", "--dataset", "d=0", "--steps", "1"], &["weight"]);
+    refused(home, &["train", "--run", "r", "--dataset", "d", "d", "--steps", "1"], &["twice"]);
+}
+
+#[test]
+fn a_dry_run_tells_what_a_run_would_take() {
+    let dir = tempfile::tempdir().unwrap();
+    let home = &dir.path().join("home");
+    ingest_text(home, "d", "512");
+    let dry = ["train", "--dry-run", "--run", "r", "--dataset", "d", "--steps", "100"];
+    let told = succeed(home, &[&dry[..], SMALL].concat());
+    for word in
+        ["parameters 2.", "100 steps", "epochs", "optimizer", "FLOP a step", "tokens/s", "measured", "layout"]
+    {
+        assert!(told.contains(word), "no '{word}': {told}");
+    }
+    assert!(!home.join("store/runs").exists(), "a dry run leaves nothing");
+    let huge = ["--preset", "llama-70b", "--rows", "1"];
+    refused(home, &[&dry[..], &huge].concat(), &["the run needs", "optimizer", "are free"]);
+    let run = ["train", "--run", "r", "--dataset", "d", "--steps", "1"];
+    refused(home, &[&run[..], &huge].concat(), &["the run needs", "parameters", "are free"]);
+    assert!(!home.join("store/runs").exists(), "refused before anything was written");
+
+    let cluster = dir.path().join("cluster.toml");
+    fs::write(
+        &cluster,
+        "nodes = 4\naccelerators = 8\ntflops = 989\nmemory_gb = 80\nnode_gb_per_s = 450\nnetwork_gb_per_s = 50\n",
+    )
+    .unwrap();
+    let on = ["--micro-batches", "64", "--context", "4096", "--cluster", cluster.to_str().unwrap()];
+    let told = succeed(home, &[&dry[..], &huge, &on].concat());
+    for word in ["68.46 billion", "4 nodes of 8", "tensor", "pipeline", "ZeRO", "Only planned"] {
+        assert!(told.contains(word), "no '{word}': {told}");
+    }
+}

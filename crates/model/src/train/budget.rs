@@ -1,0 +1,113 @@
+//! What a micro-batch takes of memory, without allocating it.
+
+use super::TrainModel;
+use super::memory::Shape;
+use crate::Config;
+use tensor::Precision;
+
+/// Bytes that [`TrainModel::new`] allocates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ActivationBytes {
+    /// What the backward pass reads of every layer, and the residual stream before every norm.
+    pub layers: usize,
+    /// What lives within one sub-layer.
+    pub scratch: usize,
+    /// Logits of a chunk of tokens.
+    pub logits: usize,
+}
+
+impl ActivationBytes {
+    pub fn total(&self) -> usize {
+        self.layers + self.scratch + self.logits
+    }
+}
+
+impl TrainModel {
+    /// For micro-batches of `b` rows of `t` tokens.
+    pub fn activation_bytes(config: &Config, b: usize, t: usize) -> ActivationBytes {
+        let shape = Shape::new(config, [b, t], Precision::F32);
+        let Shape { n, c, f, block, attention, rope, .. } = shape;
+        let when = |there: bool, floats: usize| if there { floats } else { 0 };
+        let stream = c + when(!block.layer_norm, 1);
+        let up = if block.activation.is_gated() { 2 * f } else { f };
+        let layer = attention.qkv_width()
+            + when(block.head_norms, rope.n_heads * attention.head_width)
+            + attention.out_width()
+            + attention.n_heads
+            + up
+            + when(block.post_norms, 2 * stream);
+        let scratch = 3 * c
+            + f
+            + attention.qkv_width()
+            + attention.out_width()
+            + when(block.post_norms, c)
+            + 1
+            + when(!block.rotary, 1);
+        let chunk = shape.chunks().next().map_or(0, |rows| rows.len());
+        ActivationBytes {
+            layers: 4 * n * (config.n_layers * layer + (2 * config.n_layers + 1) * stream),
+            scratch: 4 * (n * scratch + 2 * c.max(attention.head_width)),
+            logits: 4 * chunk * shape.v,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tensor::Buf;
+
+    use super::*;
+    use crate::Trainable;
+    use crate::config::tests::tiny;
+    use crate::train::memory::{LayerMemory, Scratch, Stream};
+
+    fn stream(stream: &Stream) -> usize {
+        stream.x_nc.len() + stream.rstd_n.len()
+    }
+
+    fn layer(layer: &LayerMemory) -> usize {
+        let LayerMemory { qkv, heads_nk, out_nhd, lse_bht, up_no, post } = layer;
+        let bufs =
+            [qkv, heads_nk, out_nhd, lse_bht, up_no].iter().map(|buf: &&Buf<f32>| buf.len()).sum::<usize>();
+        bufs + post.iter().flatten().map(stream).sum::<usize>()
+    }
+
+    fn check(config: &Config) {
+        let (b, t) = (3, 8);
+        let found = TrainModel::activation_bytes(config, b, t);
+        let model = TrainModel::new(Trainable::new(config), b, t, Precision::F32);
+        let layers =
+            model.layers.iter().map(layer).sum::<usize>() + model.streams.iter().map(stream).sum::<usize>();
+        assert_eq!(found.layers, 4 * layers);
+        let Scratch {
+            normed_nc,
+            delta_nc,
+            act_nf,
+            dqkv,
+            dout_nhd,
+            dx_nc,
+            dpost_nc,
+            logits,
+            losses_n,
+            positions_bt,
+            sink,
+            ..
+        } = &model.scratch;
+        let bufs = [normed_nc, delta_nc, act_nf, dqkv, dout_nhd, dx_nc, dpost_nc, losses_n, sink];
+        let scratch = bufs.iter().map(|buf| buf.len()).sum::<usize>() + positions_bt.len();
+        assert_eq!((found.scratch, found.logits), (4 * scratch, 4 * logits.len()));
+    }
+
+    #[test]
+    fn it_is_what_a_model_allocates() {
+        check(&tiny());
+        for json in [
+            r#"{"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 90, "n_positions": 16}"#,
+            r#"{"model_type": "qwen3", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4,
+                "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48, "vocab_size": 90,
+                "rms_norm_eps": 1e-6, "tie_word_embeddings": true, "max_position_embeddings": 16}"#,
+        ] {
+            check(&Config::from_json(json.as_bytes()).unwrap());
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! [`Matrices`]: products with the matrices of layers, as they are or with LoRA's changes, and their gradients.
+//!
+//! A changed matrix is W + s·B·A. It is computed before each product with it (2·o·i·r operations, where x·Aᵀ·Bᵀ would
+//! take 2·n·r·(o + i): tokens are many more than columns), so that the layer is one product, forward and backward. Its
+//! gradient is never formed: with `low = x·Aᵀ` it comes down to `dB = s·dyᵀ·low` and `dA = s·(dy·B)ᵀ·x`.
+
+use std::ops::Range;
+
+use tensor::rows::{add_bias, bias_backward, scale};
+use tensor::{Accumulate, Buf, Mat, Pool, matmul};
+
+use super::memory::Shape;
+use crate::ParamTable;
+use crate::lora::{LoraTable, LowRank, SiteChanges};
+use crate::params::{LinearRange, NormRange};
+use crate::transformer::Site;
+
+/// Elements of a matrix that one task copies.
+const COPY_LEN: usize = 1 << 14;
+
+/// The numbers a pass computes with.
+#[derive(Clone, Copy)]
+pub(super) struct Values<'a> {
+    pub(super) table: &'a ParamTable,
+    pub(super) values: &'a [f32],
+    /// What LoRA adds, and its numbers.
+    pub(super) changes: Option<(&'a LoraTable, &'a [f32])>,
+}
+
+/// Where gradients go.
+pub(super) enum Grads<'a> {
+    /// Everything is trained.
+    All(&'a mut [f32]),
+    /// Only LoRA's changes are.
+    Changes(&'a mut [f32]),
+}
+
+/// See the module.
+pub(super) struct Matrices<'a> {
+    pub(super) pool: &'a Pool,
+    pub(super) values: Values<'a>,
+    pub(super) shape: Shape,
+    pub(super) scratch: &'a mut MatrixScratch,
+}
+
+/// Memory for changed matrices, kept between passes.
+#[derive(Default)]
+pub(super) struct MatrixScratch {
+    /// W + s·B·A
+    changed: Buf<f32>,
+    /// s·A
+    scaled: Buf<f32>,
+    /// `[R, n]`, R the ranks of all changes at a site: (x·Aᵀ)ᵀ
+    low_rn: Buf<f32>,
+    /// Its gradient.
+    dlow_rn: Buf<f32>,
+    /// Partial sums of the gradients of biases.
+    sums: Buf<f32>,
+}
+
+/// A place in the model with its matrices.
+pub(super) type Place = (usize, Site);
+
+impl<'a> Values<'a> {
+    pub(super) fn of(&self, range: &Range<usize>) -> &'a [f32] {
+        &self.values[range.clone()]
+    }
+
+    fn linear(&self, (l, site): Place) -> &'a LinearRange {
+        &self.table.layers[l].linears[site as usize]
+    }
+
+    /// What changes the matrices of a place, if anything does.
+    fn changes(&self, (l, site): Place) -> Option<(Changes<'a>, f32)> {
+        let (lora, values) = self.changes?;
+        let site = lora.at(l, site)?;
+        Some((Changes { site, values }, lora.scale()))
+    }
+}
+
+/// The changes of one place and their numbers.
+#[derive(Clone, Copy)]
+struct Changes<'a> {
+    site: &'a SiteChanges,
+    values: &'a [f32],
+}
+
+impl Grads<'_> {
+    /// Gradients of a norm's scale and shift.
+    pub(super) fn norm<'s>(&'s mut self, range: &NormRange, sink: &'s mut Buf<f32>) -> [&'s mut [f32]; 2] {
+        let c = range.weight.len();
+        let end = range.bias.as_ref().map_or(range.weight.end, |bias| bias.end);
+        let (dw_c, db_c) = match self {
+            Grads::All(dparams) => dparams[range.weight.start..end].split_at_mut(c),
+            Grads::Changes(_) => sink[..2 * c].split_at_mut(c),
+        };
+        [dw_c, db_c]
+    }
+
+    /// The gradient of a vector.
+    pub(super) fn vector<'s>(&'s mut self, range: &Range<usize>, sink: &'s mut Buf<f32>) -> &'s mut [f32] {
+        match self {
+            Grads::All(dparams) => &mut dparams[range.clone()],
+            Grads::Changes(_) => &mut sink[..range.len()],
+        }
+    }
+
+    /// Whether anything below the first layer's changes is trained.
+    pub(super) fn reach_embedding(&self) -> bool {
+        matches!(self, Grads::All(_))
+    }
+}
+
+impl Matrices<'_> {
+    /// `y = x · Wᵀ + bias`
+    pub(super) fn forward(&mut self, place: Place, y_no: &mut [f32], x_ni: &[f32]) {
+        let (pool, values, precision) = (self.pool, self.values, self.shape.precision);
+        let range = values.linear(place);
+        let x = Mat::new(x_ni, self.shape.n, range.n_in);
+        matmul(pool, y_no, x, self.matrix(place).t(), precision, Accumulate::Overwrite);
+        if let Some(bias) = &range.bias {
+            add_bias(pool, y_no, values.of(bias));
+        }
+    }
+
+    /// `dx = dy · W`
+    pub(super) fn dx(&mut self, place: Place, dx_ni: &mut [f32], dy_no: &[f32]) {
+        let (pool, precision) = (self.pool, self.shape.precision);
+        let dy = Mat::new(dy_no, self.shape.n, self.values.linear(place).n_out);
+        matmul(pool, dx_ni, dy, self.matrix(place), precision, Accumulate::Overwrite);
+    }
+
+    /// The gradients of what is trained of W and bias.
+    pub(super) fn dw(&mut self, place: Place, grads: &mut Grads, dy_no: &[f32], x_ni: &[f32]) {
+        let (pool, n, range) = (self.pool, self.shape.n, self.values.linear(place));
+        let (dy, x) = (Mat::new(dy_no, n, range.n_out), Mat::new(x_ni, n, range.n_in));
+        match grads {
+            Grads::All(dparams) => {
+                let dw = &mut dparams[range.weight.clone()];
+                matmul(pool, dw, dy.t(), x, self.shape.precision, Accumulate::Overwrite);
+                if let Some(bias) = &range.bias {
+                    bias_backward(pool, &mut dparams[bias.clone()], dy_no, &mut self.scratch.sums);
+                }
+            }
+            Grads::Changes(dparams) => {
+                if let Some((changes, scale)) = self.values.changes(place) {
+                    self.changes_backward((changes, scale), dparams, dy_no, x);
+                }
+            }
+        }
+    }
+
+    /// W, or W + s·B·A.
+    fn matrix(&mut self, place: Place) -> Mat<'_> {
+        let (pool, range) = (self.pool, self.values.linear(place));
+        let weight = self.values.of(&range.weight);
+        let (n_out, n_in) = (range.n_out, range.n_in);
+        let Some((changes, s)) = self.values.changes(place) else {
+            return Mat::new(weight, n_out, n_in);
+        };
+        let MatrixScratch { changed, scaled, .. } = &mut *self.scratch;
+        changed.reserve_scratch(weight.len());
+        let changed = &mut changed[..weight.len()];
+        pool.run_chunks(changed, COPY_LEN, |task, to| {
+            to.copy_from_slice(&weight[task * COPY_LEN..][..to.len()]);
+        });
+        for change in &changes.site.changes {
+            change.add_to(pool, changes.values, (&mut changed[change.first * n_in..], s), scaled);
+        }
+        Mat::new(&*changed, n_out, n_in)
+    }
+
+    fn changes_backward(&mut self, (changes, s): (Changes, f32), dparams: &mut [f32], dy_no: &[f32], x: Mat) {
+        let (pool, precision, n) = (self.pool, self.shape.precision, self.shape.n);
+        let site = changes.site;
+        let MatrixScratch { low_rn, dlow_rn, .. } = &mut *self.scratch;
+        let (a, n_rows) = (&changes.values[site.a.clone()], site.a.len() / x.cols);
+        for buf in [&mut *low_rn, &mut *dlow_rn] {
+            buf.reserve_scratch(n_rows * n);
+        }
+        let (low_rn, dlow_rn) = (&mut low_rn[..n_rows * n], &mut dlow_rn[..n_rows * n]);
+        matmul(pool, low_rn, Mat::new(a, n_rows, x.cols), x.t(), precision, Accumulate::Overwrite);
+        scale(pool, low_rn, s);
+        let width = dy_no.len() / n;
+        for (i, change) in site.changes.iter().enumerate() {
+            let LowRank { first, n_out, b, .. } = change;
+            let rank = b.len() / n_out;
+            let rows = i * rank * n..(i + 1) * rank * n;
+            let dy = Mat::with_stride(&dy_no[*first..], n, *n_out, width);
+            let low = Mat::new(&low_rn[rows.clone()], rank, n);
+            matmul(pool, &mut dparams[b.clone()], dy.t(), low.t(), precision, Accumulate::Overwrite);
+            let b = Mat::new(&changes.values[b.clone()], *n_out, rank);
+            matmul(pool, &mut dlow_rn[rows], b.t(), dy.t(), precision, Accumulate::Overwrite);
+        }
+        scale(pool, dlow_rn, s);
+        let dlow = Mat::new(&*dlow_rn, n_rows, n);
+        matmul(pool, &mut dparams[site.a.clone()], dlow, x, precision, Accumulate::Overwrite);
+    }
+}

@@ -1,0 +1,260 @@
+//! [`TrainModel`]: forward and backward of a whole model over rows of tokens, parameters and gradients flat.
+//!
+//! ```text
+//! x₀ = embedding(tokens) (+ positions)
+//! each layer:  x' = x + attention(norm(x)·Wqkvᵀ)·Woᵀ      x = x' + activation(norm(x')·Wupᵀ)·Wdᵀ
+//! loss = objective(norm(x)·Wheadᵀ, targets)
+//! ```
+//! What a model has besides (biases, norms of heads, norms after sub-layers, windows) its [`crate::Block`] and [`Config`]
+//! say, as they do for inference; no architecture is known by name.
+//!
+//! The streams x and x' before every norm are kept, and what each sub-layer's backward needs; normed rows and
+//! activations are computed again. Logits exist for a chunk of tokens at a time.
+//!
+//! `matrices` multiplies (with the parameters, or with frozen ones and what LoRA adds to them), `layer` is the block,
+//! `head` the logits, `objective` what is minimized.
+
+mod batch;
+mod budget;
+mod head;
+mod layer;
+mod matrices;
+mod memory;
+mod norm;
+mod objective;
+
+use tensor::embedding::{embedding_add, embedding_backward, embedding_forward};
+use tensor::rope::RopeTable;
+use tensor::rows::scale;
+use tensor::{Accumulate, Buf, Mat, Pool, Precision, matmul};
+
+pub use batch::MicroBatch;
+pub use budget::ActivationBytes;
+use matrices::{Grads, Matrices, MatrixScratch, Values};
+use memory::{LayerMemory, Scratch, Shape, Stream};
+use norm::Norm;
+pub use objective::{LossSum, Objective};
+
+use crate::{Config, Trainable};
+
+/// A model with the memory one micro-batch of b rows of t tokens needs. No call allocates after the first.
+///
+/// Results are the same bits for every number of threads.
+pub struct TrainModel {
+    trainable: Trainable,
+    shape: Shape,
+    /// Angles of layers without and with a window; `None` where positions are learned.
+    ropes: [Option<RopeTable>; 2],
+    layers: Vec<LayerMemory>,
+    /// The residual stream before every norm: two per layer, and the last.
+    streams: Vec<Stream>,
+    scratch: Scratch,
+    matrix_scratch: MatrixScratch,
+    z_loss: f32,
+}
+
+/// Which parameters a pass computes with.
+#[derive(Clone, Copy)]
+enum Params<'a> {
+    /// Those that are trained.
+    Trained(&'a [f32]),
+    /// Those the run started from.
+    Start,
+}
+
+impl TrainModel {
+    /// For micro-batches of `b` rows of `t` tokens. `precision` is that of the matrix products.
+    ///
+    /// # Panics
+    /// If b or t is 0, or t is more than the model has learned positions.
+    pub fn new(trainable: Trainable, b: usize, t: usize, precision: Precision) -> Self {
+        let config = trainable.config();
+        assert!(b > 0 && t > 0, "a micro-batch of {b} rows of {t} tokens");
+        let block = config.block();
+        assert!(block.rotary || t <= config.context_max, "{t} positions of {}", config.context_max);
+        let shape = Shape::new(config, [b, t], precision);
+        let n_streams = 2 * config.n_layers + 1;
+        Self {
+            shape,
+            ropes: config.rope_tables(t),
+            layers: (0..config.n_layers).map(|_| LayerMemory::new(shape)).collect(),
+            streams: (0..n_streams).map(|_| Stream::new(shape)).collect(),
+            scratch: Scratch::new(shape),
+            matrix_scratch: MatrixScratch::default(),
+            z_loss: 0.0,
+            trainable,
+        }
+    }
+
+    /// Gradients also keep logits from drifting, with this weight on the square of their logarithmic sum.
+    pub fn with_z_loss(self, z_loss: f32) -> Self {
+        Self { z_loss, ..self }
+    }
+
+    /// What is trained: the layout of `params` and `dparams`.
+    pub fn trainable(&self) -> &Trainable {
+        &self.trainable
+    }
+
+    /// The loss of a micro-batch and its gradient: that of the *sum* over what counts, in nats. `dparams` is overwritten.
+    ///
+    /// # Panics
+    /// If a length differs from what [`TrainModel::new`] was told, a token or target is not below the vocabulary, or the
+    /// objective compares with a start that the [`Trainable`] does not have.
+    pub fn loss_and_grads(
+        &mut self,
+        pool: &Pool,
+        params: &[f32],
+        (batch, objective): (MicroBatch, Objective),
+        dparams: &mut [f32],
+    ) -> LossSum {
+        assert_eq!(dparams.len(), self.trainable.n_params(), "gradients");
+        objective::loss_and_grads(self, pool, params, (batch, objective), dparams)
+    }
+
+    /// The loss alone.
+    ///
+    /// # Panics
+    /// As [`TrainModel::loss_and_grads`].
+    pub fn loss(
+        &mut self,
+        pool: &Pool,
+        params: &[f32],
+        (batch, objective): (MicroBatch, Objective),
+    ) -> LossSum {
+        objective::loss(self, pool, params, (batch, objective))
+    }
+
+    /// The logits of the first `n` tokens of the last forward pass, `[n, v]`. For comparisons with other programs.
+    pub fn last_logits(&mut self, pool: &Pool, params: &[f32], n: usize) -> Buf<f32> {
+        let Shape { c, v, precision, .. } = self.shape;
+        let pass = self.pass(pool, Params::Trained(params), MicroBatch::default());
+        let values = pass.matrices.values;
+        let norm = Norm::of(values, &values.table.final_norm, pass.shape.norm_eps);
+        norm.again(pool, &mut pass.scratch.normed_nc, &pass.streams[pass.streams.len() - 1]);
+        let mut logits = Buf::zeroed(n * v);
+        let head = Mat::new(values.of(&values.table.head), v, c);
+        let rows = Mat::new(&pass.scratch.normed_nc[..n * c], n, c);
+        matmul(pool, &mut logits, rows, head.t(), precision, Accumulate::Overwrite);
+        logits
+    }
+
+    fn pass<'a>(&'a mut self, pool: &'a Pool, params: Params<'a>, batch: MicroBatch<'a>) -> Pass<'a> {
+        let Self { trainable, shape, ropes, layers, streams, scratch, matrix_scratch, z_loss } = self;
+        let values = trainable.values(params);
+        let matrices = Matrices { pool, values, shape: *shape, scratch: matrix_scratch };
+        let config = trainable.config();
+        Pass {
+            pool,
+            config,
+            shape: *shape,
+            batch,
+            ropes,
+            matrices,
+            layers,
+            streams,
+            scratch,
+            z_loss: *z_loss,
+        }
+    }
+}
+
+impl Trainable {
+    fn values<'a>(&'a self, params: Params<'a>) -> Values<'a> {
+        match (params, self.lora_table()) {
+            (Params::Trained(params), changes) => {
+                assert_eq!(params.len(), self.n_params(), "parameters");
+                match changes {
+                    None => Values { table: self.table(), values: params, changes: None },
+                    Some(lora) => Values {
+                        table: self.table(),
+                        values: self.start().expect("LoRA has a base"),
+                        changes: Some((lora, params)),
+                    },
+                }
+            }
+            (Params::Start, _) => {
+                let values =
+                    self.start().expect("the objective compares with the model the run started from");
+                Values { table: self.table(), values, changes: None }
+            }
+        }
+    }
+}
+
+/// One micro-batch on its way through the model.
+struct Pass<'a> {
+    pool: &'a Pool,
+    config: &'a Config,
+    shape: Shape,
+    batch: MicroBatch<'a>,
+    ropes: &'a [Option<RopeTable>; 2],
+    matrices: Matrices<'a>,
+    layers: &'a mut [LayerMemory],
+    streams: &'a mut [Stream],
+    scratch: &'a mut Scratch,
+    z_loss: f32,
+}
+
+impl Pass<'_> {
+    /// Fills the streams and the layers' memory; leaves the last normed rows in `scratch.normed_nc`.
+    fn forward(&mut self) {
+        self.batch.check(self.shape.n);
+        self.embed();
+        let (pool, values, first) = (self.pool, self.matrices.values, &mut self.streams[0]);
+        let norm = Norm::of(values, &values.table.layers[0].attention_norm, self.shape.norm_eps);
+        norm.forward(pool, &mut self.scratch.normed_nc, first);
+        for l in 0..self.layers.len() {
+            self.layer_forward(l);
+        }
+    }
+
+    fn embed(&mut self) {
+        let (pool, values, c) = (self.pool, self.matrices.values, self.shape.c);
+        let x_nc = &mut self.streams[0].x_nc;
+        embedding_forward(pool, x_nc, self.batch.tokens_bt, values.of(&values.table.embedding), c);
+        if self.shape.block.scaled_embedding {
+            scale(pool, x_nc, (c as f32).sqrt());
+        }
+        if let Some(positions) = &values.table.positions {
+            self.batch.positions(self.shape.t, &mut self.scratch.positions_bt);
+            embedding_add(pool, x_nc, &self.scratch.positions_bt, values.of(positions), c);
+        }
+    }
+
+    /// From the gradient of the last normed rows (in `scratch.delta_nc`) to that of all parameters.
+    fn backward(&mut self, grads: &mut Grads) {
+        self.final_norm_backward(grads);
+        for l in (0..self.layers.len()).rev() {
+            self.feed_forward_backward(grads, l);
+            self.attention_backward(grads, l);
+        }
+        self.embed_backward(grads);
+    }
+
+    fn embed_backward(&mut self, grads: &mut Grads) {
+        let Grads::All(dparams) = grads else { return };
+        let (pool, table, c) = (self.pool, self.matrices.values.table, self.shape.c);
+        let Scratch { dx_nc, positions_bt, .. } = &mut *self.scratch;
+        if let Some(positions) = &table.positions {
+            let dpositions = &mut dparams[positions.clone()];
+            dpositions.fill(0.0);
+            embedding_backward(pool, dpositions, dx_nc, positions_bt, c);
+        }
+        if self.shape.block.scaled_embedding {
+            scale(pool, dx_nc, (c as f32).sqrt());
+        }
+        let dembedding = &mut dparams[table.embedding.clone()];
+        if table.head != table.embedding {
+            dembedding.fill(0.0);
+        }
+        embedding_backward(pool, dembedding, dx_nc, self.batch.tokens_bt, c);
+    }
+}
+
+#[cfg(test)]
+mod golden;
+#[cfg(test)]
+mod golden_models;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,55 @@
+//! What a run starts from: random weights, or a model whose files lie in the run, so that resuming needs nothing else.
+
+use std::sync::Arc;
+
+use model::{Trainable, Weights, hf};
+use sha2::{Digest, Sha256};
+use store::{Bundle, BundleWriter, Store};
+use tensor::Pool;
+use tensor::packed::WeightKind;
+
+use crate::plan::{Method, Start};
+use crate::{Error, Plan, Result};
+
+const KIND: &str = "model";
+
+/// The files of a model to start from, and what the plan says of them. Weights keep their bits where training can begin
+/// from them exactly; quantized ones become f32.
+pub fn start_files(pool: &Arc<Pool>, name: &str, mut weights: Weights) -> Result<(Start, model::Files)> {
+    for tensor in weights.tensors.values_mut().filter(|tensor| tensor.kind.is_quantized()) {
+        *tensor = tensor.clone().converted(WeightKind::F32, pool.clone());
+    }
+    let files = hf::files(&weights)?;
+    let tensors =
+        files.iter().find(|(name, _)| *name == hf::TENSORS_FILE).map_or(&[][..], |(_, bytes)| bytes);
+    let sha256 = hex::encode(Sha256::digest(tensors));
+    Ok((Start { model: name.to_owned(), sha256 }, files))
+}
+
+/// Puts the files into the run.
+pub(crate) fn keep(store: &Arc<dyn Store>, run: &str, files: &model::Files) -> Result<()> {
+    let mut bundle = BundleWriter::new(store, &prefix(run))?;
+    for (file, bytes) in files {
+        bundle.add(file, bytes)?;
+    }
+    bundle.publish(KIND, serde_json::Value::Null)?;
+    Ok(())
+}
+
+/// What the plan's run trains, with the model it starts from.
+pub(crate) fn trainable(store: &Arc<dyn Store>, run: &str, plan: &Plan) -> Result<Trainable> {
+    let Some(start) = &plan.start else { return Ok(Trainable::new(&plan.config()?)) };
+    let changed = || Error::StartChanged { run: run.to_owned() };
+    let bundle = Bundle::open(store, &prefix(run))?.ok_or_else(changed)?;
+    let planned = |file: &&store::FileEntry| file.name == hf::TENSORS_FILE && file.sha256 == start.sha256;
+    bundle.manifest().files.iter().find(planned).ok_or_else(changed)?;
+    let weights = hf::from_files(&bundle.read(hf::CONFIG_FILE)?, bundle.read(hf::TENSORS_FILE)?)?;
+    Ok(match &plan.method {
+        Method::Full => Trainable::from_weights(weights)?,
+        Method::Lora { changes, .. } => Trainable::lora(weights, changes)?,
+    })
+}
+
+fn prefix(run: &str) -> String {
+    format!("runs/{run}/start")
+}

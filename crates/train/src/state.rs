@@ -1,0 +1,85 @@
+//! [`State`]: what changes from step to step.
+
+use model::Trainable;
+use tensor::{Buf, Pool};
+
+use crate::guard::Health;
+
+/// What changes from step to step.
+#[derive(Clone)]
+pub(crate) struct State {
+    pub(crate) params: Buf<f32>,
+    /// Running mean of the gradient.
+    pub(crate) adam_m: Buf<f32>,
+    /// Running mean of the squared gradient.
+    pub(crate) adam_v: Buf<f32>,
+    /// Finished steps, those that were skipped among them.
+    pub(crate) step: u64,
+    pub(crate) tokens: u64,
+    pub(crate) elapsed_seconds: f64,
+    pub(crate) health: Health,
+}
+
+/// A [`State`] as it is written: vectors in little-endian f32.
+#[derive(Clone, Default)]
+pub(crate) struct Snapshot {
+    /// Parameters and the two means, as in [`State`].
+    pub(crate) vectors: [Vec<u8>; 3],
+    pub(crate) step: u64,
+    pub(crate) tokens: u64,
+    pub(crate) elapsed_seconds: f64,
+    pub(crate) health: Health,
+}
+
+/// Elements of a vector that a thread copies at a time: 256 KiB.
+const COPY_LEN: usize = 64 << 10;
+
+impl State {
+    pub(crate) fn initial(trainable: &Trainable, seed: u64) -> State {
+        let n = trainable.n_params();
+        State {
+            params: trainable.init(seed),
+            adam_m: Buf::zeroed(n),
+            adam_v: Buf::zeroed(n),
+            step: 0,
+            tokens: 0,
+            elapsed_seconds: 0.0,
+            health: Health::default(),
+        }
+    }
+
+    /// Steps that moved the parameters.
+    pub(crate) fn n_updates(&self) -> u64 {
+        self.step - self.health.n_skipped
+    }
+
+    /// Fills `snapshot` with the state as it is now, as fast as memory is.
+    pub(crate) fn copy_to(&self, pool: &Pool, snapshot: &mut Snapshot) {
+        snapshot.step = self.step;
+        snapshot.tokens = self.tokens;
+        snapshot.elapsed_seconds = self.elapsed_seconds;
+        snapshot.health = self.health;
+        for (bytes, values) in snapshot.vectors.iter_mut().zip([&self.params, &self.adam_m, &self.adam_v]) {
+            bytes.resize(values.len() * 4, 0);
+            pool.run_chunks(bytes, 4 * COPY_LEN, |i, part| {
+                let values = &values[i * COPY_LEN..];
+                for (four, value) in part.as_chunks_mut::<4>().0.iter_mut().zip(values) {
+                    *four = value.to_le_bytes();
+                }
+            });
+        }
+    }
+
+    /// The state that a snapshot was taken of.
+    pub(crate) fn from_snapshot(snapshot: &Snapshot) -> State {
+        let [params, adam_m, adam_v] = snapshot.vectors.each_ref().map(|bytes| {
+            let mut values = Buf::zeroed(bytes.len() / 4);
+            for (value, four) in values.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                *value = f32::from_le_bytes(*four);
+            }
+            values
+        });
+        let Snapshot { step, tokens, elapsed_seconds, health, .. } = *snapshot;
+        State { params, adam_m, adam_v, step, tokens, elapsed_seconds, health }
+    }
+}
