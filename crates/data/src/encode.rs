@@ -7,7 +7,7 @@ use tokenizer::{ChatInput, ChatTemplate};
 use crate::chat::{self, Chat, Example};
 use crate::prepare::Prepared;
 use crate::split::document_hash;
-use crate::{Content, Document};
+use crate::{Content, Document, chain};
 
 /// Marks in the highest bits of an id, until ids and marks are stored apart: a document begins here.
 const BEGINS: u32 = 1 << 30;
@@ -111,7 +111,7 @@ fn lessons(
     let is_learned = |i: usize| i >= n_added && example.is_learned[i - n_added];
     let input = ChatInput { messages: &example.messages, tools: &example.tools, ..ChatInput::default() };
     let lessons =
-        template.lessons(&prepared.tokenizer, &input, &is_learned).map_err(|error| whole(&error))?;
+        template.lessons(&prepared.tokenizer, &input, &is_learned).map_err(|error| chain(&error))?;
     let documents: Vec<Vec<u32>> = lessons
         .into_iter()
         .filter(|lesson| lesson.is_learned.contains(&true))
@@ -127,15 +127,4 @@ fn lessons(
         return Err("the chat template writes nothing that the assistant says".into());
     }
     Ok(documents)
-}
-
-/// An error and what caused it, in one line.
-fn whole(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text += &format!(": {cause}");
-        source = cause.source();
-    }
-    text
 }

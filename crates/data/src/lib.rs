@@ -35,7 +35,7 @@ pub use batches::{Batches, NO_TARGET, Row};
 pub use chat::Form;
 pub use dataset::Dataset;
 pub use document::{BadRows, Content, Document, Documents, ReadOptions, Source, documents};
-pub use error::{Error, Place, Result};
+pub use error::{Error, Place, Result, chain};
 pub use info::{ChatsInfo, DATASET_VERSION, DatasetInfo, InputInfo, Split, SplitInfo};
 pub use ingest::ingest;
 pub use mixture::Mixture;

@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use data::chain;
 use serde::{Deserialize, Serialize};
 use store::{Bundle, BundleWriter, Store};
 
@@ -147,15 +148,4 @@ impl Checkpoints {
         steps.dedup();
         Ok(steps)
     }
-}
-
-/// An error and what caused it, in one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text += &format!(": {cause}");
-        source = cause.source();
-    }
-    text
 }

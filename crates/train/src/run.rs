@@ -8,14 +8,14 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use comm::ThreadComm;
-use data::Dataset;
+use data::{Dataset, chain};
 use model::{TrainModel, Trainable};
 use sha2::{Digest, Sha256};
 use store::{BundleWriter, ObjectName, Put, Store};
 use tensor::packed::WeightKind;
 use tensor::{Buf, Pool, Precision};
 
-use crate::checkpoint::{Checkpoints, chain};
+use crate::checkpoint::Checkpoints;
 use crate::metrics_log::MetricsLog;
 use crate::optimizer::Optimizer;
 use crate::plan::Method;

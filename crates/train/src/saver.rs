@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use data::chain;
 use tensor::Pool;
 
-use crate::checkpoint::{Checkpoints, chain};
+use crate::checkpoint::Checkpoints;
 use crate::state::{Snapshot, State};
 use crate::{Event, Result};
 
