@@ -107,7 +107,8 @@ fn closed_loop(engine: &Engine, n_streams: usize, n_prompt: usize, n_new: usize,
     let client = |i: usize| {
         for n_before in 0..ANSWERS {
             let salt = 10_000 * (round + 1) + n_before * n_streams + i;
-            let stream = engine.submit(request(engine, salt, n_prompt, n_new)).expect("the queue holds a round");
+            let stream =
+                engine.submit(request(engine, salt, n_prompt, n_new)).expect("the queue holds a round");
             assert_eq!(Timeline::read(stream, start).ids.len(), n_new);
         }
     };
