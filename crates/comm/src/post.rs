@@ -74,6 +74,9 @@ struct Flight {
     landed: Option<Test>,
 }
 
+/// The messages of one step of an operation.
+type Flights = Vec<Flight>;
+
 impl Post {
     /// Does one job; says how it ended.
     pub(crate) fn work(&mut self, job: Job, replies: &Sender<Reply>) -> Result<(), CommError> {
@@ -125,7 +128,7 @@ impl Post {
             }
             Ok(flights)
         };
-        let landed = &mut |post: &mut Post, step: usize, flights: Vec<Flight>| {
+        let landed = &mut |post: &mut Post, step: usize, flights: Flights| {
             let Some(own) = shards[rank].get(step) else { return };
             let received = received(flights);
             let mut parts: Vec<&[f32]> = received.iter().map(|(_, piece)| &piece[..]).collect();
@@ -163,7 +166,7 @@ impl Post {
             }
             Ok(flights)
         };
-        let landed = &mut |_: &mut Post, step: usize, flights: Vec<Flight>| {
+        let landed = &mut |_: &mut Post, step: usize, flights: Flights| {
             for (peer, piece) in received(flights) {
                 values(shards[peer][step].start, piece);
             }
@@ -204,7 +207,7 @@ impl Post {
             }
             Ok(flights)
         };
-        let landed = &mut |_: &mut Post, _: usize, flights: Vec<Flight>| {
+        let landed = &mut |_: &mut Post, _: usize, flights: Flights| {
             for flight in flights {
                 if let Some(Test::ReceivedBytes(bytes)) = flight.landed {
                     all[flight.peer] = bytes.into_vec();
@@ -232,7 +235,7 @@ impl Post {
         let start = &mut |post: &mut Post, step: usize| {
             Ok(vec![post.receive_from(from, ("receive", DIRECT), parts[step].len())?])
         };
-        let landed = &mut |_: &mut Post, step: usize, flights: Vec<Flight>| {
+        let landed = &mut |_: &mut Post, step: usize, flights: Flights| {
             received(flights).into_iter().for_each(|(_, piece)| values(parts[step].start, piece));
         };
         self.carry_out("receive", parts.len(), start, landed)
@@ -264,10 +267,10 @@ impl Post {
         &mut self,
         operation: &'static str,
         n_steps: usize,
-        start: &mut dyn FnMut(&mut Post, usize) -> Result<Vec<Flight>, CommError>,
-        landed: &mut dyn FnMut(&mut Post, usize, Vec<Flight>),
+        start: &mut dyn FnMut(&mut Post, usize) -> Result<Flights, CommError>,
+        landed: &mut dyn FnMut(&mut Post, usize, Flights),
     ) -> Result<(), CommError> {
-        let mut under_way: VecDeque<Vec<Flight>> = VecDeque::new();
+        let mut under_way: VecDeque<Flights> = VecDeque::new();
         let (mut n_started, mut n_done, mut n_asked) = (0, 0, 0);
         let mut progress = Instant::now();
         while n_done < n_steps {
@@ -282,7 +285,7 @@ impl Post {
                     landed => (flight.landed, moved) = (Some(landed), true),
                 }
             }
-            let is_whole = |flights: &mut Vec<Flight>| flights.iter().all(|flight| flight.landed.is_some());
+            let is_whole = |flights: &mut Flights| flights.iter().all(|flight| flight.landed.is_some());
             while let Some(flights) = under_way.pop_front_if(is_whole) {
                 landed(self, n_done, flights);
                 (n_done, moved) = (n_done + 1, true);
@@ -302,7 +305,7 @@ impl Post {
         &self,
         operation: &'static str,
         n_asked: u32,
-        (progress, under_way): (Instant, &VecDeque<Vec<Flight>>),
+        (progress, under_way): (Instant, &VecDeque<Flights>),
     ) -> Result<(), CommError> {
         if n_asked < ASKS_MAX {
             std::thread::yield_now();
@@ -354,7 +357,7 @@ pub(crate) fn failed(operation: &'static str) -> impl Fn(mpi::Error) -> CommErro
 }
 
 /// What came, in the order of ranks.
-fn received(flights: Vec<Flight>) -> Vec<(usize, Box<[f32]>)> {
+fn received(flights: Flights) -> Vec<(usize, Box<[f32]>)> {
     let piece = |flight: Flight| match flight.landed {
         Some(Test::Received(values)) => Some((flight.peer, values)),
         _ => None,

@@ -23,7 +23,12 @@ pub fn threads(n_ranks: usize) -> Result<Vec<ThreadComm>, CommError> {
         return Err(CommError::NotAPowerOfTwo { n_ranks });
     }
     let group = Arc::new(Group {
-        meeting: Mutex::new(Meeting { generation: 0, arrived: vec![false; n_ranks], stopped: None }),
+        meeting: Mutex::new(Meeting {
+            generation: 0,
+            arrived: vec![false; n_ranks],
+            stopped: None,
+            gone: vec![false; n_ranks],
+        }),
         changed: Condvar::new(),
         slots: (0..n_ranks).map(|_| RwLock::default()).collect(),
         gathered: (0..n_ranks).map(|_| RwLock::default()).collect(),
@@ -62,6 +67,8 @@ struct Meeting {
     arrived: Vec<bool>,
     /// A rank that went away; nobody can be waited for any more.
     stopped: Option<usize>,
+    /// Every rank that went away.
+    gone: Vec<bool>,
 }
 
 impl Group {
@@ -104,7 +111,10 @@ impl Group {
 impl Drop for ThreadComm {
     /// A rank that leaves, by its end or by a panic, frees those that wait for it.
     fn drop(&mut self) {
-        self.group.meeting().stopped = Some(self.rank);
+        let mut meeting = self.group.meeting();
+        meeting.stopped = Some(self.rank);
+        meeting.gone[self.rank] = true;
+        drop(meeting);
         self.group.changed.notify_all();
     }
 }
@@ -237,8 +247,9 @@ impl Comm for ThreadComm {
                 return Ok(());
             }
             drop(mail);
-            if let Some(stopped) = meeting.stopped {
-                return Err(CommError::RankStopped { rank: stopped, waiting: self.rank, operation });
+            // What others have sent before they went is there.
+            if meeting.gone[from] {
+                return Err(CommError::RankStopped { rank: from, waiting: self.rank, operation });
             }
             if Instant::now() > deadline {
                 let (waiting, seconds) = (self.rank, WAIT_MAX.as_secs());

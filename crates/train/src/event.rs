@@ -105,6 +105,38 @@ pub struct Step {
     /// Where pairs are judged: by how much the better one is ahead, on average.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub margin: Option<f64>,
+    /// Where several ranks share the step: how well they do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ranks: Option<Ranks>,
+}
+
+/// A step as its ranks went through it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Ranks {
+    /// The rank that computed longest, and how long; and the median of all.
+    pub slowest: usize,
+    pub slowest_seconds: f64,
+    pub median_seconds: f64,
+    /// How long gradients travelled: of the rank that came last, since the others waited for it.
+    pub exchange_seconds: f64,
+    /// Sent by all ranks together since they started.
+    pub bytes_sent: u64,
+}
+
+impl Ranks {
+    /// Of every rank: seconds of computing, seconds of exchanging, bytes sent so far.
+    pub(crate) fn of(ranks: &[[f64; 3]]) -> Ranks {
+        let mut order: Vec<usize> = (0..ranks.len()).collect();
+        order.sort_by(|a, b| ranks[*a][0].total_cmp(&ranks[*b][0]));
+        let slowest = order.last().copied().unwrap_or_default();
+        Ranks {
+            slowest,
+            slowest_seconds: ranks[slowest][0],
+            median_seconds: ranks[order[order.len() / 2]][0],
+            exchange_seconds: ranks.iter().map(|rank| rank[1]).fold(f64::INFINITY, f64::min),
+            bytes_sent: ranks.iter().map(|rank| rank[2] as u64).sum(),
+        }
+    }
 }
 
 /// Held-out loss on one of several datasets.
@@ -174,6 +206,7 @@ mod tests {
             data_seconds: 0.0,
             elapsed_seconds: 1.5,
             margin: None,
+            ranks: None,
         };
         let event = Event::Step(step);
         let line = event.to_line();
