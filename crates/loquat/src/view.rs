@@ -222,6 +222,7 @@ mod tests {
             data_seconds: 0.0,
             elapsed_seconds: 41.0,
             margin: None,
+            ranks: None,
         }));
         let status = view.status().join("\n");
         assert!(status.contains("step 50/100") && status.contains("41 s left"), "{status}");
