@@ -19,7 +19,8 @@ use crate::{Comm, CommError, Record, tree};
 pub struct MpiSettings {
     /// Files that may be the library, the likeliest first.
     pub libraries: Vec<PathBuf>,
-    /// Ranks that the launcher says it started.
+    /// This rank, and how many the launcher says it started.
+    pub rank: usize,
     pub n_ranks: usize,
     /// An operation without progress for so long is given up, and names who is missing.
     pub limit: Duration,
@@ -47,7 +48,7 @@ impl MpiComm {
     pub fn join(settings: MpiSettings) -> Result<MpiComm, CommError> {
         let (joined, answer) = channel();
         let (jobs, todo) = channel();
-        let (limit, launched) = (settings.limit, settings.n_ranks);
+        let (limit, waiting, launched) = (settings.limit, settings.rank, settings.n_ranks);
         let (spare, bytes_sent) = (Spare::default(), Arc::new(AtomicU64::default()));
         let MpiSettings { libraries, record, .. } = settings;
         let shared = (spare.clone(), bytes_sent.clone());
@@ -72,7 +73,7 @@ impl MpiComm {
             Err(RecvTimeoutError::Disconnected) => return Err(CommError::ThreadStopped),
             Err(RecvTimeoutError::Timeout) => {
                 let (seconds, operation) = (limit.as_secs(), "join");
-                return Err(CommError::TimedOut { waiting: 0, seconds, operation, missing: Vec::new() });
+                return Err(CommError::TimedOut { waiting, seconds, operation, missing: Vec::new() });
             }
         };
         let outbox = RefCell::new(Arc::from([]));

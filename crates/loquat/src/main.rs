@@ -11,6 +11,7 @@ mod follow;
 mod home;
 mod http;
 mod hub;
+mod lives;
 mod machine;
 mod runs;
 mod service;

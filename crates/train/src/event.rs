@@ -19,6 +19,9 @@ pub enum Event {
         loss: Option<f64>,
         grad_norm: Option<f64>,
         bad: BadBatch,
+        /// Where several ranks share the step, the one that brought what is wrong.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        rank: Option<usize>,
         /// Since the run began.
         n_skipped: u64,
     },
@@ -84,6 +87,12 @@ pub struct Started {
     /// What this machine can do at most, measured: floating-point operations a second.
     pub peak_flops: f64,
     pub n_ranks: u64,
+    /// When this life of the run began; 0 in runs of older builds.
+    #[serde(default)]
+    pub began_unix: f64,
+    /// What ended the life before, where a supervisor knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after: Option<String>,
 }
 
 /// One optimizer step. `step` counts finished steps: the first is 1.
@@ -119,13 +128,13 @@ pub struct Ranks {
     pub median_seconds: f64,
     /// How long gradients travelled: of the rank that came last, since the others waited for it.
     pub exchange_seconds: f64,
-    /// Sent by all ranks together since they started.
+    /// Sent by all ranks together since the step before.
     pub bytes_sent: u64,
 }
 
 impl Ranks {
-    /// Of every rank: seconds of computing, seconds of exchanging, bytes sent so far.
-    pub(crate) fn of(ranks: &[[f64; 3]]) -> Ranks {
+    /// Of every rank: seconds of computing, seconds of exchanging, bytes sent, and the squared norm of its own gradient.
+    pub(crate) fn of(ranks: &[[f64; 4]]) -> Ranks {
         let mut order: Vec<usize> = (0..ranks.len()).collect();
         order.sort_by(|a, b| ranks[*a][0].total_cmp(&ranks[*b][0]));
         let slowest = order.last().copied().unwrap_or_default();
@@ -193,6 +202,14 @@ impl Event {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_slowest_rank_is_named() {
+        let ranks = Ranks::of(&[[1.0, 2.5, 10.0, 0.1], [3.0, 0.5, 20.0, 0.1], [1.5, 2.0, 30.0, 0.1]]);
+        let Ranks { slowest, slowest_seconds, median_seconds, exchange_seconds, bytes_sent } = ranks;
+        assert_eq!((slowest, slowest_seconds, median_seconds), (1, 3.0, 1.5));
+        assert_eq!((exchange_seconds, bytes_sent), (0.5, 60));
+    }
 
     #[test]
     fn a_line_reads_back() {

@@ -36,6 +36,8 @@ pub(crate) struct Rank<'a> {
     /// Partial sums of the gradient's norm.
     pub(crate) squares: Vec<f64>,
     pub(crate) seconds: &'a (dyn Fn() -> f64 + Sync),
+    /// Bytes sent to other ranks that a step has told of.
+    pub(crate) bytes_told: u64,
     /// What this rank is doing, for those who ask.
     pub(crate) record: Record,
 }
@@ -209,9 +211,13 @@ impl Rank<'_> {
         self.record.work(self.state.step, "gradients");
         let (mut sums, data_seconds) = self.gradients(loader)?;
         let computed = (self.seconds)();
+        let own_squares = self.own_squares();
         self.record.work(self.state.step, "sums of gradients");
         let squares = self.sum_gradients()?;
-        let times = [computed - start, (self.seconds)() - computed, self.comm.bytes_sent() as f64];
+        let exchanged = (self.seconds)() - computed;
+        let sent = self.comm.bytes_sent() - self.bytes_told;
+        self.bytes_told += sent;
+        let times = [computed - start, exchanged, sent as f64, own_squares];
         sums.0.extend(times);
         let (sums, times) = self.gather_sums(sums)?;
         let n_counted = sums.n_counted();
@@ -221,8 +227,9 @@ impl Rank<'_> {
         let wrong = self.state.health.judge(loss, grad_norm, plan.guard);
         let lr_share = plan.schedule.share(self.state.step, plan.steps);
         if let Some(wrong) = wrong {
-            let bad = self.bad_batch(sums.worst());
-            return self.skip(wrong, [loss, grad_norm], bad);
+            let micro_batch = worst(&sums, &times);
+            let rank = (times.len() > 1).then(|| micro_batch / (plan.micro_batches / times.len()));
+            return self.skip(wrong, [loss, grad_norm], (self.bad_batch(micro_batch), rank));
         }
         let clip = (f64::from(plan.clip_norm) / grad_norm).min(1.0);
         let rate = Rate { lr_share, grad_scale: (clip / n_counted) as f32 };
@@ -247,6 +254,15 @@ impl Rank<'_> {
         }))
     }
 
+    /// The squared norm of this rank's own gradient, while there is one: what is not a number is then known to be its. One
+    /// pass over memory, where the sums over ranks take several.
+    fn own_squares(&mut self) -> f64 {
+        match self.comm.n_ranks() {
+            1 => 0.0,
+            _ => tensor::adamw::sum_squares(&self.pool, &self.grads, &mut self.squares),
+        }
+    }
+
     /// Sums the gradients over ranks, as far as this one needs them; returns the square of the norm of all.
     fn sum_gradients(&mut self) -> Result<f64> {
         if !self.is_divided() {
@@ -260,12 +276,12 @@ impl Rank<'_> {
         Ok(self.comm.all_gather(&self.squares)?.iter().sum())
     }
 
-    /// The sums of all micro-batches, and the last three numbers of every rank.
-    fn gather_sums(&self, own: Sums) -> Result<(Sums, Vec<[f64; 3]>)> {
+    /// The sums of all micro-batches, and the last four numbers of every rank, see [`Ranks`].
+    fn gather_sums(&self, own: Sums) -> Result<(Sums, Vec<[f64; 4]>)> {
         let all = self.comm.all_gather(&own.0)?;
         let (mut sums, mut times) = (Sums::default(), Vec::new());
         for rank in all.chunks(own.0.len()) {
-            if let Some((numbers, last)) = rank.split_last_chunk::<3>() {
+            if let Some((numbers, last)) = rank.split_last_chunk::<4>() {
                 sums.0.extend(numbers);
                 times.push(*last);
             }
@@ -280,7 +296,12 @@ impl Rank<'_> {
     }
 
     /// Goes on with the next rows; ends the run when that has happened too often in a row.
-    fn skip(&mut self, wrong: Wrong, [loss, grad_norm]: [f64; 2], bad: BadBatch) -> Result<Event> {
+    fn skip(
+        &mut self,
+        wrong: Wrong,
+        [loss, grad_norm]: [f64; 2],
+        (bad, rank): (BadBatch, Option<usize>),
+    ) -> Result<Event> {
         self.finish_step(0.0);
         let (step, n) = (self.state.step, self.state.health.n_skipped_in_a_row);
         if n > self.plan.guard.skips_max {
@@ -293,6 +314,7 @@ impl Rank<'_> {
             loss: number(loss),
             grad_norm: number(grad_norm),
             bad,
+            rank,
             n_skipped: self.state.health.n_skipped,
         })
     }
@@ -381,8 +403,36 @@ impl Rank<'_> {
     }
 }
 
+/// The micro-batch that a step went wrong by: of a rank whose gradient is not a number, if there is one, the one that lost
+/// most.
+fn worst(sums: &Sums, times: &[[f64; 4]]) -> usize {
+    let per_rank = sums.0.len() / 3 / times.len().max(1);
+    match times.iter().position(|rank| !rank[3].is_finite()) {
+        None => sums.worst(),
+        Some(rank) => {
+            let own = &sums.0[3 * rank * per_rank..3 * (rank + 1) * per_rank];
+            rank * per_rank + Sums(own.to_vec()).worst()
+        }
+    }
+}
+
 /// A rank's share of `n` things, in order.
 fn share(n: u64, rank: usize, n_ranks: usize) -> Range<u64> {
     let (rank, n_ranks) = (rank as u64, n_ranks as u64);
     n * rank / n_ranks..n * (rank + 1) / n_ranks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rank_whose_gradient_is_no_number_is_found() {
+        // Four micro-batches on two ranks; the first lost most, the last rank's gradient is no number.
+        let sums = Sums(vec![9.0, 1.0, 0.0, 1.0, 1.0, 0.0, 2.0, 1.0, 0.0, 3.0, 1.0, 0.0]);
+        let good = [0.0, 0.0, 0.0, 1.5];
+        assert_eq!(worst(&sums, &[good, good]), 0);
+        assert_eq!(worst(&sums, &[good, [0.0, 0.0, 0.0, f64::NAN]]), 3);
+        assert_eq!(worst(&sums, &[[0.0, 0.0, 0.0, f64::INFINITY], good]), 0);
+    }
 }

@@ -35,6 +35,8 @@ pub struct Context<'a> {
     pub store: Arc<dyn Store>,
     pub run: String,
     pub n_ranks: usize,
+    /// What ended the ranks before these, where that is known.
+    pub after: Option<String>,
     /// The optimizer's state is divided among the ranks (ZeRO 1) instead of copied.
     pub divided: bool,
     /// Threads of all ranks together.
@@ -243,6 +245,7 @@ impl<'a> RankParts<'a> {
             squares: Vec::new(),
             state,
             seconds: context.seconds,
+            bytes_told: 0,
             record,
         }
     }
@@ -330,6 +333,8 @@ impl<'a, 'b> Leader<'a, 'b> {
             flops_per_token: trainable.flops_per_token(self.plan.context),
             peak_flops: self.context.peak_flops,
             n_ranks: self.context.n_ranks as u64,
+            began_unix: self.context.started_unix,
+            after: self.context.after.clone(),
         }));
     }
 

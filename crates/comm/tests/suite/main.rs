@@ -42,7 +42,8 @@ fn join(limit: Duration, record: &Record) -> Result<MpiComm, CommError> {
     let library = mpirun().unwrap().parent().unwrap().join("../lib/libmpi.so.40");
     let libraries = vec![library, "libmpi.so.40".into()];
     let n_ranks = std::env::var(SIZE).unwrap().parse().unwrap();
-    MpiComm::join(MpiSettings { libraries, n_ranks, limit, record: record.clone() })
+    let rank = std::env::var("OMPI_COMM_WORLD_RANK").unwrap().parse().unwrap();
+    MpiComm::join(MpiSettings { libraries, rank, n_ranks, limit, record: record.clone() })
 }
 
 /// A value that depends on all of its arguments, of very different sizes.
@@ -197,7 +198,7 @@ fn as_one_rank() {
             let libraries =
                 vec![mpirun().unwrap().parent().unwrap().join("../lib/libmpi.so.40"), "libmpi.so.40".into()];
             let limit = Duration::from_secs(60);
-            let settings = MpiSettings { libraries, n_ranks: 2, limit, record };
+            let settings = MpiSettings { libraries, rank: 0, n_ranks: 2, limit, record };
             println!("{}", MpiComm::join(settings).err().unwrap());
         }
         other => panic!("no case {other}"),

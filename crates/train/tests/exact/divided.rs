@@ -57,6 +57,7 @@ fn muon_is_not_divided() {
         store,
         run: "muon".into(),
         n_ranks: 2,
+        after: None,
         divided: true,
         n_threads: 1,
         peak_flops: 1.0,

@@ -117,6 +117,7 @@ fn carry_out_with(
         store: store.clone(),
         run: run.into(),
         n_ranks,
+        after: None,
         divided: false,
         n_threads: n_ranks,
         peak_flops: 1.0,

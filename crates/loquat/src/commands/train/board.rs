@@ -29,14 +29,27 @@ pub(super) struct Post {
     pub(super) pid: u32,
     pub(super) posted_unix: u64,
     pub(super) doing: Doing,
+    /// It has lost others and ends.
+    pub(super) gave_up: bool,
 }
 
 /// Posts until it is dropped.
-pub(super) struct Posting(Arc<AtomicBool>);
+#[derive(Default)]
+pub(super) struct Posting {
+    ended: Arc<AtomicBool>,
+    gave_up: Arc<AtomicBool>,
+}
+
+impl Posting {
+    /// From now on posts say so.
+    pub(super) fn give_up(&self) {
+        self.gave_up.store(true, Ordering::Relaxed);
+    }
+}
 
 impl Drop for Posting {
     fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.ended.store(true, Ordering::Relaxed);
     }
 }
 
@@ -49,19 +62,21 @@ impl Board {
         Ok(ObjectName::parse(&format!("runs/{}/ranks/{rank:05}.json", self.run))?)
     }
 
-    pub(super) fn post(&self, own: &Hello, record: &Record) -> Result<()> {
+    pub(super) fn post(&self, own: &Hello, record: &Record, gave_up: bool) -> Result<()> {
         let Hello { rank, host, pid, .. } = own.clone();
-        let post = Post { rank, host, pid, posted_unix: crate::now_unix_s(), doing: record.doing() };
+        let (posted_unix, doing) = (crate::now_unix_s(), record.doing());
+        let post = Post { rank, host, pid, posted_unix, doing, gave_up };
         Ok(self.store.put(&self.name(rank)?, &serde_json::to_vec(&post)?)?)
     }
 
     /// Begins to post every so often.
     pub(super) fn keep_posting(&self, own: Hello, record: Record, every: Duration) -> Posting {
-        let (board, ended) = (self.clone(), Arc::new(AtomicBool::new(false)));
-        let posting = Posting(ended.clone());
+        let (board, posting) = (self.clone(), Posting::default());
+        let Posting { ended, gave_up } = &posting;
+        let (ended, gave_up) = (ended.clone(), gave_up.clone());
         std::thread::spawn(move || {
             while !ended.load(Ordering::Relaxed) {
-                if let Err(error) = board.post(&own, &record) {
+                if let Err(error) = board.post(&own, &record, gave_up.load(Ordering::Relaxed)) {
                     tracing::warn!("cannot post what this rank is doing: {error:#}");
                 }
                 std::thread::sleep(every);
@@ -108,7 +123,7 @@ mod tests {
         let own = Hello { host: "h1".into(), pid: 7, rank: 1, n_ranks: 4, same: Default::default() };
         let record = Record::default();
         record.work(12, "gradients");
-        board.post(&own, &record).unwrap();
+        board.post(&own, &record, false).unwrap();
         store.put(&board.name(2).unwrap(), b"\xff\x00noise").unwrap();
         store.put(&board.name(3).unwrap(), &vec![b'['; 1 << 20]).unwrap();
         let lines = board.lines(4);

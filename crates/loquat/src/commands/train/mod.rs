@@ -29,6 +29,9 @@ use crate::view::View;
 /// Micro-batches that are tried out to know how long a step takes.
 const TRIALS: usize = 5;
 
+/// In which a supervisor says why the ranks before these ended.
+const AFTER: &str = "LOQUAT_AFTER";
+
 pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
     let launched = Launched::of(&|name| std::env::var(name).ok());
     if args.distributed.launch.is_some() && launched.is_none() && !args.dry_run {
@@ -71,6 +74,7 @@ pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
         store: store.clone(),
         run: run.to_owned(),
         n_ranks,
+        after: std::env::var(AFTER).ok(),
         divided: args.distributed.zero > 0,
         n_threads,
         peak_flops,

@@ -47,7 +47,7 @@ impl Member {
         }
         let (record, limit) = (Record::default(), args.distributed.limit());
         let libraries = launch::libraries(args.distributed.mpi_library.as_deref());
-        let settings = MpiSettings { libraries, n_ranks, limit, record: record.clone() };
+        let settings = MpiSettings { libraries, rank, n_ranks, limit, record: record.clone() };
         let comm = MpiComm::join(settings)?;
         let own =
             Hello { host: launch::host(), pid: std::process::id(), rank, n_ranks, same: Default::default() };
@@ -99,11 +99,12 @@ impl Member {
         let Member { comm, record, own, limit } = self;
         let board = Board::new(context.store.clone(), &context.run);
         let every = (limit / 4).clamp(POST_EVERY[0], POST_EVERY[1]);
-        let _posting = board.keep_posting(own.clone(), record.clone(), every);
+        let posting = board.keep_posting(own.clone(), record.clone(), every);
         let ended = train::run_rank(context, (Box::new(comm), record.clone()), on_event);
         if let Err(train::Error::Comm(error)) = &ended
             && is_loss(error)
         {
+            posting.give_up();
             give_up(error, board, (own, record));
         }
         Ok(ended?)
@@ -128,7 +129,7 @@ fn give_up(error: &CommError, board: Board, (own, record): (Hello, Record)) -> !
     let tells = first == Some(own.rank);
     let (done, wait) = channel();
     std::thread::spawn(move || {
-        if let Err(error) = board.post(&own, &record) {
+        if let Err(error) = board.post(&own, &record, true) {
             eprintln!("cannot post what this rank was doing: {error:#}");
         }
         std::thread::sleep(LAST_POSTS);

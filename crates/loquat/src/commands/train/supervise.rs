@@ -19,10 +19,12 @@ const OWN: &[&str] = &["--launch", "--restarts", "--hosts", "--remote-shell", "-
 const TICK: Duration = Duration::from_millis(100);
 /// How long a machine has to answer.
 const ANSWER_MAX: Duration = Duration::from_secs(3);
-/// How long `mpirun` has to end once it was told to; longer than the ranks' last words.
-const END_MAX: Duration = Duration::from_secs(5);
+/// How long `mpirun` has to end once it was told to.
+const END_MAX: Duration = Duration::from_secs(2);
 /// Ranks are silent for so long, beyond their own limit, when they are gone and `mpirun` has not noticed.
 const SILENCE: Duration = Duration::from_secs(15);
+/// So long after a rank has given up all have ended, unless `mpirun` waits for a machine that is cut off.
+const LAST_WORDS: Duration = Duration::from_secs(4);
 
 /// Starts ranks until the run is done.
 struct Supervisor<'a> {
@@ -49,6 +51,7 @@ pub(super) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
 
 impl Supervisor<'_> {
     fn run(&self) -> Result<ExitCode> {
+        let mut after = None;
         for n_restarts in 0.. {
             let hosts = self.hosts_that_answer();
             if !self.args.distributed.hosts.is_empty() && hosts.is_empty() {
@@ -56,7 +59,7 @@ impl Supervisor<'_> {
             }
             let n_ranks = self.n_ranks(hosts.len());
             let begun = Instant::now();
-            let ended = self.life(n_ranks, &hosts)?;
+            let ended = self.life((n_ranks, &hosts), after.as_deref())?;
             let why = match ended {
                 Ended::By(status) if status.success() => return Ok(ExitCode::SUCCESS),
                 Ended::By(status) => match status.code() {
@@ -68,14 +71,15 @@ impl Supervisor<'_> {
                     Some(code) => format!("mpirun ended with {code}"),
                     None => format!("mpirun was ended by signal {}", status.signal().unwrap_or_default()),
                 },
-                Ended::Silent => "no rank has said anything".to_owned(),
+                Ended::Silent => "ranks were lost, and mpirun waited for them".to_owned(),
             };
-            let after = begun.elapsed().as_secs_f64();
+            let seconds = begun.elapsed().as_secs_f64();
             let left = self.args.distributed.restarts.saturating_sub(n_restarts);
-            eprintln!("{n_ranks} ranks ended after {after:.1} s: {why}; {left} restarts left");
+            eprintln!("{n_ranks} ranks ended after {seconds:.1} s: {why}; {left} restarts left");
             if left == 0 {
                 return Ok(ExitCode::from(EXIT_RANKS_LOST));
             }
+            after = Some(why);
         }
         unreachable!("the loop has no end")
     }
@@ -118,9 +122,11 @@ impl Supervisor<'_> {
     }
 
     /// From the start of the ranks until their `mpirun` has ended.
-    fn life(&self, n_ranks: usize, hosts: &[String]) -> Result<Ended> {
+    fn life(&self, (n_ranks, hosts): (usize, &[String]), after: Option<&str>) -> Result<Ended> {
         let started = crate::now_unix_s();
-        let mut child = self.mpirun(n_ranks, hosts)?.spawn().context("cannot start mpirun")?;
+        let mut command = self.mpirun(n_ranks, hosts)?;
+        command.envs(after.map(|why| (super::AFTER, why)));
+        let mut child = command.spawn().context("cannot start mpirun")?;
         let mut told = None;
         let mut looked = Instant::now();
         loop {
@@ -133,7 +139,7 @@ impl Supervisor<'_> {
             }
             if looked.elapsed() > Duration::from_secs(1) {
                 looked = Instant::now();
-                if self.silent_for(n_ranks, started) > self.args.distributed.limit() + SILENCE {
+                if self.is_over(n_ranks, started) {
                     end(&mut child)?;
                     return Ok(Ended::Silent);
                 }
@@ -142,11 +148,15 @@ impl Supervisor<'_> {
         }
     }
 
-    /// How long ago a rank of this life, or its start, was heard of.
-    fn silent_for(&self, n_ranks: usize, started_unix: u64) -> Duration {
-        let posted = self.board.posts(n_ranks).into_iter().flatten().map(|post| post.posted_unix);
-        let last = posted.max().unwrap_or_default().max(started_unix);
-        Duration::from_secs(crate::now_unix_s().saturating_sub(last))
+    /// The ranks of this life have given up, or none was heard of for long.
+    fn is_over(&self, n_ranks: usize, started_unix: u64) -> bool {
+        let posts = self.board.posts(n_ranks).into_iter().flatten();
+        let posts: Vec<_> = posts.filter(|post| post.posted_unix >= started_unix).collect();
+        let ago = |unix: u64| Duration::from_secs(crate::now_unix_s().saturating_sub(unix));
+        let gave_up = posts.iter().filter(|post| post.gave_up).map(|post| post.posted_unix).min();
+        let heard = posts.iter().map(|post| post.posted_unix).max().unwrap_or(started_unix);
+        gave_up.is_some_and(|unix| ago(unix) > LAST_WORDS)
+            || ago(heard) > self.args.distributed.limit() + SILENCE
     }
 
     fn mpirun(&self, n_ranks: usize, hosts: &[String]) -> Result<Command> {
