@@ -10,6 +10,7 @@ mod hub;
 mod kill;
 #[cfg(feature = "long")]
 mod peers;
+mod ranks;
 mod serve;
 mod support;
 mod tiny;
