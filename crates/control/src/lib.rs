@@ -29,6 +29,7 @@ mod models;
 mod process;
 mod reconcile;
 mod reconciler;
+mod sql;
 
 pub use clock::{Clock, UnixMs};
 pub use database::Control;
@@ -43,3 +44,4 @@ pub use models::{Model, ModelKind};
 pub use process::ProcessRef;
 pub use reconcile::{Action, EXIT_INTERRUPTED, Policy, reconcile};
 pub use reconciler::{Reconciler, ReconcilerOptions, Shutdown};
+pub use sql::Fault;

@@ -26,6 +26,10 @@ pub(crate) struct Loquat {
     /// The object store when it is not the home's own directory: a path or s3://bucket/prefix.
     #[arg(long, global = true, env = "LOQUAT_STORE")]
     pub(crate) store: Option<String>,
+    /// The cluster's state when it is not a file of the home's own: postgres://user:password@host/name, which any number
+    /// of machines may share, or the path of a file.
+    #[arg(long, global = true, env = "LOQUAT_DATABASE", hide_env_values = true, value_name = "URL")]
+    pub(crate) database: Option<String>,
     /// Log lines as JSON.
     #[arg(long, global = true)]
     pub(crate) log_json: bool,

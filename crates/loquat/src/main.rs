@@ -47,7 +47,7 @@ fn main() -> ExitCode {
 }
 
 fn run(loquat: &Loquat) -> Result<ExitCode> {
-    let home = Home::open(&loquat.home, loquat.store.clone())?;
+    let home = Home::open(&loquat.home, loquat.store.clone(), loquat.database.clone())?;
     match &loquat.command {
         Command::Ingest(args) => commands::ingest::run(&home, args),
         Command::Train(args) => commands::train::run(&home, args),

@@ -36,8 +36,9 @@ pub(crate) struct Service {
 impl Service {
     /// Opens the state, binds the port and starts everything; models are loaded as [`ModelKeeper`] finds them.
     pub(crate) fn start(home: &Home, listen: &Listen) -> Result<Service> {
-        let control = Control::open(&home.database())?;
+        let control = home.control()?;
         let store = home.store()?;
+        home.check_cluster(&control, store.as_ref())?;
         let state = AppState::new(Parts {
             keys: Arc::new(ControlKeys(control.clone())),
             runs: Arc::new(StoredRuns::new(store.clone())),

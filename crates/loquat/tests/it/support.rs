@@ -31,7 +31,12 @@ pub(crate) fn chat_model() -> Option<PathBuf> {
 
 pub(crate) fn loquat(home: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_loquat"));
-    command.arg("--home").arg(home).env_remove("LOQUAT_HOME").env_remove("LOQUAT_STORE");
+    command
+        .arg("--home")
+        .arg(home)
+        .env_remove("LOQUAT_HOME")
+        .env_remove("LOQUAT_STORE")
+        .env_remove("LOQUAT_DATABASE");
     command
 }
 
@@ -146,6 +151,11 @@ impl Client {
             .timeout_global(Some(PATIENCE))
             .build()
             .into()
+    }
+
+    /// The same server for another client.
+    pub(crate) fn with_key(&self, key: &str) -> Client {
+        Client { base: self.base.clone(), key: key.to_owned() }
     }
 
     /// Status and body.
