@@ -24,7 +24,9 @@ const EDGES: &[(&str, &[&str])] = &[
     ("engine", &["model", "tensor", "telemetry"]),
     ("control", &["telemetry"]),
     ("constrain", &["engine", "tokenizer"]),
-    ("api", &["constrain", "engine", "tokenizer", "telemetry"]),
+    // Without HTTP and without a clock: simulations and `plan` run it, too.
+    ("gateway", &[]),
+    ("api", &["constrain", "engine", "gateway", "tokenizer", "telemetry"]),
     (
         "loquat",
         &[
@@ -34,6 +36,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "data",
             "engine",
             "eval",
+            "gateway",
             "model",
             "store",
             "telemetry",

@@ -79,6 +79,8 @@ pub enum Error {
     TooMany { what: &'static str, max: usize },
     #[error("job {name} is not over yet and was submitted with another command line, as {id}")]
     JobConflict { name: String, id: JobId },
+    #[error("{model} is not deployed")]
+    NoDeployment { model: String },
     #[error("no job {0}")]
     NoJob(JobId),
     #[error("job {0} is not over yet; cancel it first")]

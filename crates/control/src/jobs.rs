@@ -47,29 +47,7 @@ impl Control {
     pub fn submit(&self, spec: &JobSpec) -> Result<Submitted> {
         spec.check()?;
         let now = self.now();
-        let submitted = self.write("submit a job", |transaction| {
-            if let Some(job) = unfinished_by_name(transaction, &spec.name)? {
-                if job.spec != *spec {
-                    return Err(Stop::Refused(Error::JobConflict { name: spec.name.clone(), id: job.id }));
-                }
-                let created = false;
-                return Ok(Submitted { job, created });
-            }
-            let n_unfinished = transaction.number(
-                "SELECT count(*) FROM jobs WHERE state IN ('pending', 'running', 'interrupted')",
-                &[],
-            )?;
-            if usize::try_from(n_unfinished).is_ok_and(|n| n >= UNFINISHED_MAX) {
-                return Err(Stop::Refused(Error::TooMany { what: "unfinished jobs", max: UNFINISHED_MAX }));
-            }
-            let id = transaction.number(
-                "INSERT INTO jobs (name, spec, desired, state, created_ms)
-                 VALUES (?1, ?2, 'running', 'pending', ?3) RETURNING id",
-                values![&spec.name, &json(spec), now.0],
-            )?;
-            let job = by_id(transaction, JobId(id))?;
-            Ok(Submitted { job, created: true })
-        })?;
+        let submitted = self.write("submit a job", |transaction| submit(transaction, spec, now))?;
         self.notify_jobs_changed();
         Ok(submitted)
     }
@@ -89,14 +67,7 @@ impl Control {
 
     /// Asks for a job to end. Its process is stopped by the reconciler; a job that is over stays as it is.
     pub fn cancel_job(&self, id: JobId) -> Result<Job> {
-        let job = self.write("cancel a job", |transaction| {
-            transaction.execute(
-                "UPDATE jobs SET desired = 'cancelled'
-                 WHERE id = ?1 AND state IN ('pending', 'running', 'interrupted')",
-                values![id.0],
-            )?;
-            by_id(transaction, id)
-        })?;
+        let job = self.write("cancel a job", |transaction| cancel(transaction, id))?;
         self.notify_jobs_changed();
         Ok(job)
     }
@@ -214,6 +185,39 @@ impl Control {
             Ok(n_changed == 1)
         })
     }
+}
+
+/// A submission inside of a transaction.
+pub(crate) fn submit(transaction: &mut Transaction, spec: &JobSpec, now: UnixMs) -> Result<Submitted, Stop> {
+    if let Some(job) = unfinished_by_name(transaction, &spec.name)? {
+        if job.spec != *spec {
+            return Err(Stop::Refused(Error::JobConflict { name: spec.name.clone(), id: job.id }));
+        }
+        let created = false;
+        return Ok(Submitted { job, created });
+    }
+    let n_unfinished = transaction
+        .number("SELECT count(*) FROM jobs WHERE state IN ('pending', 'running', 'interrupted')", &[])?;
+    if usize::try_from(n_unfinished).is_ok_and(|n| n >= UNFINISHED_MAX) {
+        return Err(Stop::Refused(Error::TooMany { what: "unfinished jobs", max: UNFINISHED_MAX }));
+    }
+    let id = transaction.number(
+        "INSERT INTO jobs (name, spec, desired, state, created_ms)
+         VALUES (?1, ?2, 'running', 'pending', ?3) RETURNING id",
+        values![&spec.name, &json(spec), now.0],
+    )?;
+    let job = by_id(transaction, JobId(id))?;
+    Ok(Submitted { job, created: true })
+}
+
+/// A cancellation inside of a transaction.
+pub(crate) fn cancel(transaction: &mut Transaction, id: JobId) -> Result<Job, Stop> {
+    transaction.execute(
+        "UPDATE jobs SET desired = 'cancelled'
+         WHERE id = ?1 AND state IN ('pending', 'running', 'interrupted')",
+        values![id.0],
+    )?;
+    by_id(transaction, id)
 }
 
 fn find(transaction: &mut Transaction, id: JobId) -> Result<Option<Job>, Fault> {

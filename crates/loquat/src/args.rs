@@ -68,6 +68,11 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: JobCommand,
     },
+    /// Models that replicas serve: how many, which version, canaries, engines elsewhere.
+    Deploy {
+        #[command(subcommand)]
+        command: DeployCommand,
+    },
     /// Keys that clients of the API need.
     Key {
         #[command(subcommand)]
@@ -197,6 +202,58 @@ pub(crate) enum JobCommand {
     },
     Cancel {
         name: String,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum DeployCommand {
+    /// Serve a model by replicas, or change how. Another source replaces the live one, replica by replica.
+    Set {
+        /// What clients call it.
+        model: String,
+        /// A .gguf file, a Hugging Face directory or the name of a model kept here, which is the default.
+        #[arg(long)]
+        source: Option<String>,
+        #[arg(long, conflicts_with_all = ["min", "max"])]
+        replicas: Option<u32>,
+        /// At least so many; 0 lets the last one go when nobody asks for five minutes (LOQUAT_IDLE_SECONDS of `loquat up`).
+        #[arg(long)]
+        min: Option<u32>,
+        /// At most so many, as the load needs them.
+        #[arg(long)]
+        max: Option<u32>,
+        /// More of the command line of each replica's `loquat serve`.
+        #[arg(last = true)]
+        args: Vec<String>,
+    },
+    /// Try a new version on a share of the requests. It becomes live if it does well, and goes if it fails or is slow.
+    Canary {
+        model: String,
+        source: String,
+        #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=99))]
+        percent: u32,
+    },
+    /// Make the version on trial live now.
+    Promote {
+        model: String,
+    },
+    /// End the trial.
+    Rollback {
+        model: String,
+    },
+    /// Any engine with an OpenAI API becomes a replica of the model.
+    Add {
+        model: String,
+        /// http://host:port
+        url: String,
+        /// The environment variable that holds the key it wants.
+        #[arg(long)]
+        key_env: Option<String>,
+    },
+    List,
+    /// Stop serving a model by replicas, or forget one engine elsewhere.
+    Remove {
+        model: String,
     },
 }
 

@@ -92,6 +92,11 @@ impl Home {
         }
         args
     }
+
+    /// The database for child processes, which is no argument of theirs: it may hold a password.
+    pub(crate) fn as_env(&self) -> Option<(&'static str, String)> {
+        self.database_url.clone().map(|url| ("LOQUAT_DATABASE", url))
+    }
 }
 
 /// Where S3 is and with which key, from the variables that every S3 client knows.

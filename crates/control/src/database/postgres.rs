@@ -9,8 +9,11 @@ use crate::error::{Error, Result};
 use crate::sql::{Fault, Prepared, Transaction};
 
 /// As [`super::sqlite::MIGRATIONS`], in PostgreSQL's words; version for version the same tables.
-pub(super) const MIGRATIONS: &[&str] =
-    &[include_str!("../migrations/postgres/0001.sql"), include_str!("../migrations/postgres/0002.sql")];
+pub(super) const MIGRATIONS: &[&str] = &[
+    include_str!("../migrations/postgres/0001.sql"),
+    include_str!("../migrations/postgres/0002.sql"),
+    include_str!("../migrations/postgres/0003.sql"),
+];
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 

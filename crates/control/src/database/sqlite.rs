@@ -13,8 +13,11 @@ use crate::sql::Fault;
 
 /// Every schema this program has ever written, oldest first; applying the first `v` gives schema version `v`.
 /// An entry is never changed once released: a change is a new entry.
-pub(super) const MIGRATIONS: &[&str] =
-    &[include_str!("../migrations/sqlite/0001.sql"), include_str!("../migrations/sqlite/0002.sql")];
+pub(super) const MIGRATIONS: &[&str] = &[
+    include_str!("../migrations/sqlite/0001.sql"),
+    include_str!("../migrations/sqlite/0002.sql"),
+    include_str!("../migrations/sqlite/0003.sql"),
+];
 
 /// Marks the file as ours in SQLite's header ("Loqt").
 const APPLICATION_ID: i64 = 0x4c6f_7174;

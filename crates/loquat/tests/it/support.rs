@@ -184,6 +184,18 @@ impl Client {
         (response.status().as_u16(), text)
     }
 
+    /// As `post`, where the connection may break.
+    pub(crate) fn try_post(&self, path: &str, body: &Value) -> Result<(u16, String), String> {
+        let request = Self::agent()
+            .post(format!("{}{path}", self.base))
+            .header("Authorization", &format!("Bearer {}", self.key))
+            .header("Content-Type", "application/json");
+        let mut response = request.send(body.to_string().as_bytes()).map_err(|error| error.to_string())?;
+        let status = response.status().as_u16();
+        let text = response.body_mut().read_to_string().map_err(|error| error.to_string())?;
+        Ok((status, text))
+    }
+
     pub(crate) fn post_json(&self, path: &str, body: &Value) -> Value {
         let (status, text) = self.post(path, body);
         assert_eq!(status, 200, "{path} {body}: {text}");
