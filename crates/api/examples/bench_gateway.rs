@@ -7,7 +7,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use api::{AppState, Cause, Curve, JobView, Jobs, KeyChecker, KeyOwner, Limits, Parts, Runs, Target, TargetKey};
+use api::{
+    AppState, Cause, Curve, JobView, Jobs, KeyChecker, KeyOwner, Limits, Parts, Runs, Target, TargetKey,
+};
 use axum::body::{Body, Bytes};
 use axum::http::{Request, header};
 use axum::routing::post;

@@ -146,6 +146,13 @@ impl Control {
             }
             if promote {
                 wanted.live = source.to_owned();
+            } else {
+                // No gateway asks it any more, whoever runs it.
+                let of_it = values![model, source];
+                transaction
+                    .execute("DELETE FROM replicas WHERE model = ?1 AND version = ?2 AND own = 0", of_it)?;
+                transaction
+                    .execute("UPDATE replicas SET draining = 1 WHERE model = ?1 AND version = ?2", of_it)?;
             }
             wanted.message = Some(message.to_owned());
             wanted.changed_at = now;

@@ -166,7 +166,12 @@ impl Router {
         let near = known.as_ref().and_then(|(owners, _)| self.least_loaded(owners));
         let id = match near {
             Some(id) if self.is_within_guard(id, &candidates) => id,
-            _ => self.less_of_two(&candidates),
+            _ => {
+                let id = self.less_of_two(&candidates);
+                // Both may be full of prefixes of theirs; somebody is not.
+                let least = self.least_loaded(&candidates)?;
+                if self.is_within_guard(id, &candidates) { id } else { least }
+            }
         };
         let n_known = known.filter(|(owners, _)| owners.contains(&id)).map_or(0, |(_, n)| n);
         self.affinity.learn(prefix, id);

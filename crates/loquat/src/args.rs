@@ -68,6 +68,8 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: JobCommand,
     },
+    /// What training or serving would take on a cluster that is described in a file.
+    Plan(Plan),
     /// Models that replicas serve: how many, which version, canaries, engines elsewhere.
     Deploy {
         #[command(subcommand)]
@@ -203,6 +205,47 @@ pub(crate) enum JobCommand {
     Cancel {
         name: String,
     },
+}
+
+#[derive(Args)]
+pub(crate) struct Plan {
+    /// nodes, accelerators of a node, and of each: tflops, memory_gb, node_gb_per_s, network_gb_per_s; if known also
+    /// memory_tb_per_s, efficiency, failures_per_accelerator_hour, checkpoint_seconds, restart_seconds,
+    /// price_per_accelerator_hour.
+    pub(crate) cluster: PathBuf,
+    /// The model's shape.
+    #[arg(long, value_parser = crate::commands::presets::names())]
+    pub(crate) preset: String,
+    #[arg(long, default_value_t = 128_256)]
+    pub(crate) vocab: usize,
+    #[arg(long, default_value_t = 8192, value_parser = at_least_one)]
+    pub(crate) context: usize,
+    /// Train on so many tokens.
+    #[arg(long)]
+    pub(crate) tokens: Option<f64>,
+    /// Tokens of a step.
+    #[arg(long, default_value_t = 4 << 20)]
+    pub(crate) batch_tokens: usize,
+    /// Serve so many requests a second.
+    #[arg(long)]
+    pub(crate) load: Option<f64>,
+    /// Tokens of each one's prompt.
+    #[arg(long, default_value_t = 1024)]
+    pub(crate) prompt: usize,
+    /// Tokens of each one's answer.
+    #[arg(long, default_value_t = 256)]
+    pub(crate) answer: usize,
+    /// Of failures and arrivals.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("it must be at least 1".to_owned()),
+        Ok(n) => Ok(n),
+        Err(error) => Err(format!("{error}")),
+    }
 }
 
 #[derive(Subcommand)]

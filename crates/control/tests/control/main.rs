@@ -1,6 +1,7 @@
 //! The control plane from outside: state in one or many processes, and real processes really killed.
 
 mod crash;
+mod deployments;
 mod jobs;
 mod keys;
 mod launcher;
@@ -87,6 +88,9 @@ macro_rules! suite {
 }
 
 suite! {
+    deployments::a_deployment_is_asked_for_changed_and_forgotten,
+    deployments::a_trial_ends_once_and_only_the_one_that_was_on,
+    deployments::a_stale_deployer_changes_nothing,
     keys::a_key_is_shown_once_and_known_afterwards,
     keys::a_revoked_key_is_refused_at_once_here_and_within_seconds_elsewhere,
     keys::a_clock_set_back_does_not_keep_a_revoked_key_alive,

@@ -210,6 +210,8 @@ fn replicas_are_replaced_updated_tried_and_scaled_under_load() {
     assert!(seen.n_lost == 0 && !seen.failures.is_empty(), "{seen:?}");
     let listed = succeed(&home, &["deploy", "list"]);
     assert!(listed.contains("of its answers failed") && listed.contains(&models[1]), "{listed}");
+    // Gateways look four times a second.
+    wait_well(&client, 2, Some(&models[1]));
     let traffic = Traffic::start(&client, 4);
     std::thread::sleep(Duration::from_secs(1));
     let seen = traffic.end();

@@ -1,6 +1,6 @@
 //! `loquat train`: one training run, by hand or as a job of the control plane.
 
-mod cluster;
+pub(crate) mod cluster;
 mod dry_run;
 mod memory;
 mod plan;
