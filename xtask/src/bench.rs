@@ -39,6 +39,7 @@ enum What {
     Engine,
     Serve,
     Stall,
+    Gateway,
     /// Half an hour; only when it is named.
     Soak,
 }
@@ -57,6 +58,7 @@ const ALL: [What; 13] = [
     What::Engine,
     What::Serve,
     What::Stall,
+    What::Gateway,
 ];
 
 const TEXT: &str = "var/cache/sotu";
@@ -89,6 +91,7 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
             }
             What::Serve => crate::bench_serve::run(root, CHAT_MODEL, args.llama_server.as_deref())?,
             What::Stall => example(root, "engine", "bench_stall", &[CHAT_MODEL])?,
+            What::Gateway => example(root, "api", "bench_gateway", &[])?,
             What::Soak => example(root, "engine", "soak", &[CHAT_MODEL])?,
         }
     }

@@ -25,7 +25,9 @@ const EDGES: &[(&str, &[&str])] = &[
     ("engine", &["model", "tensor", "telemetry"]),
     ("control", &["telemetry"]),
     ("constrain", &["engine", "tokenizer"]),
-    ("api", &["constrain", "engine", "tokenizer", "telemetry"]),
+    // Without HTTP and without a clock: simulations and `plan` run it, too.
+    ("gateway", &[]),
+    ("api", &["constrain", "engine", "gateway", "tokenizer", "telemetry"]),
     (
         "loquat",
         &[
@@ -35,6 +37,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "data",
             "engine",
             "eval",
+            "gateway",
             "model",
             "store",
             "telemetry",

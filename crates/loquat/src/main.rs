@@ -6,6 +6,7 @@
 mod adapters;
 mod args;
 mod commands;
+mod deployer;
 mod embedder;
 mod follow;
 mod home;
@@ -49,7 +50,7 @@ fn main() -> ExitCode {
 }
 
 fn run(loquat: &Loquat) -> Result<ExitCode> {
-    let home = Home::open(&loquat.home, loquat.store.clone())?;
+    let home = Home::open(&loquat.home, loquat.store.clone(), loquat.database.clone())?;
     match &loquat.command {
         Command::Ingest(args) => commands::ingest::run(&home, args),
         Command::Train(args) => commands::train::run(&home, args),
@@ -61,6 +62,8 @@ fn run(loquat: &Loquat) -> Result<ExitCode> {
         Command::Eval { command } => commands::eval::run(&home, command),
         Command::Model { command } => commands::model::run(&home, command),
         Command::Job { command } => commands::job::run(&home, command),
+        Command::Plan(args) => commands::plan::run(args),
+        Command::Deploy { command } => commands::deploy::run(&home, command),
         Command::Key { command } => commands::key::run(&home, command),
         Command::Doctor => commands::doctor::run(&home),
     }
@@ -79,6 +82,13 @@ fn in_path(program: &str) -> Option<PathBuf> {
 
 fn now_unix_s() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+/// So many random bytes, in hexadecimal.
+fn random_hex(n_bytes: usize) -> Result<String> {
+    let mut bytes = vec![0; n_bytes];
+    getrandom::fill(&mut bytes).map_err(|error| anyhow::anyhow!("no random numbers: {error}"))?;
+    Ok(hex::encode(bytes))
 }
 
 fn sha256_hex(bytes: &[u8]) -> String {

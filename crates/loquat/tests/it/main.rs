@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod clients;
+mod cluster;
 mod demo;
 mod evals;
 mod fuzz;
@@ -11,6 +12,8 @@ mod kill;
 #[cfg(feature = "long")]
 mod peers;
 mod ranks;
+#[path = "../../../control/tests/support/postgres.rs"]
+mod postgres;
 mod serve;
 mod support;
 mod tiny;

@@ -1,7 +1,7 @@
 //! `loquat train`: one training run, by hand or as a job of the control plane.
 
 mod board;
-mod cluster;
+pub(crate) mod cluster;
 mod dry_run;
 mod launch;
 mod memory;
