@@ -44,7 +44,7 @@ enum What {
     Soak,
 }
 
-const ALL: [What; 14] = [
+const ALL: &[What] = &[
     What::Limits,
     What::Matmul,
     What::Packed,

@@ -199,6 +199,7 @@ impl Rank<'_> {
         if let Some(lead) = lead
             && (must || step.is_multiple_of(self.plan.sample.every_steps))
         {
+            self.record.work(step, "sampling");
             lead.sample(&self.pool, &self.trainable, &self.state)?;
         }
         Ok(())
@@ -227,8 +228,9 @@ impl Rank<'_> {
         let wrong = self.state.health.judge(loss, grad_norm, plan.guard);
         let lr_share = plan.schedule.share(self.state.step, plan.steps);
         if let Some(wrong) = wrong {
-            let micro_batch = worst(&sums, &times);
-            let rank = (times.len() > 1).then(|| micro_batch / (plan.micro_batches / times.len()));
+            // Rows are named alike on any number of ranks.
+            let micro_batch = sums.worst();
+            let rank = wrong_rank(&times, micro_batch / (plan.micro_batches / times.len()));
             return self.skip(wrong, [loss, grad_norm], (self.bad_batch(micro_batch), rank));
         }
         let clip = (f64::from(plan.clip_norm) / grad_norm).min(1.0);
@@ -403,17 +405,10 @@ impl Rank<'_> {
     }
 }
 
-/// The micro-batch that a step went wrong by: of a rank whose gradient is not a number, if there is one, the one that lost
-/// most.
-fn worst(sums: &Sums, times: &[[f64; 4]]) -> usize {
-    let per_rank = sums.0.len() / 3 / times.len().max(1);
-    match times.iter().position(|rank| !rank[3].is_finite()) {
-        None => sums.worst(),
-        Some(rank) => {
-            let own = &sums.0[3 * rank * per_rank..3 * (rank + 1) * per_rank];
-            rank * per_rank + Sums(own.to_vec()).worst()
-        }
-    }
+/// Of several ranks the one whose gradient is not a number, or else the one that computed the worst micro-batch.
+fn wrong_rank(times: &[[f64; 4]], of_worst: usize) -> Option<usize> {
+    let found = times.iter().position(|rank| !rank[3].is_finite());
+    (times.len() > 1).then(|| found.unwrap_or(of_worst))
 }
 
 /// A rank's share of `n` things, in order.
@@ -428,11 +423,9 @@ mod tests {
 
     #[test]
     fn the_rank_whose_gradient_is_no_number_is_found() {
-        // Four micro-batches on two ranks; the first lost most, the last rank's gradient is no number.
-        let sums = Sums(vec![9.0, 1.0, 0.0, 1.0, 1.0, 0.0, 2.0, 1.0, 0.0, 3.0, 1.0, 0.0]);
-        let good = [0.0, 0.0, 0.0, 1.5];
-        assert_eq!(worst(&sums, &[good, good]), 0);
-        assert_eq!(worst(&sums, &[good, [0.0, 0.0, 0.0, f64::NAN]]), 3);
-        assert_eq!(worst(&sums, &[[0.0, 0.0, 0.0, f64::INFINITY], good]), 0);
+        let [good, bad] = [1.5, f64::NAN].map(|squares| [0.0, 0.0, 0.0, squares]);
+        assert_eq!(wrong_rank(&[good, good, good], 1), Some(1), "all are numbers: who lost most");
+        assert_eq!(wrong_rank(&[good, good, bad], 1), Some(2));
+        assert_eq!(wrong_rank(&[bad], 0), None, "there is only one");
     }
 }
