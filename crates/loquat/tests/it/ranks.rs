@@ -354,3 +354,27 @@ fn a_cut_link_is_explained_and_the_run_goes_on_without_that_host() {
     }
     assert!(runs.weights("cut") == runs.weights("whole"), "{told}");
 }
+
+/// `./test --long`: 8 ranks with divided state on three hosts whose links are slow, two of which lose ranks on the way.
+#[cfg(feature = "long")]
+#[test]
+fn eight_ranks_on_slow_links_that_lose_two_of_them() {
+    let (Some(runs), Some(hosts)) = (Runs::prepared(), Hosts::up("b")) else { return };
+    for i in 1..=3 {
+        let (host, port) = (format!("{}s", hosts.0), format!("p{i}"));
+        let slow = ["rate", "50mbit", "burst", "64kb", "latency", "100ms"];
+        let words = [&["netns", "exec", &host, "tc", "qdisc", "add", "dev", &port, "root", "tbf"][..], &slow]
+            .concat();
+        assert!(ip(&words), "links cannot be shaped");
+    }
+    let steps = 60;
+    runs.must_run("whole", steps, "");
+    let begun = runs.begin(hosts.command(&runs, "slow", steps, "--ranks 8 --zero 1 --rank-limit 20"), "slow");
+    for n_lives in 2..=3 {
+        let victim = runs.ranks("slow")[n_lives].to_string();
+        assert!(Command::new("kill").args(["-KILL", &victim]).status().unwrap().success());
+        begun.wait_until(|| begun.text().matches("\"event\":\"started\"").count() >= n_lives);
+    }
+    let told = begun.end();
+    assert!(runs.weights("slow") == runs.weights("whole"), "{told}");
+}

@@ -7,7 +7,12 @@ use std::path::{Path, PathBuf};
 pub(super) struct Launched {
     pub(super) rank: usize,
     pub(super) n_ranks: usize,
+    /// Ranks on this machine, which share its cores.
+    pub(super) n_local: usize,
 }
+
+/// Where launchers say how many of the ranks are on this machine.
+const LOCAL: [&str; 3] = ["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"];
 
 /// Pairs of variables that launchers set: this rank and how many there are. Slurm's batch script has the rank as well,
 /// so there it is the number of tasks of a step that tells.
@@ -23,7 +28,9 @@ impl Launched {
     pub(super) fn of(variable: &dyn Fn(&str) -> Option<String>) -> Option<Launched> {
         let number = |name: &str| variable(name)?.parse::<usize>().ok();
         let found = VARIABLES.iter().find_map(|[rank, size]| Some((number(rank)?, number(size)?)));
-        found.filter(|(_, n_ranks)| *n_ranks > 1).map(|(rank, n_ranks)| Launched { rank, n_ranks })
+        let n_local = LOCAL.iter().find_map(|name| number(name)).unwrap_or(1).max(1);
+        let several = found.filter(|(_, n_ranks)| *n_ranks > 1);
+        several.map(|(rank, n_ranks)| Launched { rank, n_ranks, n_local })
     }
 }
 
@@ -84,6 +91,12 @@ mod tests {
         // A batch script that starts its ranks later.
         assert_eq!(of(&[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "8")]), None);
         assert_eq!(of(&[("OMPI_COMM_WORLD_RANK", "0"), ("OMPI_COMM_WORLD_SIZE", "1")]), None);
+        let local = |name: &str| match name {
+            "OMPI_COMM_WORLD_RANK" | "OMPI_COMM_WORLD_LOCAL_SIZE" => Some("2".to_owned()),
+            "OMPI_COMM_WORLD_SIZE" => Some("4".to_owned()),
+            _ => None,
+        };
+        assert_eq!(Launched::of(&local), Some(Launched { rank: 2, n_ranks: 4, n_local: 2 }));
         assert_eq!(of(&[("OMPI_COMM_WORLD_RANK", "x"), ("OMPI_COMM_WORLD_SIZE", "4")]), None);
     }
 }

@@ -38,7 +38,8 @@ pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
         return supervise::run(home, args);
     }
     let store = home.store()?;
-    let n_threads = args.threads.unwrap_or_else(crate::n_threads);
+    let n_local = launched.as_ref().map_or(1, |launched| launched.n_local);
+    let n_threads = args.threads.unwrap_or_else(|| (crate::n_threads() / n_local).max(1));
     let pool = Arc::new(Pool::new(n_threads));
     let limits = tensor::limits::measure(&pool);
     let peak_flops = if tensor::cpu::features().bf16 { limits.bf16_per_s } else { limits.f32_per_s };

@@ -41,7 +41,7 @@ pub(super) struct Member {
 impl Member {
     /// Joins the ranks that were started together.
     pub(super) fn join(args: &args::Train, launched: &Launched) -> Result<Member> {
-        let Launched { rank, n_ranks } = *launched;
+        let Launched { rank, n_ranks, .. } = *launched;
         if args.ranks != 1 && args.ranks != n_ranks {
             bail!("--ranks {} was asked for, and {n_ranks} processes were started", args.ranks);
         }
