@@ -37,6 +37,8 @@ pub struct Context<'a> {
     pub n_ranks: usize,
     /// Threads of all ranks together.
     pub n_threads: usize,
+    /// Layers are computed again in the backward pass, which takes less memory and more time.
+    pub recompute: bool,
     /// What the machine can do at most, for those who look: floating-point operations a second.
     pub peak_flops: f64,
     /// Set from outside: stop after the current step, with a checkpoint.
@@ -159,7 +161,8 @@ fn ranks<'a>(
             comm: Box::new(comm),
             pool: Pool::new(n_threads),
             model: TrainModel::new(trainable.clone(), plan.rows, plan.context, precision)
-                .with_z_loss(plan.z_loss),
+                .with_z_loss(plan.z_loss)
+                .with_recompute(context.recompute),
             optimizer: Optimizer::new(plan, trainable.specs(), &trainable.decayed(), precision),
             trainable: trainable.clone(),
             mixture: sources.mixture.clone(),

@@ -77,6 +77,10 @@ pub(crate) struct Train {
     /// Text that the model is asked to continue as it learns.
     #[arg(long, default_value = "My fellow Americans")]
     pub(crate) prompt: String,
+    /// Keep of every layer only what goes in, and compute it again for its gradient: less memory, a third more work, the
+    /// same result.
+    #[arg(long)]
+    pub(crate) recompute: bool,
     /// Ranks: threads that each train on their share of a step. The result does not depend on it.
     #[arg(long, default_value_t = 1)]
     pub(crate) ranks: usize,

@@ -100,8 +100,16 @@ fn a_dry_run_tells_what_a_run_would_take() {
         assert!(told.contains(word), "no '{word}': {told}");
     }
     assert!(!home.join("store/runs").exists(), "a dry run leaves nothing");
+    let line = |told: &str, of: &str| {
+        let line = told.lines().find(|line| line.starts_with("memory") && line.ends_with(of));
+        line.unwrap_or_else(|| panic!("no memory of {of}: {told}")).to_owned()
+    };
+    let less = succeed(home, &[&dry[..], SMALL, &["--recompute"]].concat());
+    let recomputed = line(&told, "activations with --recompute");
+    assert_eq!(line(&less, "activations"), recomputed.replace(" with --recompute", ""));
+    assert_ne!(line(&told, "activations"), line(&less, "activations"));
     let huge = ["--preset", "llama-70b", "--rows", "1"];
-    refused(home, &[&dry[..], &huge].concat(), &["the run needs", "optimizer", "are free"]);
+    refused(home, &[&dry[..], &huge].concat(), &["the run needs", "optimizer", "are free", "--recompute"]);
     let run = ["train", "--run", "r", "--dataset", "d", "--steps", "1"];
     refused(home, &[&run[..], &huge].concat(), &["the run needs", "parameters", "are free"]);
     assert!(!home.join("store/runs").exists(), "refused before anything was written");

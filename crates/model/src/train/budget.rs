@@ -78,17 +78,17 @@ mod tests {
 
     fn check(config: &Config) {
         [false, true].into_iter().for_each(|recompute| check_memory(config, recompute));
-        let [all, some] = [false, true].map(|recompute| TrainModel::activation_bytes(config, [3, 8], recompute));
+        let [all, some] =
+            [false, true].map(|recompute| TrainModel::activation_bytes(config, [3, 8], recompute));
         assert!(some.layers < all.layers);
     }
 
     fn check_memory(config: &Config, recompute: bool) {
         let (b, t) = (3, 8);
         let found = TrainModel::activation_bytes(config, [b, t], recompute);
-        let model =
-            TrainModel::new(Trainable::new(config), b, t, Precision::F32).with_recompute(recompute);
-        let layers = model.layers.iter().map(layer).sum::<usize>()
-            + model.streams.iter().map(stream).sum::<usize>();
+        let model = TrainModel::new(Trainable::new(config), b, t, Precision::F32).with_recompute(recompute);
+        let layers =
+            model.layers.iter().map(layer).sum::<usize>() + model.streams.iter().map(stream).sum::<usize>();
         assert_eq!(found.layers, 4 * layers);
         let Scratch {
             normed_nc,

@@ -153,7 +153,8 @@ impl TrainModel {
     }
 
     fn pass<'a>(&'a mut self, pool: &'a Pool, params: Params<'a>, batch: MicroBatch<'a>) -> Pass<'a> {
-        let Self { trainable, shape, ropes, layers, streams, recompute, scratch, matrix_scratch, z_loss } = self;
+        let Self { trainable, shape, ropes, layers, streams, recompute, scratch, matrix_scratch, z_loss } =
+            self;
         let values = trainable.values(params);
         let matrices = Matrices { pool, values, shape: *shape, scratch: matrix_scratch };
         let config = trainable.config();

@@ -153,6 +153,7 @@ fn what_does_not_fit_is_refused_by_name() {
             run: name,
             n_ranks: 1,
             n_threads: 1,
+            recompute: false,
             peak_flops: 1.0,
             stop: &stop,
             seconds: &seconds,

@@ -118,6 +118,7 @@ fn carry_out_with(
         run: run.into(),
         n_ranks,
         n_threads: n_ranks,
+        recompute: false,
         peak_flops: 1.0,
         stop: &AtomicBool::new(false),
         seconds: &|| 0.0,

@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use tensor::Pool;
-use train::{Event, Outcome};
+use train::{Event, Outcome, Plan};
 
 use crate::args;
 use crate::home::Home;
@@ -34,11 +34,10 @@ pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let run = args.run_name();
-    if train::read_plan(&store, run)?.is_none() {
-        if args.resume.is_some() {
-            bail!("{}", train::Error::NoRun { run: run.to_owned() });
-        }
-        create(home, args, &pool)?;
+    match train::read_plan(&store, run)? {
+        Some(plan) => check_memory(&plan, args)?,
+        None if args.resume.is_some() => bail!("{}", train::Error::NoRun { run: run.to_owned() }),
+        None => create(home, args, &pool)?,
     }
     drop(pool);
     // SIGINT and SIGTERM end the run after its step, with a checkpoint; a second one ends it at once.
@@ -53,6 +52,7 @@ pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
         run: run.to_owned(),
         n_ranks: args.ranks,
         n_threads,
+        recompute: args.recompute,
         peak_flops,
         stop: &stop,
         seconds: &|| start.elapsed().as_secs_f64(),
@@ -75,13 +75,17 @@ pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
 /// Plans the run: refused where it does not fit in memory, and of as many steps as were asked for.
 fn create(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<()> {
     let mut planned = plan::plan(home, args, pool)?;
-    let counts = plan::n_trained_and_frozen(&planned.plan, planned.weights.clone())?;
-    memory::Needs::new(&planned.plan, counts, args.ranks)?.check(memory_available())?;
+    check_memory(&planned.plan, args)?;
     if let (None, Some(minutes)) = (args.steps, args.minutes) {
-        let seconds = plan::step_seconds(&planned.plan, planned.weights.take(), pool, TRIALS)?;
+        let seconds =
+            plan::step_seconds(&planned.plan, planned.weights.take(), pool, (TRIALS, args.recompute))?;
         plan::set_steps(&mut planned.plan, args, plan::steps_in(minutes, seconds)?)?;
     }
     Ok(train::create(&home.store()?, args.run_name(), &planned.plan, planned.files.as_ref())?)
+}
+
+fn check_memory(plan: &Plan, args: &args::Train) -> Result<()> {
+    memory::Needs::new(plan, args.ranks, args.recompute)?.check(memory_available())
 }
 
 fn print_line(line: &str) {

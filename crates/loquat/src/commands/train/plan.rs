@@ -178,12 +178,13 @@ pub(super) fn step_seconds(
     plan: &Plan,
     weights: Option<Weights>,
     pool: &Pool,
-    n_trials: usize,
+    (n_trials, recompute): (usize, bool),
 ) -> Result<f64> {
     let trainable = trainable(plan, weights)?;
     let precision = if plan.bf16 { Precision::Bf16 } else { Precision::F32 };
     let vocab = trainable.config().vocab;
-    let mut model = TrainModel::new(trainable, plan.rows, plan.context, precision);
+    let model = TrainModel::new(trainable, plan.rows, plan.context, precision);
+    let mut model = model.with_recompute(recompute);
     let params = model.trainable().init(plan.seed);
     let mut dparams = Buf::zeroed(params.len());
     let n = plan.rows * plan.context;
@@ -196,16 +197,4 @@ pub(super) fn step_seconds(
         best = best.min(start.elapsed().as_secs_f64());
     }
     Ok(best * plan.micro_batches as f64)
-}
-
-/// Trained numbers, and those of a model that stays as it was.
-pub(super) fn n_trained_and_frozen(plan: &Plan, weights: Option<Weights>) -> Result<(usize, usize)> {
-    // A model that is trained in full is not kept as it was, unless preferences compare with it.
-    let is_kept = plan.method != Method::Full || plan.objective.is_of_pairs();
-    let n_frozen = if weights.is_some() && is_kept { plan.config()?.n_params() } else { 0 };
-    let n_trained = match &plan.method {
-        Method::Full => plan.config()?.n_params(),
-        Method::Lora { .. } => trainable(plan, weights)?.n_params(),
-    };
-    Ok((n_trained, n_frozen))
 }
