@@ -39,6 +39,10 @@ pub enum Error {
         "the run {run} has no model to start from, or another than its plan names; start a run of another name"
     )]
     StartChanged { run: String },
+    #[error(
+        "the run {run} lacks the task {name}, or has another than its plan names; start a run of another name"
+    )]
+    TaskChanged { run: String, name: String },
     #[error("the dataset {name} holds {found}, the objective needs {needed}")]
     Pairs { name: String, found: &'static str, needed: &'static str },
     #[error("checkpoint {prefix}: {what}")]
@@ -55,6 +59,8 @@ pub enum Error {
     Config(#[from] model::ConfigError),
     #[error(transparent)]
     Model(#[from] model::Error),
+    #[error(transparent)]
+    Eval(#[from] eval::Error),
     #[error(transparent)]
     Comm(#[from] comm::CommError),
     #[error(transparent)]

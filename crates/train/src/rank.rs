@@ -54,6 +54,8 @@ pub(crate) trait Lead {
     /// Returns once the checkpoint is there or has failed, and whether it is there; why not has been told as an event.
     fn save(&mut self, pool: &Pool, state: &State) -> bool;
     fn sample(&mut self, pool: &Pool, trainable: &Trainable, state: &State) -> Result<()>;
+    /// Asks the plan's tasks.
+    fn ask(&mut self, trainable: &Trainable, state: &State);
 }
 
 /// What micro-batches lost, three numbers each, in their order: nats, what counts (tokens with a target, or pairs),
@@ -137,7 +139,7 @@ impl Rank<'_> {
         }
     }
 
-    /// Evaluates and samples where the plan says so, or where it must.
+    /// Evaluates, samples and asks where the plan says so, or where it must.
     fn look(&mut self, lead: &mut Option<&mut dyn Lead>, must: bool) -> Result<()> {
         let step = self.state.step;
         if (must || step.is_multiple_of(self.plan.evaluate.every_steps))
@@ -150,6 +152,12 @@ impl Rank<'_> {
             && (must || step.is_multiple_of(self.plan.sample.every_steps))
         {
             lead.sample(&self.pool, &self.trainable, &self.state)?;
+        }
+        let tasks = self.plan.tasks.as_ref();
+        if let Some(lead) = lead
+            && tasks.is_some_and(|tasks| must || step.is_multiple_of(tasks.every_steps))
+        {
+            lead.ask(&self.trainable, &self.state);
         }
         Ok(())
     }

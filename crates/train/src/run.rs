@@ -24,6 +24,7 @@ use crate::sample::Sampler;
 use crate::saver::Saver;
 use crate::sources::Sources;
 use crate::state::State;
+use crate::tasks::Asker;
 use crate::tensorboard::TensorBoard;
 use crate::{Curve, Error, Event, Plan, Result, Started, read_metrics, start};
 
@@ -115,6 +116,7 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
         log: MetricsLog::open(context.store.clone(), run, step)?,
         board: TensorBoard::open(context.store.clone(), run, step, context.started_unix)?,
         sampler: Sampler::new(&plan, sources.voice.tokenizer())?,
+        asker: Asker::open((&context.store, run), &plan, sources.voice.tokenizer(), context.n_threads)?,
         saver: Saver::new(checkpoints, plan.checkpoint.keep),
         context,
         plan: &plan,
@@ -213,6 +215,7 @@ struct Leader<'a, 'b> {
     log: MetricsLog,
     board: TensorBoard,
     sampler: Sampler,
+    asker: Asker,
     on_event: &'b mut dyn FnMut(&Event),
     flushed: f64,
 }
@@ -301,6 +304,16 @@ impl Lead for Leader<'_, '_> {
         }
         self.event(Event::Sample { step: state.step, text });
         Ok(())
+    }
+
+    fn ask(&mut self, trainable: &Trainable, state: &State) {
+        let (step, mut all) = (state.step, Vec::new());
+        let asked = self.asker.ask(trainable, state, &mut |scores| all.push(scores));
+        all.into_iter().for_each(|scores| self.event(Event::Task { step, scores }));
+        // A task that the model has no room for is told; what is trained does not depend on it.
+        if let Err(error) = asked {
+            self.event(Event::TasksFailed { step, why: chain(&error) });
+        }
     }
 }
 

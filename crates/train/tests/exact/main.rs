@@ -59,6 +59,7 @@ fn prepared() -> (Arc<dyn Store>, Plan) {
         evaluate: Evaluate { every_steps: 3, rows_max: 5 },
         checkpoint: CheckpointPolicy { every_steps: 2, keep: 2 },
         sample: Sample { every_steps: 6, prompt: "Fellow citizens".into(), n_tokens: 8 },
+        tasks: None,
     };
     (store, plan)
 }

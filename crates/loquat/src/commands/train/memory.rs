@@ -44,6 +44,7 @@ impl Needs {
                 ("optimizer", ranks * 2 * vector),
                 ("activations", activations(recompute)),
                 ("checkpoint being written", 3 * vector),
+                ("a copy for samples and tasks", plan.copy_bytes()?),
             ],
             recomputed: activations(true),
             n_trained,

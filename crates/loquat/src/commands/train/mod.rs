@@ -81,7 +81,11 @@ fn create(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<()> {
             plan::step_seconds(&planned.plan, planned.weights.take(), pool, (TRIALS, args.recompute))?;
         plan::set_steps(&mut planned.plan, args, plan::steps_in(minutes, seconds)?)?;
     }
-    Ok(train::create(&home.store()?, args.run_name(), &planned.plan, planned.files.as_ref())?)
+    let store = home.store()?;
+    if planned.plan.tasks.is_some() {
+        train::keep_tasks(&store, args.run_name(), &planned.task_files)?;
+    }
+    Ok(train::create(&store, args.run_name(), &planned.plan, planned.files.as_ref())?)
 }
 
 fn check_memory(plan: &Plan, args: &args::Train) -> Result<()> {

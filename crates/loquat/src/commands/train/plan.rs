@@ -1,5 +1,6 @@
 //! From flags to a plan.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -9,7 +10,7 @@ use model::{Config, Lora, MicroBatch, Objective, TrainModel, Trainable, Weights}
 use tensor::{Buf, Pool, Precision};
 use train::{
     AdamW, CheckpointPolicy, DataPart, Decay, Evaluate, Guard, Method, Muon, PLAN_VERSION, Plan, Sample,
-    Schedule,
+    Schedule, Tasks,
 };
 
 use crate::args::{self, DecayName};
@@ -24,12 +25,17 @@ const SKIPS_MAX: u64 = 10;
 /// Share of `--minutes` that goes to steps; the rest is evaluation, samples and checkpoints.
 const STEP_SHARE: f64 = 0.93;
 
+/// Of the file of a task.
+const TASK_BYTES_MAX: u64 = 256 << 20;
+
 /// A plan and what it was made of.
 pub(super) struct Planned {
     pub(super) plan: Plan,
     /// The model it starts from, and its files.
     pub(super) weights: Option<Weights>,
     pub(super) files: Option<model::Files>,
+    /// Of tasks, by name.
+    pub(super) task_files: Vec<(String, Vec<u8>)>,
     pub(super) datasets: Vec<Dataset>,
 }
 
@@ -47,6 +53,8 @@ pub(super) fn plan(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<
     };
     let model_name = args.method.init.as_deref().map(name_of).unwrap_or_default();
     let start = weights.clone().map(|weights| train::start_files(pool, &model_name, weights)).transpose()?;
+    let task_files = args.eval_tasks.iter().map(|path| task_file(path)).collect::<Result<Vec<_>>>()?;
+    let tasks = Tasks::new(args.eval_every.unwrap_or(1), args.eval_shots, args.eval_limit, &task_files)?;
     let part = |(choice, dataset): (args::DataChoice, &Dataset)| DataPart {
         dataset: choice.name,
         sha256: dataset.info().plan_sha256.clone(),
@@ -76,11 +84,12 @@ pub(super) fn plan(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<
         evaluate: Evaluate { every_steps: 1, rows_max: 64 },
         checkpoint: CheckpointPolicy { every_steps: args.checkpoint_every, keep: 2 },
         sample: Sample { every_steps: 1, prompt: args.prompt.clone(), n_tokens: 48 },
+        tasks: Some(tasks).filter(|tasks| !tasks.files.is_empty()),
     };
     spread(&mut plan, args);
     plan.check()?;
     plan.check_ranks(args.ranks)?;
-    Ok(Planned { plan, weights, files: start.map(|(_, files)| files), datasets })
+    Ok(Planned { plan, weights, files: start.map(|(_, files)| files), task_files, datasets })
 }
 
 /// Sets the number of steps, and what is derived from it.
@@ -94,6 +103,18 @@ fn spread(plan: &mut Plan, args: &args::Train) {
     plan.schedule.warmup_steps = args.warmup.unwrap_or((plan.steps / 20).clamp(1, 200));
     plan.evaluate.every_steps = (plan.steps / 12).max(1);
     plan.sample.every_steps = (plan.steps / 6).max(1);
+    if let Some(tasks) = &mut plan.tasks {
+        tasks.every_steps = args.eval_every.unwrap_or((plan.steps / 6).max(1));
+    }
+}
+
+fn task_file(path: &Path) -> Result<(String, Vec<u8>)> {
+    let name = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+    let size = std::fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?.len();
+    if size > TASK_BYTES_MAX {
+        bail!("{} has {size} bytes, at most {TASK_BYTES_MAX} are kept in a run", path.display());
+    }
+    Ok((name, std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?))
 }
 
 fn schedule(args: &args::Train) -> Schedule {
