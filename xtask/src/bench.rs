@@ -35,6 +35,7 @@ enum What {
     Ingest,
     Tokenizer,
     Train,
+    Checkpoint,
     Engine,
     Serve,
     Stall,
@@ -42,7 +43,7 @@ enum What {
     Soak,
 }
 
-const ALL: [What; 12] = [
+const ALL: [What; 13] = [
     What::Limits,
     What::Matmul,
     What::Packed,
@@ -52,6 +53,7 @@ const ALL: [What; 12] = [
     What::Ingest,
     What::Tokenizer,
     What::Train,
+    What::Checkpoint,
     What::Engine,
     What::Serve,
     What::Stall,
@@ -80,6 +82,7 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
             What::Ingest => example(root, "data", "bench_ingest", &[TEXT])?,
             What::Tokenizer => example(root, "tokenizer", "bench_tokenizer", &[TEXT])?,
             What::Train => train(root, args)?,
+            What::Checkpoint => example(root, "train", "bench_checkpoint", &[])?,
             What::Engine => {
                 example(root, "engine", "bench_engine", &[CHAT_MODEL])?;
                 crate::bench_engine::run(root, &args.models(), args.llama_bench.as_deref())?

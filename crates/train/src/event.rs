@@ -42,7 +42,8 @@ pub enum Event {
         step: u64,
         text: String,
     },
-    /// A checkpoint of `step` is published; `seconds` is how long training stood still for it.
+    /// A checkpoint of `step` is published; `seconds` is how long training stood still for it: 0 where it was copied by
+    /// the next step's update.
     Checkpoint {
         step: u64,
         bytes: u64,

@@ -12,7 +12,7 @@ use tensor::{Buf, Pool};
 use crate::guard::Wrong;
 use crate::loader::{Loader, Order, Rows};
 use crate::optimizer::{Optimizer, Rate};
-use crate::state::State;
+use crate::state::{Snapshot, State};
 use crate::{BadBatch, Error, EvalPart, Event, Plan, Result, Step};
 
 /// What a rank needs beyond the plan.
@@ -48,9 +48,13 @@ pub(crate) struct Validation {
 /// The part of the work that only rank 0 does: telling, saving, sampling.
 pub(crate) trait Lead {
     fn event(&mut self, event: Event);
-    /// Tells of a checkpoint that has been written meanwhile, and begins one beside the next steps if one is due and
-    /// none is being written. Returns whether one is still due.
-    fn go_on_saving(&mut self, is_due: bool, pool: &Pool, state: &State) -> bool;
+    /// Tells of a checkpoint that has been written meanwhile, and prepares one to be written beside the next steps if one
+    /// is due and none is being written. Returns whether one is still due.
+    fn go_on_saving(&mut self, is_due: bool, state: &State) -> bool;
+    /// Where the vectors of a prepared checkpoint are to be copied before they change.
+    fn due_snapshot(&mut self) -> Option<&mut Snapshot>;
+    /// They are copied.
+    fn begin_saving(&mut self);
     /// Returns once the checkpoint is there or has failed, and whether it is there; why not has been told as an event.
     fn save(&mut self, pool: &Pool, state: &State) -> bool;
     fn sample(&mut self, pool: &Pool, trainable: &Trainable, state: &State) -> Result<()>;
@@ -109,7 +113,7 @@ impl Rank<'_> {
                 }
                 return Ok(false);
             }
-            let event = self.step(&loader)?;
+            let event = self.step(&loader, &mut lead)?;
             if let Some(lead) = &mut lead {
                 lead.event(event);
             }
@@ -118,7 +122,7 @@ impl Rank<'_> {
                 && self.state.step < self.plan.steps
             {
                 is_save_due |= self.state.step.is_multiple_of(self.plan.checkpoint.every_steps);
-                is_save_due = lead.go_on_saving(is_save_due, &self.pool, &self.state);
+                is_save_due = lead.go_on_saving(is_save_due, &self.state);
             }
         }
         if let Some(lead) = &mut lead
@@ -163,7 +167,7 @@ impl Rank<'_> {
     }
 
     /// One optimizer step over the micro-batches of all ranks.
-    fn step(&mut self, loader: &Loader) -> Result<Event> {
+    fn step(&mut self, loader: &Loader, lead: &mut Option<&mut dyn Lead>) -> Result<Event> {
         let start = (self.seconds)();
         let plan = self.plan;
         let (sums, data_seconds) = self.gradients(loader)?;
@@ -178,11 +182,18 @@ impl Rank<'_> {
         let lr_share = plan.schedule.share(self.state.step, plan.steps);
         if let Some(wrong) = wrong {
             let bad = self.bad_batch(sums.worst());
+            // There may be no update for long.
+            if let Some(snapshot) = lead.as_mut().and_then(|lead| lead.due_snapshot()) {
+                self.state.copy_to(&self.pool, snapshot, 0..self.state.params.len());
+            }
+            begin_saving(lead);
             return self.skip(wrong, [loss, grad_norm], bad);
         }
         let clip = (f64::from(plan.clip_norm) / grad_norm).min(1.0);
         let rate = Rate { lr_share, grad_scale: (clip / n_counted) as f32 };
-        self.optimizer.update(&self.pool, &mut self.state, &self.grads, rate);
+        let before = lead.as_mut().and_then(|lead| lead.due_snapshot());
+        self.optimizer.update(&self.pool, &mut self.state, (&self.grads, rate), before);
+        begin_saving(lead);
         self.finish_step((self.seconds)() - start);
         let n_tokens = plan.tokens_per_step() as f64;
         let seconds = (self.seconds)() - start;
@@ -303,6 +314,12 @@ impl Rank<'_> {
             sums.extend([sum.nats, sum.n_tokens as f64, tokens.nats, bytes as f64]);
         }
         Ok(sums)
+    }
+}
+
+fn begin_saving(lead: &mut Option<&mut dyn Lead>) {
+    if let Some(lead) = lead {
+        lead.begin_saving();
     }
 }
 

@@ -23,7 +23,7 @@ use crate::rank::{Lead, Rank};
 use crate::sample::Sampler;
 use crate::saver::Saver;
 use crate::sources::Sources;
-use crate::state::State;
+use crate::state::{Snapshot, State};
 use crate::tasks::Asker;
 use crate::tensorboard::TensorBoard;
 use crate::{Curve, Error, Event, Plan, Result, Started, read_metrics, start};
@@ -117,7 +117,7 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
         board: TensorBoard::open(context.store.clone(), run, step, context.started_unix)?,
         sampler: Sampler::new(&plan, sources.voice.tokenizer())?,
         asker: Asker::open((&context.store, run), &plan, sources.voice.tokenizer(), context.n_threads)?,
-        saver: Saver::new(checkpoints, plan.checkpoint.keep),
+        saver: Saver::new(checkpoints, plan.checkpoint.keep, context.n_threads),
         context,
         plan: &plan,
         on_event,
@@ -285,14 +285,22 @@ impl Lead for Leader<'_, '_> {
         }
     }
 
-    fn go_on_saving(&mut self, is_due: bool, pool: &Pool, state: &State) -> bool {
+    fn go_on_saving(&mut self, is_due: bool, state: &State) -> bool {
         self.tell_saved(false);
-        is_due && !self.saver.begin(pool, state, self.context.seconds)
+        is_due && !self.saver.prepare(state)
+    }
+
+    fn due_snapshot(&mut self) -> Option<&mut Snapshot> {
+        self.saver.due()
+    }
+
+    fn begin_saving(&mut self) {
+        self.saver.begin(self.context.seconds);
     }
 
     fn save(&mut self, pool: &Pool, state: &State) -> bool {
         self.tell_saved(true);
-        self.saver.begin(pool, state, self.context.seconds);
+        self.saver.begin_at_once(pool, state, self.context.seconds);
         self.tell_saved(true)
     }
 
