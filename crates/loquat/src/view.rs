@@ -56,7 +56,16 @@ impl View {
     pub(crate) fn show(&mut self, event: &Event) {
         self.curve.push(event);
         match event {
-            Event::Started(started) => self.started = Some(started.clone()),
+            Event::Started(started) => {
+                self.started = Some(started.clone());
+                let Started { chats_cut: cut, chats_dropped: dropped, .. } = *started;
+                if cut + dropped > 0 {
+                    self.warn(&format!(
+                        "{cut} chats are longer than a row and end with it, {dropped} are left out: nothing to learn is in \
+                         their row (loquat data show prints rows)"
+                    ));
+                }
+            }
             Event::Step(step) => {
                 let speed = self.speed.unwrap_or(step.tokens_per_second);
                 self.speed = Some(0.9 * speed + 0.1 * step.tokens_per_second);
@@ -236,6 +245,8 @@ mod tests {
             flops_per_token,
             peak_flops,
             n_ranks: 1,
+            chats_cut: 0,
+            chats_dropped: 0,
         }));
         view.show(&Event::Step(Step {
             step: 50,

@@ -43,6 +43,15 @@ pub enum Error {
         "the run {run} lacks the task {name}, or has another than its plan names; start a run of another name"
     )]
     TaskChanged { run: String, name: String },
+    #[error("the model {model} has a weight that is not a number: {tensor}, element {at}")]
+    StartNotANumber { model: String, tensor: String, at: usize },
+    #[error("cannot read {tensor} of the model {model}")]
+    StartRead {
+        model: String,
+        tensor: String,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("the dataset {name} holds {found}, the objective needs {needed}")]
     Pairs { name: String, found: &'static str, needed: &'static str },
     #[error("checkpoint {prefix}: {what}")]

@@ -96,6 +96,11 @@ pub struct Started {
     /// What this machine can do at most, measured: floating-point operations a second.
     pub peak_flops: f64,
     pub n_ranks: u64,
+    /// Chats that are longer than a row and end with it, and those of which nothing to learn is left.
+    #[serde(default)]
+    pub chats_cut: u64,
+    #[serde(default)]
+    pub chats_dropped: u64,
 }
 
 /// One optimizer step. `step` counts finished steps: the first is 1.

@@ -126,7 +126,7 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
     for event in refused {
         leader.event(event);
     }
-    leader.started(step, &trainable);
+    leader.started(step, &trainable, &sources);
     let mut states = vec![state.unwrap_or_else(|| State::initial(&trainable, plan.seed))];
     states.extend((1..context.n_ranks).map(|_| states[0].clone()).collect::<Vec<_>>());
     if !plan.objective.is_of_pairs() {
@@ -221,7 +221,7 @@ struct Leader<'a, 'b> {
 }
 
 impl Leader<'_, '_> {
-    fn started(&mut self, step: u64, trainable: &Trainable) {
+    fn started(&mut self, step: u64, trainable: &Trainable, sources: &Sources) {
         self.event(Event::Started(Started {
             run: self.context.run.clone(),
             step,
@@ -230,6 +230,8 @@ impl Leader<'_, '_> {
             flops_per_token: trainable.flops_per_token(self.plan.context),
             peak_flops: self.context.peak_flops,
             n_ranks: self.context.n_ranks as u64,
+            chats_cut: sources.n_cut,
+            chats_dropped: sources.n_dropped,
         }));
     }
 

@@ -35,7 +35,12 @@ pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
     }
     let run = args.run_name();
     match train::read_plan(&store, run)? {
-        Some(plan) => check_memory(&plan, args)?,
+        Some(plan) => {
+            if args.resume.is_none() {
+                train::create(&store, run, &plan::as_asked(&store, &plan, args)?, None)?;
+            }
+            check_memory(&plan, args)?;
+        }
         None if args.resume.is_some() => bail!("{}", train::Error::NoRun { run: run.to_owned() }),
         None => create(home, args, &pool)?,
     }

@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use data::Dataset;
 use model::{Config, Lora, MicroBatch, Objective, TrainModel, Trainable, Weights};
+use store::Store;
 use tensor::{Buf, Pool, Precision};
 use train::{
     AdamW, CheckpointPolicy, DataPart, Decay, Evaluate, Guard, Method, Muon, PLAN_VERSION, Plan, Sample,
@@ -75,7 +76,7 @@ pub(super) fn plan(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<
         steps: args.steps.unwrap_or(STEPS_DEFAULT),
         schedule: schedule(args),
         adamw: AdamW { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 },
-        muon: args.muon.map(|lr_peak| Muon { lr_peak, ..Muon::default() }),
+        muon: muon(args),
         z_loss: args.z_loss,
         guard: Guard { skips_max: SKIPS_MAX, spike_sigmas: args.skip_spikes },
         clip_norm: 1.0,
@@ -90,6 +91,57 @@ pub(super) fn plan(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<
     plan.check()?;
     plan.check_ranks(args.ranks)?;
     Ok(Planned { plan, weights, files: start.map(|(_, files)| files), task_files, datasets })
+}
+
+/// The plan of a run that exists with all that the flags say by themselves: where it differs, something else is asked for
+/// than was planned. What comes of measurements, datasets and models is left as it is.
+pub(super) fn as_asked(store: &Arc<dyn Store>, old: &Plan, args: &args::Train) -> Result<Plan> {
+    let sha256 =
+        |name: &str| old.data.iter().find(|part| part.dataset == name).map(|part| part.sha256.clone());
+    let part = |choice: args::DataChoice| DataPart {
+        sha256: sha256(&choice.name).unwrap_or_default(),
+        dataset: choice.name,
+        weight: choice.weight,
+    };
+    let start = args.method.init.as_deref().map(|init| {
+        let sha256 = old.start.as_ref().map_or(String::new(), |start| start.sha256.clone());
+        train::Start { model: name_of(init), sha256 }
+    });
+    let mut plan = Plan {
+        data: args.datasets().map_err(anyhow::Error::msg)?.into_iter().map(part).collect(),
+        isolated: args.isolate,
+        publish: args.publish.clone(),
+        start,
+        method: args.method.method(),
+        objective: args.method.objective(),
+        context: args.context,
+        rows: args.rows,
+        micro_batches: args.micro_batches,
+        steps: args.steps.unwrap_or(old.steps),
+        muon: muon(args),
+        z_loss: args.z_loss,
+        seed: args.seed,
+        ..old.clone()
+    };
+    if args.method.init.is_none()
+        && let Some(first) = plan.data.first()
+    {
+        let asked = shape(args, &Dataset::open(store, &first.dataset)?)?;
+        if asked != old.config()? {
+            plan.model = serde_json::from_str(&asked.to_json("float32"))?;
+        }
+    }
+    let planned = schedule(args);
+    (plan.schedule.decay, plan.schedule.lr_peak) = (planned.decay, planned.lr_peak);
+    plan.schedule.warmup_steps = args.warmup.unwrap_or(old.schedule.warmup_steps);
+    plan.guard.spike_sigmas = args.skip_spikes;
+    plan.checkpoint.every_steps = args.checkpoint_every;
+    plan.sample.prompt = args.prompt.clone();
+    Ok(plan)
+}
+
+fn muon(args: &args::Train) -> Option<Muon> {
+    args.muon.map(|lr_peak| Muon { lr_peak, ..Muon::default() })
 }
 
 /// Sets the number of steps, and what is derived from it.
