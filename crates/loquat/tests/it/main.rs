@@ -15,3 +15,4 @@ mod support;
 mod tiny;
 mod tools;
 mod train;
+mod tune;
