@@ -129,8 +129,9 @@ impl Seen {
 
     fn report(mut self) {
         let n = [&self.alone, &self.beside, &self.first].map(Vec::len);
-        let [alone, beside, first] = [&mut self.alone, &mut self.beside, &mut self.first].map(median);
-        let [stalled, written] = [&mut self.stalled, &mut self.written].map(median);
+        let [alone, beside, first] =
+            [&mut self.alone, &mut self.beside, &mut self.first].map(|times| median(times));
+        let [stalled, written] = [&mut self.stalled, &mut self.written].map(|times| median(times));
         let percent = |x: f64| 100.0 * (x / alone - 1.0);
         println!("{:.1} ms a step without a checkpoint beside it (median of {})", 1e3 * alone, n[0]);
         println!("{:+.2} % with one being written (median of {})", percent(beside), n[1]);
@@ -139,7 +140,7 @@ impl Seen {
     }
 }
 
-fn median(times: &mut Vec<f64>) -> f64 {
+fn median(times: &mut [f64]) -> f64 {
     times.sort_by(f64::total_cmp);
     times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
 }

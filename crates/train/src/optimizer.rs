@@ -174,7 +174,10 @@ mod tests {
             lr_peak: 0.1,
             muon: Some(plan::Muon::default()),
             precision: Precision::F32,
-            plain: vec![(0..10, vec![]), (10..n - 12, vec![100..COPIED_AT_ONCE + 500])],
+            plain: vec![
+                (0..10, vec![]),
+                (10..n - 12, vec![100..COPIED_AT_ONCE, COPIED_AT_ONCE + 5..COPIED_AT_ONCE + 500]),
+            ],
             matrices: vec![(matrix.clone(), [3, 4])],
             scratch: MuonScratch::default(),
         };

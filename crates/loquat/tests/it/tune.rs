@@ -80,7 +80,8 @@ fn adapters_are_learned_served_beside_their_base_and_exported() {
         "chats",
         |i| json!({"prompt": format!("Is {i} even?"), "response": "the people of the United States"}),
     );
-    let words = "--run tuned --dataset chats --init base --lora-rank 16 --lr 1e-2 --steps 100 --publish tuned";
+    let words =
+        "--run tuned --dataset chats --init base --lora-rank 16 --lr 1e-2 --steps 100 --publish tuned";
     let lost = losses(&train(home, words));
     assert!(lost[99] < 0.5 * lost[0], "{lost:?}");
 
