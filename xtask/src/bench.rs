@@ -35,14 +35,16 @@ enum What {
     Tokenizer,
     Train,
     Checkpoint,
+    Comm,
     Engine,
     Serve,
     Stall,
+    Gateway,
     /// Half an hour; only when it is named.
     Soak,
 }
 
-const ALL: [What; 13] = [
+const ALL: &[What] = &[
     What::Limits,
     What::Matmul,
     What::Packed,
@@ -53,9 +55,11 @@ const ALL: [What; 13] = [
     What::Tokenizer,
     What::Train,
     What::Checkpoint,
+    What::Comm,
     What::Engine,
     What::Serve,
     What::Stall,
+    What::Gateway,
 ];
 
 const TEXT: &str = "var/cache/sotu";
@@ -82,12 +86,14 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
             What::Tokenizer => example(root, "tokenizer", "bench_tokenizer", &[TEXT])?,
             What::Train => crate::bench_train::run(root, args.torch_python.as_deref())?,
             What::Checkpoint => example(root, "train", "bench_checkpoint", &[])?,
+            What::Comm => crate::bench_comm::run(root)?,
             What::Engine => {
                 example(root, "engine", "bench_engine", &[CHAT_MODEL])?;
                 crate::bench_engine::run(root, &args.models(), args.llama_bench.as_deref())?
             }
             What::Serve => crate::bench_serve::run(root, CHAT_MODEL, args.llama_server.as_deref())?,
             What::Stall => example(root, "engine", "bench_stall", &[CHAT_MODEL])?,
+            What::Gateway => example(root, "api", "bench_gateway", &[])?,
             What::Soak => example(root, "engine", "soak", &[CHAT_MODEL])?,
         }
     }

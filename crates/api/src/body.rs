@@ -2,6 +2,7 @@
 
 use axum::body::Body;
 use axum::extract::Request;
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, header};
 use futures::StreamExt;
 use serde_json::{Map, Value};
@@ -19,14 +20,7 @@ pub(crate) async fn read<T: Send + 'static>(
     request: Request,
     work: impl FnOnce(Map<String, Value>) -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    if state.lifecycle.is_draining() {
-        return Err(ApiError::Draining);
-    }
-    let limits = &state.limits;
-    let (parts, body) = request.into_parts();
-    check_headers(&parts.headers, limits)?;
-    let collected = tokio::time::timeout(limits.body_time_max, collect(state, body)).await;
-    let (bytes, permit) = collected.map_err(|_| ApiError::BodyTimeout(limits.body_time_max))??;
+    let (_, bytes, permit) = read_bytes(state, request).await?;
     let all = move || work(json::parse_object(&bytes)?);
     let Some(permit) = permit else { return all() };
     // The bytes count against the memory for large bodies until the work is done, and the work waits for its turn.
@@ -37,6 +31,22 @@ pub(crate) async fn read<T: Send + 'static>(
         result
     });
     done.await.map_err(|e| ApiError::internal(format!("reading the body failed: {e}")))?
+}
+
+/// Reads the body. A large one comes with a permit for its place in memory.
+pub(crate) async fn read_bytes(
+    state: &AppState,
+    request: Request,
+) -> Result<(Parts, Vec<u8>, Option<OwnedSemaphorePermit>)> {
+    if state.lifecycle.is_draining() {
+        return Err(ApiError::Draining);
+    }
+    let limits = &state.limits;
+    let (parts, body) = request.into_parts();
+    check_headers(&parts.headers, limits)?;
+    let collected = tokio::time::timeout(limits.body_time_max, collect(state, body)).await;
+    let (bytes, permit) = collected.map_err(|_| ApiError::BodyTimeout(limits.body_time_max))??;
+    Ok((parts, bytes, permit))
 }
 
 fn check_headers(headers: &HeaderMap, limits: &Limits) -> Result<()> {
@@ -56,7 +66,6 @@ fn check_headers(headers: &HeaderMap, limits: &Limits) -> Result<()> {
     Ok(())
 }
 
-/// The whole body. A large one comes with a permit for its place in memory.
 async fn collect(state: &AppState, body: Body) -> Result<(Vec<u8>, Option<OwnedSemaphorePermit>)> {
     let limits = &state.limits;
     let mut frames = body.into_data_stream();

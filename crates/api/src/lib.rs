@@ -8,7 +8,7 @@
 //!
 //! **Where to start.** `routes.rs` is the table of routes. A chat's way: `edge.rs` (id, host, accounting), `auth.rs`,
 //! `body.rs`, `chat.rs` (fields), `prompt.rs` (ids), `generate.rs` (submit, answer), `choice.rs` (ids back to text).
-//! `error.rs` alone decides HTTP statuses, `limits.rs` names every bound, `serve.rs` is the accept loop.
+//! `replicas/` sends requests for models that other processes serve there. `error.rs` alone decides HTTP statuses, `limits.rs` names every bound, `serve.rs` is the accept loop.
 #![forbid(unsafe_code)]
 
 mod adapters;
@@ -30,6 +30,7 @@ mod logprobs;
 mod models;
 mod probes;
 mod prompt;
+mod replicas;
 mod routes;
 mod runs;
 mod sampling;
@@ -44,6 +45,7 @@ mod tools;
 pub use embeddings::{Embedder, Embedders, ServedEmbedder};
 pub use error::ApiError;
 pub use limits::Limits;
+pub use replicas::{Replicas, RouteStatus, Target, TargetKey};
 pub use routes::app;
 pub use runs::{Curve, Eval, Point, Runs};
 pub use serve::serve;

@@ -23,7 +23,8 @@ pub(crate) struct ModelBody {
     owned_by: &'static str,
     root: String,
     parent: Option<String>,
-    max_model_len: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_model_len: Option<usize>,
     is_base: bool,
     embeds_only: bool,
 }
@@ -37,10 +38,26 @@ impl ModelBody {
             owned_by: "loquat",
             root: model.parent.clone().unwrap_or_else(|| model.id.clone()),
             parent: model.parent.clone(),
-            max_model_len: model.context_max(),
+            max_model_len: Some(model.context_max()),
             is_base: model.is_base,
             embeds_only: false,
         }
+    }
+
+    /// One that other processes serve; they know its context.
+    fn of_replicas(state: &AppState, id: String) -> Option<ModelBody> {
+        let created = state.replicas.created(&id)?;
+        Some(ModelBody {
+            root: id.clone(),
+            id,
+            object: "model",
+            created,
+            owned_by: "loquat",
+            parent: None,
+            max_model_len: None,
+            is_base: false,
+            embeds_only: false,
+        })
     }
 
     /// One that embeds and does nothing else.
@@ -52,7 +69,7 @@ impl ModelBody {
             owned_by: "loquat",
             root: model.id.clone(),
             parent: None,
-            max_model_len: model.embedder.context_max(),
+            max_model_len: Some(model.embedder.context_max()),
             is_base: false,
             embeds_only: true,
         }
@@ -64,6 +81,9 @@ pub(crate) async fn list(State(state): State<AppState>) -> Json<Value> {
     // A model that generates may embed as well, under the same name.
     let others = state.embedders.list().into_iter().filter(|model| state.models.get(&model.id).is_none());
     data.extend(others.map(|model| ModelBody::of_embedder(&model)));
+    let elsewhere = state.replicas.models().into_iter().filter(|id| data.iter().all(|model| model.id != *id));
+    let elsewhere: Vec<String> = elsewhere.collect();
+    data.extend(elsewhere.into_iter().filter_map(|id| ModelBody::of_replicas(&state, id)));
     Json(json!({"object": "list", "data": data}))
 }
 
@@ -77,8 +97,10 @@ pub(crate) async fn get(
     if let Some(model) = state.models.get(&id) {
         return Ok(Json(ModelBody::new(&model)));
     }
-    let model = state.embedders.get(&id).ok_or(ApiError::ModelNotFound(id))?;
-    Ok(Json(ModelBody::of_embedder(&model)))
+    if let Some(model) = state.embedders.get(&id) {
+        return Ok(Json(ModelBody::of_embedder(&model)));
+    }
+    ModelBody::of_replicas(&state, id.clone()).map(Json).ok_or(ApiError::ModelNotFound(id))
 }
 
 /// The model the field `model` names.

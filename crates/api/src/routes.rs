@@ -10,7 +10,9 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::error::ApiError;
 use crate::state::AppState;
-use crate::{adapters, auth, chat, completions, console, edge, embeddings, models, probes, runs, tokenize};
+use crate::{
+    adapters, auth, chat, completions, console, edge, embeddings, models, probes, replicas, runs, tokenize,
+};
 
 /// Routes that need no key and are answered whatever else the server does.
 const PROBES: &[&str] =
@@ -30,24 +32,30 @@ const TEMPLATES: &[&str] = &[
     "/v1/runs",
     "/v1/runs/{name}",
     "/v1/jobs",
+    "/v1/replicas",
     "/metrics",
 ];
 
 /// The whole HTTP surface over one state.
 pub fn app(state: AppState) -> Router {
-    let guarded = Router::new()
-        .route("/v1/models", get(models::list))
-        .route("/v1/models/{*id}", get(models::get))
+    // What a replica may do in this server's place.
+    let generating = Router::new()
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
+        .route("/v1/embeddings", post(embeddings::create))
+        .route_layer(from_fn_with_state(state.clone(), replicas::forward));
+    let guarded = Router::new()
+        .merge(generating)
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*id}", get(models::get))
         .route("/v1/load_lora_adapter", post(adapters::load))
         .route("/v1/unload_lora_adapter", post(adapters::unload))
-        .route("/v1/embeddings", post(embeddings::create))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route("/v1/runs", get(runs::list))
         .route("/v1/runs/{name}", get(runs::get))
         .route("/v1/jobs", get(runs::jobs))
+        .route("/v1/replicas", get(replicas::list))
         .route("/metrics", get(probes::metrics))
         .route_layer(from_fn_with_state(state.clone(), auth::require_key))
         .fallback(fallback)

@@ -46,6 +46,7 @@ pub async fn serve(
         close: watch::channel(false).0,
     };
     let mut tasks = JoinSet::new();
+    let watch = tokio::spawn(crate::replicas::watch(state.replicas.clone()));
     tokio::select! {
         never = server.accept(&listener, &mut tasks) => match never {},
         () = shutdown => (),
@@ -59,6 +60,7 @@ pub async fn serve(
         () = sleep(state.limits.drain_time_max) => (),
     }
     drop(listener);
+    watch.abort();
     server.close.send_replace(true);
     let cut_off = state.lifecycle.n_in_flight();
     if timeout(CLOSE_TIME, async { while tasks.join_next().await.is_some() {} }).await.is_err() {

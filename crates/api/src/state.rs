@@ -15,6 +15,7 @@ use tokio::sync::Semaphore;
 
 use crate::embeddings::Embedders;
 use crate::limits::Limits;
+use crate::replicas::Replicas;
 use crate::runs::Runs;
 
 /// Everything a handler can reach. Clones share it.
@@ -22,6 +23,8 @@ use crate::runs::Runs;
 pub struct AppState {
     pub models: Models,
     pub embedders: Embedders,
+    /// Models that other processes serve.
+    pub replicas: Replicas,
     pub keys: Arc<dyn KeyChecker>,
     pub runs: Arc<dyn Runs>,
     pub jobs: Arc<dyn Jobs>,
@@ -53,6 +56,7 @@ impl AppState {
         AppState {
             models: Models::default(),
             embedders: Embedders::default(),
+            replicas: Replicas::default(),
             keys: parts.keys,
             runs: parts.runs,
             jobs: parts.jobs,

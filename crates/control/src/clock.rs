@@ -29,26 +29,34 @@ impl UnixMs {
 
 /// Where [`crate::Control`] takes the time from: the system, or a test.
 #[derive(Clone)]
-pub struct Clock(Arc<dyn Fn() -> UnixMs + Send + Sync>);
+pub struct Clock {
+    now: Arc<dyn Fn() -> UnixMs + Send + Sync>,
+    is_system: bool,
+}
 
 impl Clock {
     pub fn new(now: impl Fn() -> UnixMs + Send + Sync + 'static) -> Self {
-        Self(Arc::new(now))
+        Self { now: Arc::new(now), is_system: false }
     }
 
     /// The system's wall clock. It may jump; everything that reads it expects that.
     pub fn system() -> Self {
-        Self::new(|| {
+        let clock = Self::new(|| {
             // The one place in this crate that asks the system for the time.
             #[allow(clippy::disallowed_methods)]
             let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
             // A clock before 1970 is set wrong; zero keeps the rows valid until it is set right.
             UnixMs(since_epoch.map_or(0, |d| i64::try_from(d.as_millis()).unwrap_or(i64::MAX)))
-        })
+        });
+        Self { is_system: true, ..clock }
     }
 
     pub fn now(&self) -> UnixMs {
-        (self.0)()
+        (self.now)()
+    }
+
+    pub(crate) fn is_system(&self) -> bool {
+        self.is_system
     }
 }
 

@@ -1,10 +1,12 @@
 //! What can fail, by step.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use postgres::error::SqlState;
 use rusqlite::ErrorCode;
 
 use crate::job::JobId;
+use crate::sql::Fault;
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -16,47 +18,58 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
-    #[error("cannot open database {path}")]
+    #[error("cannot open database {database}")]
     OpenDatabase {
-        path: PathBuf,
+        database: String,
         #[source]
-        source: rusqlite::Error,
+        source: Fault,
     },
     #[error(
         "database {path} is empty: it was cut short; restore it from a backup, or remove it to start over"
     )]
     EmptyDatabase { path: PathBuf },
-    #[error("database {path} is damaged ({what}); restore it from a backup, or remove it to start over")]
-    DamagedDatabase { path: PathBuf, what: String },
+    #[error("database {database} is damaged ({what}); restore it from a backup, or remove it to start over")]
+    DamagedDatabase { database: String, what: String },
     #[error(
         "database {path} is missing but its unfinished writes {wal} are there; put it back, or remove them too to start over"
     )]
     MissingDatabase { path: PathBuf, wal: PathBuf },
-    #[error("{path} is a database of another program")]
-    ForeignDatabase { path: PathBuf },
+    #[error("{database} is a database of another program")]
+    ForeignDatabase { database: String },
     #[error(
-        "database {path} has schema version {found}, written by a newer version of loquat; this one knows up to {known}"
+        "database {database} has schema version {found}, written by a newer version of loquat; this one knows up to {known}"
     )]
-    NewerSchema { path: PathBuf, found: i64, known: i64 },
-    #[error("cannot bring database {path} to schema version {to}")]
+    NewerSchema { database: String, found: i64, known: i64 },
+    #[error("cannot bring database {database} to schema version {to}")]
     Migrate {
-        path: PathBuf,
+        database: String,
         to: i64,
         #[source]
-        source: rusqlite::Error,
+        source: Fault,
     },
-    #[error("cannot {doing}: disk of database {path} is full")]
-    DiskFull { path: PathBuf, doing: &'static str },
-    #[error("cannot {doing}: database {path} can only be read")]
-    ReadOnly { path: PathBuf, doing: &'static str },
-    #[error("cannot {doing}: database {path} is busy")]
-    Busy { path: PathBuf, doing: &'static str },
-    #[error("cannot {doing} in database {path}")]
-    Database {
-        path: PathBuf,
+    #[error("cannot {doing}: disk of database {database} is full")]
+    DiskFull { database: String, doing: &'static str },
+    #[error("cannot {doing}: database {database} can only be read")]
+    ReadOnly { database: String, doing: &'static str },
+    #[error("cannot {doing}: database {database} cannot be reached")]
+    Unreachable {
+        database: String,
         doing: &'static str,
         #[source]
-        source: rusqlite::Error,
+        source: Fault,
+    },
+    #[error(
+        "the database's URL cannot be read ({why}); it looks like postgres://user:password@host:5432/name"
+    )]
+    DatabaseUrl { why: String },
+    #[error("cannot {doing}: database {database} is busy")]
+    Busy { database: String, doing: &'static str },
+    #[error("cannot {doing} in database {database}")]
+    Database {
+        database: String,
+        doing: &'static str,
+        #[source]
+        source: Fault,
     },
     #[error("lease {name} was taken over: token {token} is stale")]
     StaleLease { name: String, token: i64 },
@@ -66,6 +79,8 @@ pub enum Error {
     TooMany { what: &'static str, max: usize },
     #[error("job {name} is not over yet and was submitted with another command line, as {id}")]
     JobConflict { name: String, id: JobId },
+    #[error("{model} is not deployed")]
+    NoDeployment { model: String },
     #[error("no job {0}")]
     NoJob(JobId),
     #[error("job {0} is not over yet; cancel it first")]
@@ -102,16 +117,52 @@ pub enum Error {
 
 impl Error {
     /// The failure of a statement, sorted by what a person would do about it.
-    pub(crate) fn of_statement(path: &Path, doing: &'static str, source: rusqlite::Error) -> Self {
-        let path = path.to_owned();
-        match source.sqlite_error_code() {
-            Some(ErrorCode::DiskFull) => Self::DiskFull { path, doing },
-            Some(ErrorCode::ReadOnly) => Self::ReadOnly { path, doing },
-            Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Self::Busy { path, doing },
-            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
-                Self::DamagedDatabase { path, what: source.to_string() }
-            }
-            _ => Self::Database { path, doing, source },
+    pub(crate) fn of_statement(database: &str, doing: &'static str, source: Fault) -> Self {
+        let database = database.to_owned();
+        match kind(&source) {
+            Kind::DiskFull => Self::DiskFull { database, doing },
+            Kind::ReadOnly => Self::ReadOnly { database, doing },
+            Kind::Busy => Self::Busy { database, doing },
+            Kind::Damaged => Self::DamagedDatabase { database, what: source.to_string() },
+            Kind::Gone => Self::Unreachable { database, doing, source },
+            Kind::Other => Self::Database { database, doing, source },
         }
+    }
+}
+
+enum Kind {
+    DiskFull,
+    ReadOnly,
+    Busy,
+    Damaged,
+    Gone,
+    Other,
+}
+
+fn kind(fault: &Fault) -> Kind {
+    match fault {
+        Fault::Sqlite(source) => match source.sqlite_error_code() {
+            Some(ErrorCode::DiskFull) => Kind::DiskFull,
+            Some(ErrorCode::ReadOnly) => Kind::ReadOnly,
+            Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Kind::Busy,
+            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => Kind::Damaged,
+            _ => Kind::Other,
+        },
+        Fault::Postgres(source) => match source.code() {
+            Some(&SqlState::DISK_FULL) => Kind::DiskFull,
+            Some(&SqlState::READ_ONLY_SQL_TRANSACTION) => Kind::ReadOnly,
+            Some(&SqlState::LOCK_NOT_AVAILABLE | &SqlState::QUERY_CANCELED) => Kind::Busy,
+            Some(&SqlState::DATA_CORRUPTED | &SqlState::INDEX_CORRUPTED) => Kind::Damaged,
+            Some(
+                &SqlState::ADMIN_SHUTDOWN
+                | &SqlState::CRASH_SHUTDOWN
+                | &SqlState::CANNOT_CONNECT_NOW
+                | &SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT,
+            ) => Kind::Gone,
+            None if source.is_closed() => Kind::Gone,
+            _ => Kind::Other,
+        },
+        Fault::Row { .. } => Kind::Other,
+        Fault::TriedJustNow(_) => Kind::Gone,
     }
 }

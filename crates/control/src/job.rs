@@ -37,6 +37,11 @@ pub struct JobSpec {
 }
 
 impl JobSpec {
+    /// Whether it runs until it is told to stop, as a replica does: always started again, and beside any number of jobs.
+    pub fn is_service(&self) -> bool {
+        self.max_restarts == u32::MAX
+    }
+
     pub(crate) fn check(&self) -> Result<()> {
         check_name("job name", &self.name)?;
         let invalid = |why: &str| Err(Error::Invalid { what: "job", why: why.to_owned() });

@@ -3,17 +3,14 @@
 
 use std::path::Path;
 
-use rusqlite::types::Type;
-use rusqlite::{OptionalExtension, Row, Transaction, params};
-
 use crate::clock::UnixMs;
 use crate::database::{Control, Stop};
 use crate::error::{Error, Result};
 use crate::job::{Desired, Ending, Job, JobId, JobSpec, JobState, Submitted};
 use crate::leases::Lease;
 use crate::log;
-use crate::models::unknown_word;
 use crate::process::ProcessRef;
+use crate::sql::{Fault, Row, Transaction, values};
 
 /// Jobs that are not over at once.
 const UNFINISHED_MAX: usize = 1_000;
@@ -50,32 +47,7 @@ impl Control {
     pub fn submit(&self, spec: &JobSpec) -> Result<Submitted> {
         spec.check()?;
         let now = self.now();
-        let submitted = self.write("submit a job", |transaction| {
-            if let Some(job) = unfinished_by_name(transaction, &spec.name)? {
-                if job.spec != *spec {
-                    return Err(Stop::Refused(Error::JobConflict { name: spec.name.clone(), id: job.id }));
-                }
-                let created = false;
-                return Ok(Submitted { job, created });
-            }
-            let n_unfinished: i64 = transaction
-                .prepare_cached(
-                    "SELECT count(*) FROM jobs WHERE state IN ('pending', 'running', 'interrupted')",
-                )?
-                .query_row([], |row| row.get(0))?;
-            if usize::try_from(n_unfinished).is_ok_and(|n| n >= UNFINISHED_MAX) {
-                return Err(Stop::Refused(Error::TooMany { what: "unfinished jobs", max: UNFINISHED_MAX }));
-            }
-            transaction
-                .prepare_cached(
-                    "INSERT INTO jobs (name, spec, desired, state, created_ms)
-                     VALUES (?1, ?2, 'running', 'pending', ?3)",
-                )?
-                .execute(params![spec.name, json(spec), now.0])?;
-            let id = JobId(transaction.last_insert_rowid());
-            let job = by_id(transaction, id)?;
-            Ok(Submitted { job, created: true })
-        })?;
+        let submitted = self.write("submit a job", |transaction| submit(transaction, spec, now))?;
         self.notify_jobs_changed();
         Ok(submitted)
     }
@@ -89,23 +61,13 @@ impl Control {
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
         self.read("list jobs", |transaction| {
             let sql = format!("SELECT {COLUMNS} FROM jobs ORDER BY id DESC LIMIT ?1");
-            let mut statement = transaction.prepare_cached(&sql)?;
-            let jobs = statement.query_map([limit], job)?.collect::<Result<_, _>>()?;
-            Ok(jobs)
+            Ok(transaction.rows(&sql, values![limit])?.iter().map(job).collect::<Result<_, _>>()?)
         })
     }
 
     /// Asks for a job to end. Its process is stopped by the reconciler; a job that is over stays as it is.
     pub fn cancel_job(&self, id: JobId) -> Result<Job> {
-        let job = self.write("cancel a job", |transaction| {
-            transaction
-                .prepare_cached(
-                    "UPDATE jobs SET desired = 'cancelled'
-                     WHERE id = ?1 AND state IN ('pending', 'running', 'interrupted')",
-                )?
-                .execute([id.0])?;
-            by_id(transaction, id)
-        })?;
+        let job = self.write("cancel a job", |transaction| cancel(transaction, id))?;
         self.notify_jobs_changed();
         Ok(job)
     }
@@ -117,7 +79,7 @@ impl Control {
             if !job.state.is_over() {
                 return Err(Stop::Refused(Error::JobUnfinished(id)));
             }
-            transaction.prepare_cached("DELETE FROM jobs WHERE id = ?1")?.execute([id.0])?;
+            transaction.execute("DELETE FROM jobs WHERE id = ?1", values![id.0])?;
             Ok(job)
         })?;
         job.log_path.map_or(Ok(()), |path| log::remove(&path))
@@ -136,12 +98,9 @@ impl Control {
     pub(crate) fn survey_jobs(&self) -> Result<Survey> {
         self.read("survey jobs", |transaction| {
             let mut counts = JobState::ALL.map(|state| (state, 0));
-            let mut statement =
-                transaction.prepare_cached("SELECT count(*), state FROM jobs GROUP BY state")?;
-            let mut rows = statement.query([])?;
-            while let Some(row) = rows.next()? {
-                let found = state(1, &row.get::<_, String>(1)?)?;
-                let n_jobs = usize::try_from(row.get::<_, i64>(0)?).unwrap_or(0);
+            for row in transaction.rows("SELECT count(*), state FROM jobs GROUP BY state", &[])? {
+                let found = state(1, row.text(1)?)?;
+                let n_jobs = usize::try_from(row.int(0)?).unwrap_or(0);
                 for (_, n) in counts.iter_mut().filter(|(state, _)| *state == found) {
                     *n = n_jobs;
                 }
@@ -149,8 +108,7 @@ impl Control {
             let sql = format!(
                 "SELECT {COLUMNS} FROM jobs WHERE state IN ('pending', 'running', 'interrupted') ORDER BY id"
             );
-            let mut statement = transaction.prepare_cached(&sql)?;
-            let unfinished = statement.query_map([], job)?.collect::<Result<_, _>>()?;
+            let unfinished = transaction.rows(&sql, &[])?.iter().map(job).collect::<Result<_, _>>()?;
             Ok(Survey { unfinished, counts })
         })
     }
@@ -165,19 +123,14 @@ impl Control {
     ) -> Result<bool> {
         let now = self.now();
         self.fenced(lease, "record a job's start", |transaction| {
-            let n_changed = transaction
-                .prepare_cached(
-                    "UPDATE jobs
-                     SET state = 'running', process = ?2, log_path = ?3, n_starts = n_starts + 1, started_ms = ?4,
-                         retry_ms = NULL, stop_ms = NULL, ending = NULL
-                     WHERE id = ?1 AND desired = 'running' AND state IN ('pending', 'interrupted')",
-                )?
-                .execute(params![
-                    id.0,
-                    json(process),
-                    log_path.map(|path| path.to_string_lossy()),
-                    now.0
-                ])?;
+            let log_path = log_path.map(Path::to_string_lossy);
+            let n_changed = transaction.execute(
+                "UPDATE jobs
+                 SET state = 'running', process = ?2, log_path = ?3, n_starts = n_starts + 1, started_ms = ?4,
+                     retry_ms = NULL, stop_ms = NULL, ending = NULL
+                 WHERE id = ?1 AND desired = 'running' AND state IN ('pending', 'interrupted')",
+                values![id.0, &json(process), log_path.as_deref(), now.0],
+            )?;
             Ok(n_changed == 1)
         })
     }
@@ -192,11 +145,10 @@ impl Control {
         asked_at: Option<UnixMs>,
     ) -> Result<bool> {
         self.fenced(lease, "record a job's stop", |transaction| {
-            let n_changed = transaction
-                .prepare_cached(
-                    "UPDATE jobs SET stop_ms = coalesce(?3, stop_ms) WHERE id = ?1 AND process = ?2",
-                )?
-                .execute(params![id.0, json(process), asked_at.map(|at| at.0)])?;
+            let n_changed = transaction.execute(
+                "UPDATE jobs SET stop_ms = coalesce(?3, stop_ms) WHERE id = ?1 AND process = ?2",
+                values![id.0, &json(process), asked_at.map(|at| at.0)],
+            )?;
             Ok(n_changed == 1)
         })
     }
@@ -211,64 +163,98 @@ impl Control {
     ) -> Result<bool> {
         let finished_at = end.state.is_over().then(|| self.now());
         self.fenced(lease, "record a job's end", |transaction| {
-            let n_changed = transaction
-                .prepare_cached(
-                    "UPDATE jobs
-                     SET state = ?3, process = NULL, stop_ms = NULL, ending = coalesce(?4, ending), message = ?5,
-                         n_failures = ?6, n_short = ?7, retry_ms = ?8, finished_ms = ?9
-                     WHERE id = ?1 AND process IS ?2 AND state IN ('pending', 'running', 'interrupted')",
-                )?
-                .execute(params![
+            let (process, ending) = (process.map(json), end.ending.as_ref().map(json));
+            let n_changed = transaction.execute(
+                "UPDATE jobs
+                 SET state = ?3, process = NULL, stop_ms = NULL, ending = coalesce(?4, ending), message = ?5,
+                     n_failures = ?6, n_short = ?7, retry_ms = ?8, finished_ms = ?9
+                 WHERE id = ?1 AND process IS NOT DISTINCT FROM ?2
+                       AND state IN ('pending', 'running', 'interrupted')",
+                values![
                     id.0,
-                    process.map(json),
+                    process.as_ref(),
                     end.state.as_str(),
-                    end.ending.as_ref().map(json),
-                    end.message,
+                    ending.as_ref(),
+                    end.message.as_ref(),
                     end.n_failures,
                     end.n_short,
                     end.retry_at.map(|at| at.0),
                     finished_at.map(|at| at.0),
-                ])?;
+                ],
+            )?;
             Ok(n_changed == 1)
         })
     }
 }
 
-fn find(transaction: &Transaction, id: JobId) -> rusqlite::Result<Option<Job>> {
-    let sql = format!("SELECT {COLUMNS} FROM jobs WHERE id = ?1");
-    transaction.prepare_cached(&sql)?.query_row([id.0], job).optional()
+/// A submission inside of a transaction.
+pub(crate) fn submit(transaction: &mut Transaction, spec: &JobSpec, now: UnixMs) -> Result<Submitted, Stop> {
+    if let Some(job) = unfinished_by_name(transaction, &spec.name)? {
+        if job.spec != *spec {
+            return Err(Stop::Refused(Error::JobConflict { name: spec.name.clone(), id: job.id }));
+        }
+        let created = false;
+        return Ok(Submitted { job, created });
+    }
+    let n_unfinished = transaction
+        .number("SELECT count(*) FROM jobs WHERE state IN ('pending', 'running', 'interrupted')", &[])?;
+    if usize::try_from(n_unfinished).is_ok_and(|n| n >= UNFINISHED_MAX) {
+        return Err(Stop::Refused(Error::TooMany { what: "unfinished jobs", max: UNFINISHED_MAX }));
+    }
+    let id = transaction.number(
+        "INSERT INTO jobs (name, spec, desired, state, created_ms)
+         VALUES (?1, ?2, 'running', 'pending', ?3) RETURNING id",
+        values![&spec.name, &json(spec), now.0],
+    )?;
+    let job = by_id(transaction, JobId(id))?;
+    Ok(Submitted { job, created: true })
 }
 
-fn by_id(transaction: &Transaction, id: JobId) -> Result<Job, Stop> {
+/// A cancellation inside of a transaction.
+pub(crate) fn cancel(transaction: &mut Transaction, id: JobId) -> Result<Job, Stop> {
+    transaction.execute(
+        "UPDATE jobs SET desired = 'cancelled'
+         WHERE id = ?1 AND state IN ('pending', 'running', 'interrupted')",
+        values![id.0],
+    )?;
+    by_id(transaction, id)
+}
+
+fn find(transaction: &mut Transaction, id: JobId) -> Result<Option<Job>, Fault> {
+    let sql = format!("SELECT {COLUMNS} FROM jobs WHERE id = ?1");
+    transaction.row(&sql, values![id.0])?.as_ref().map(job).transpose()
+}
+
+fn by_id(transaction: &mut Transaction, id: JobId) -> Result<Job, Stop> {
     find(transaction, id)?.ok_or(Stop::Refused(Error::NoJob(id)))
 }
 
-fn unfinished_by_name(transaction: &Transaction, name: &str) -> rusqlite::Result<Option<Job>> {
+fn unfinished_by_name(transaction: &mut Transaction, name: &str) -> Result<Option<Job>, Fault> {
     let sql = format!(
         "SELECT {COLUMNS} FROM jobs WHERE name = ?1 AND state IN ('pending', 'running', 'interrupted')"
     );
-    transaction.prepare_cached(&sql)?.query_row([name], job).optional()
+    transaction.row(&sql, values![name])?.as_ref().map(job).transpose()
 }
 
-fn job(row: &Row) -> rusqlite::Result<Job> {
-    let time = |column| Ok::<_, rusqlite::Error>(row.get::<_, Option<i64>>(column)?.map(UnixMs));
+fn job(row: &Row) -> Result<Job, Fault> {
+    let time = |column| Ok::<_, Fault>(row.int_or_null(column)?.map(UnixMs));
     Ok(Job {
-        id: JobId(row.get(0)?),
-        spec: parsed(row, 1)?.ok_or_else(|| unknown_word(1, "NULL"))?,
-        desired: match row.get_ref(2)?.as_str()? {
+        id: JobId(row.int(0)?),
+        spec: parsed(row, 1)?.ok_or_else(|| Fault::unknown_word(1, "NULL"))?,
+        desired: match row.text(2)? {
             "running" => Desired::Running,
             "cancelled" => Desired::Cancelled,
-            other => return Err(unknown_word(2, other)),
+            other => return Err(Fault::unknown_word(2, other)),
         },
-        state: state(3, row.get_ref(3)?.as_str()?)?,
-        n_starts: row.get(4)?,
-        n_failures: row.get(5)?,
-        n_short: row.get(6)?,
+        state: state(3, row.text(3)?)?,
+        n_starts: row.u32(4)?,
+        n_failures: row.u32(5)?,
+        n_short: row.u32(6)?,
         process: parsed(row, 7)?,
         ending: parsed(row, 8)?,
-        message: row.get(9)?,
-        log_path: row.get::<_, Option<String>>(10)?.map(Into::into),
-        created_at: UnixMs(row.get(11)?),
+        message: row.text_or_null(9)?.map(str::to_owned),
+        log_path: row.text_or_null(10)?.map(Into::into),
+        created_at: UnixMs(row.int(11)?),
         started_at: time(12)?,
         finished_at: time(13)?,
         retry_at: time(14)?,
@@ -276,17 +262,14 @@ fn job(row: &Row) -> rusqlite::Result<Job> {
     })
 }
 
-fn state(column: usize, word: &str) -> rusqlite::Result<JobState> {
-    JobState::ALL.into_iter().find(|state| state.as_str() == word).ok_or_else(|| unknown_word(column, word))
+fn state(column: usize, word: &str) -> Result<JobState, Fault> {
+    let found = JobState::ALL.into_iter().find(|state| state.as_str() == word);
+    found.ok_or_else(|| Fault::unknown_word(column, word))
 }
 
-fn parsed<T: serde::de::DeserializeOwned>(row: &Row, column: usize) -> rusqlite::Result<Option<T>> {
-    let text: Option<String> = row.get(column)?;
-    text.map(|text| {
-        serde_json::from_str(&text)
-            .map_err(|source| rusqlite::Error::FromSqlConversionFailure(column, Type::Text, Box::new(source)))
-    })
-    .transpose()
+fn parsed<T: serde::de::DeserializeOwned>(row: &Row, column: usize) -> Result<Option<T>, Fault> {
+    let parse = |text| serde_json::from_str(text).map_err(|error| Fault::row(column, error.to_string()));
+    row.text_or_null(column)?.map(parse).transpose()
 }
 
 fn json<T: serde::Serialize>(value: &T) -> String {

@@ -6,13 +6,13 @@ use std::collections::HashMap;
 use std::sync::PoisonError;
 use std::time::Duration;
 
-use rusqlite::{Row, params};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 use crate::clock::UnixMs;
 use crate::database::{Control, Stop, random_hex};
 use crate::error::{Error, Result};
+use crate::sql::{Fault, Row, values};
 
 const PREFIX: &str = "sk-loquat-";
 
@@ -23,7 +23,7 @@ const KEYS_MAX: usize = 10_000;
 const CACHE_FRESH: Duration = Duration::from_secs(1);
 
 /// How long keys are still checked from memory when the database cannot be read.
-const CACHE_STALE_MAX: Duration = Duration::from_secs(60);
+const CACHE_STALE_MAX: Duration = Duration::from_secs(300);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct KeyId(pub i64);
@@ -99,16 +99,15 @@ impl Control {
         let hash = hash(&text);
         let created_at = self.now();
         let id = self.write("create a key", |transaction| {
-            let n_valid: i64 = transaction
-                .prepare_cached("SELECT count(*) FROM keys WHERE revoked_ms IS NULL")?
-                .query_row([], |row| row.get(0))?;
+            let n_valid = transaction.number("SELECT count(*) FROM keys WHERE revoked_ms IS NULL", &[])?;
             if usize::try_from(n_valid).is_ok_and(|n| n >= KEYS_MAX) {
                 return Err(Stop::Refused(Error::TooMany { what: "keys", max: KEYS_MAX }));
             }
-            transaction
-                .prepare_cached("INSERT INTO keys (name, hash, created_ms) VALUES (?1, ?2, ?3)")?
-                .execute(params![name, hash, created_at.0])?;
-            Ok(KeyId(transaction.last_insert_rowid()))
+            let id = transaction.number(
+                "INSERT INTO keys (name, hash, created_ms) VALUES (?1, ?2, ?3) RETURNING id",
+                values![name, &hash, created_at.0],
+            )?;
+            Ok(KeyId(id))
         })?;
         self.drop_key_cache();
         let info = KeyInfo { id, name: name.to_owned(), created_at, revoked_at: None };
@@ -118,7 +117,7 @@ impl Control {
     /// Whose key `text` is; `None` when it is nobody's or was revoked.
     ///
     /// Usually answered from memory. A key revoked in this process is refused at once, one revoked by another process within
-    /// a second. While the database cannot be read, keys known within the last minute go on working.
+    /// a second. While the database cannot be read, keys known within the last five minutes go on working.
     pub fn check_key(&self, text: &str) -> Result<Option<KeyInfo>> {
         let hash = hash(text);
         let now = self.now();
@@ -145,10 +144,9 @@ impl Control {
     /// All keys ever created, revoked ones included, newest last.
     pub fn list_keys(&self) -> Result<Vec<KeyInfo>> {
         self.read("list keys", |transaction| {
-            let mut statement = transaction
-                .prepare_cached("SELECT id, name, created_ms, revoked_ms FROM keys ORDER BY id")?;
-            let keys = statement.query_map([], key_info)?.collect::<Result<_, _>>()?;
-            Ok(keys)
+            let rows =
+                transaction.rows("SELECT id, name, created_ms, revoked_ms FROM keys ORDER BY id", &[])?;
+            Ok(rows.iter().map(key_info).collect::<Result<_, _>>()?)
         })
     }
 
@@ -156,9 +154,8 @@ impl Control {
     pub fn revoke_key(&self, id: KeyId) -> Result<bool> {
         let now = self.now();
         let n_revoked = self.write("revoke a key", |transaction| {
-            Ok(transaction
-                .prepare_cached("UPDATE keys SET revoked_ms = ?2 WHERE id = ?1 AND revoked_ms IS NULL")?
-                .execute(params![id.0, now.0])?)
+            let sql = "UPDATE keys SET revoked_ms = ?2 WHERE id = ?1 AND revoked_ms IS NULL";
+            Ok(transaction.execute(sql, values![id.0, now.0])?)
         })?;
         self.drop_key_cache();
         Ok(n_revoked == 1)
@@ -168,13 +165,11 @@ impl Control {
     /// revocation can never replace one read after it.
     fn refresh_key_cache(&self, hash: &[u8; 32], now: UnixMs) -> Result<Option<KeyInfo>> {
         self.read("read the keys", |transaction| {
-            let mut statement = transaction.prepare_cached(
-                "SELECT id, name, created_ms, revoked_ms, hash FROM keys WHERE revoked_ms IS NULL",
-            )?;
+            let sql = "SELECT id, name, created_ms, revoked_ms, hash FROM keys WHERE revoked_ms IS NULL";
             let mut keys = HashMap::<_, Vec<_>>::new();
-            for row in statement.query_map([], |row| Ok((row.get::<_, [u8; 32]>(4)?, key_info(row)?)))? {
-                let (hash, info) = row?;
-                keys.entry(head(&hash)).or_default().push((hash, info));
+            for row in transaction.rows(sql, &[])? {
+                let hash = row.hash(4)?;
+                keys.entry(head(&hash)).or_default().push((hash, key_info(&row)?));
             }
             let cache = KeyCache { read_at: now, keys };
             let answer = cache.find(hash).cloned();
@@ -196,11 +191,11 @@ fn head(hash: &[u8; 32]) -> [u8; 8] {
     hash[..8].try_into().expect("8 of 32 bytes")
 }
 
-fn key_info(row: &Row) -> rusqlite::Result<KeyInfo> {
+fn key_info(row: &Row) -> Result<KeyInfo, Fault> {
     Ok(KeyInfo {
-        id: KeyId(row.get(0)?),
-        name: row.get(1)?,
-        created_at: UnixMs(row.get(2)?),
-        revoked_at: row.get::<_, Option<i64>>(3)?.map(UnixMs),
+        id: KeyId(row.int(0)?),
+        name: row.text(1)?.to_owned(),
+        created_at: UnixMs(row.int(2)?),
+        revoked_at: row.int_or_null(3)?.map(UnixMs),
     })
 }

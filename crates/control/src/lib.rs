@@ -9,7 +9,7 @@
 //!
 //! **Where to start.** `reconcile.rs` decides and is pure; `reconciler.rs` does what was decided; `local.rs` starts child
 //! processes; `database.rs` opens, checks and migrates the file; `keys.rs`, `models.rs`, `jobs.rs` and `leases.rs` are
-//! one table each.
+//! one table each, `deployments.rs` two. `rollout.rs` decides about the replicas of a model and is pure, too.
 //!
 //! Exit codes of a job: 0 is success, [`EXIT_INTERRUPTED`] (75) means "stopped cleanly, run me again to go on", everything
 //! else is a failure and counts against the job's `max_restarts`.
@@ -17,6 +17,7 @@
 
 mod clock;
 mod database;
+mod deployments;
 mod error;
 mod job;
 mod jobs;
@@ -29,9 +30,12 @@ mod models;
 mod process;
 mod reconcile;
 mod reconciler;
+mod rollout;
+mod sql;
 
 pub use clock::{Clock, UnixMs};
 pub use database::Control;
+pub use deployments::{Ask, Canary, Deployment, REPLICAS_MAX, Replica};
 pub use error::{Error, Result};
 pub use job::{Desired, Ending, Job, JobId, JobSpec, JobState, Submitted};
 pub use jobs::End;
@@ -43,3 +47,5 @@ pub use models::{Model, ModelKind};
 pub use process::ProcessRef;
 pub use reconcile::{Action, EXIT_INTERRUPTED, Policy, reconcile};
 pub use reconciler::{Reconciler, ReconcilerOptions, Shutdown};
+pub use rollout::{Running, Step, rollout};
+pub use sql::Fault;

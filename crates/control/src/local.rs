@@ -28,6 +28,8 @@ const LOG_BYTES_MAX: u64 = 16 << 20;
 pub struct LocalLauncher {
     program: PathBuf,
     log_dir: PathBuf,
+    /// For every job, beside its own.
+    env: Vec<(&'static str, String)>,
     boot_id: String,
     /// Children of this very process, by pid. Until one is waited for, its pid cannot be recycled.
     children: HashMap<u32, Held>,
@@ -50,11 +52,19 @@ impl LocalLauncher {
                 Ok(Self {
                     program: program.to_owned(),
                     log_dir,
+                    env: Vec::new(),
                     boot_id: process::boot_id()?,
                     children: HashMap::new(),
                 })
             })
             .map_err(|source| Error::JobLog { path: log_dir.to_owned(), source })
+    }
+
+    /// A variable for the environment of every job: what must not stand in a command line.
+    #[must_use]
+    pub fn with_env(mut self, variable: Option<(&'static str, String)>) -> Self {
+        self.env.extend(variable);
+        self
     }
 
     fn log_path(&self, id: JobId) -> PathBuf {
@@ -107,6 +117,7 @@ impl LocalLauncher {
             .args(["-c", GATE, "loquat-job"])
             .arg(&self.program)
             .args(&job.spec.args)
+            .envs(self.env.iter().map(|(name, value)| (name, value)))
             .envs(&job.spec.env)
             .env(MARK_VARIABLE, mark)
             .stdin(Stdio::piped())

@@ -1,10 +1,9 @@
 //! The models that can be served.
 
-use rusqlite::{OptionalExtension, Row, params};
-
 use crate::clock::UnixMs;
 use crate::database::{Control, Stop};
 use crate::error::{Error, Result};
+use crate::sql::{Fault, Row, values};
 
 /// Models that are known at once.
 const MODELS_MAX: usize = 10_000;
@@ -49,19 +48,17 @@ impl Control {
         }
         let model = Model { name: name.to_owned(), kind, source: source.to_owned(), created_at: self.now() };
         self.write("put a model", |transaction| {
-            let n_others: i64 = transaction
-                .prepare_cached("SELECT count(*) FROM models WHERE name <> ?1")?
-                .query_row([name], |row| row.get(0))?;
+            let n_others =
+                transaction.number("SELECT count(*) FROM models WHERE name <> ?1", values![name])?;
             if usize::try_from(n_others).is_ok_and(|n| n >= MODELS_MAX) {
                 return Err(Stop::Refused(Error::TooMany { what: "models", max: MODELS_MAX }));
             }
-            transaction
-                .prepare_cached(
-                    "INSERT INTO models (name, kind, source, created_ms) VALUES (?1, ?2, ?3, ?4)
-                     ON CONFLICT (name) DO UPDATE
-                     SET kind = excluded.kind, source = excluded.source, created_ms = excluded.created_ms",
-                )?
-                .execute(params![name, kind.as_str(), source, model.created_at.0])?;
+            transaction.execute(
+                "INSERT INTO models (name, kind, source, created_ms) VALUES (?1, ?2, ?3, ?4)
+                 ON CONFLICT (name) DO UPDATE
+                 SET kind = excluded.kind, source = excluded.source, created_ms = excluded.created_ms",
+                values![name, kind.as_str(), source, model.created_at.0],
+            )?;
             Ok(())
         })?;
         Ok(model)
@@ -69,49 +66,36 @@ impl Control {
 
     pub fn get_model(&self, name: &str) -> Result<Option<Model>> {
         self.read("read a model", |transaction| {
-            Ok(transaction
-                .prepare_cached("SELECT name, kind, source, created_ms FROM models WHERE name = ?1")?
-                .query_row([name], model)
-                .optional()?)
+            let sql = "SELECT name, kind, source, created_ms FROM models WHERE name = ?1";
+            Ok(transaction.row(sql, values![name])?.as_ref().map(model).transpose()?)
         })
     }
 
     /// All models, by name.
     pub fn list_models(&self) -> Result<Vec<Model>> {
         self.read("list models", |transaction| {
-            let mut statement = transaction
-                .prepare_cached("SELECT name, kind, source, created_ms FROM models ORDER BY name")?;
-            let models = statement.query_map([], model)?.collect::<Result<_, _>>()?;
-            Ok(models)
+            let rows =
+                transaction.rows("SELECT name, kind, source, created_ms FROM models ORDER BY name", &[])?;
+            Ok(rows.iter().map(model).collect::<Result<_, _>>()?)
         })
     }
 
     /// Forgets a model; its files stay. `false` when there was none.
     pub fn delete_model(&self, name: &str) -> Result<bool> {
         self.write("delete a model", |transaction| {
-            let n_deleted =
-                transaction.prepare_cached("DELETE FROM models WHERE name = ?1")?.execute([name])?;
-            Ok(n_deleted == 1)
+            Ok(transaction.execute("DELETE FROM models WHERE name = ?1", values![name])? == 1)
         })
     }
 }
 
-fn model(row: &Row) -> rusqlite::Result<Model> {
-    let kind = match row.get_ref(1)?.as_str()? {
+fn model(row: &Row) -> Result<Model, Fault> {
+    let kind = match row.text(1)? {
         "base" => ModelKind::Base,
         "chat" => ModelKind::Chat,
-        other => return Err(unknown_word(1, other)),
+        other => return Err(Fault::unknown_word(1, other)),
     };
-    Ok(Model { name: row.get(0)?, kind, source: row.get(2)?, created_at: UnixMs(row.get(3)?) })
-}
-
-/// A stored word this version has no meaning for.
-pub(crate) fn unknown_word(column: usize, word: &str) -> rusqlite::Error {
-    rusqlite::Error::FromSqlConversionFailure(
-        column,
-        rusqlite::types::Type::Text,
-        format!("unknown word {word:?}").into(),
-    )
+    let (name, source) = (row.text(0)?.to_owned(), row.text(2)?.to_owned());
+    Ok(Model { name, kind, source, created_at: UnixMs(row.int(3)?) })
 }
 
 /// Names of models and jobs appear in URLs, paths and labels.

@@ -15,7 +15,7 @@ pub const EXIT_INTERRUPTED: i32 = 75;
 /// Knobs of the reconciler.
 #[derive(Clone, Debug)]
 pub struct Policy {
-    /// Jobs with a process at once.
+    /// Jobs with a process at once, services aside.
     pub max_running: usize,
     /// Pause before the first restart; doubles with every further short attempt.
     pub backoff_min: Duration,
@@ -68,13 +68,14 @@ pub fn reconcile(
     now: UnixMs,
     policy: &Policy,
 ) -> Vec<Action> {
-    let mut n_running = jobs.iter().filter(|job| job.process.is_some()).count();
+    let counts = |job: &Job| usize::from(!job.spec.is_service());
+    let mut n_running = jobs.iter().filter(|job| job.process.is_some()).map(counts).sum::<usize>();
     let mut actions = Vec::new();
     for job in jobs.iter().filter(|job| !job.state.is_over()) {
         let action = match (&job.process, observed.get(&job.id)) {
             (Some(process), Some(Observed::Running)) => stop(job, process, now, policy),
             (Some(process), Some(Observed::Ended(ending))) => {
-                n_running -= 1;
+                n_running -= counts(job);
                 Some(Action::End {
                     id: job.id,
                     process: Some(process.clone()),
@@ -84,7 +85,7 @@ pub fn reconcile(
             (Some(_), None) => None,
             (None, _) => start(job, n_running, now, policy),
         };
-        n_running += usize::from(matches!(action, Some(Action::Start { .. })));
+        n_running += usize::from(matches!(action, Some(Action::Start { .. }))) * counts(job);
         actions.extend(action);
     }
     actions
@@ -123,7 +124,8 @@ fn start(job: &Job, n_running: usize, now: UnixMs, policy: &Policy) -> Option<Ac
         // Later than any pause could end: the clock was set back since.
         Some(at) => at <= now || at > now.plus(policy.backoff_max),
     };
-    (due && n_running < policy.max_running && !policy.draining).then_some(Action::Start { id: job.id })
+    let has_room = job.spec.is_service() || n_running < policy.max_running;
+    (due && has_room && !policy.draining).then_some(Action::Start { id: job.id })
 }
 
 /// What becomes of a job whose attempt ended like this.

@@ -51,6 +51,17 @@ impl KeyChecker for OneKey {
     }
 }
 
+/// The cluster's key, followed by a dot and whose request it is: what a gateway sends to its replicas.
+pub(crate) struct GatewaysOnly(pub(crate) String);
+
+impl KeyChecker for GatewaysOnly {
+    fn check(&self, key: &str) -> Result<Option<KeyOwner>, Cause> {
+        let Some((key, tenant)) = key.split_once('.') else { return Ok(None) };
+        let owner = OneKey(Some(self.0.clone())).check(key)?;
+        Ok(owner.map(|_| KeyOwner { id: tenant.to_owned(), name: "gateway".to_owned() }))
+    }
+}
+
 /// No control plane, no jobs.
 pub(crate) struct NoJobs;
 

@@ -26,6 +26,10 @@ pub(crate) struct Loquat {
     /// The object store when it is not the home's own directory: a path or s3://bucket/prefix.
     #[arg(long, global = true, env = "LOQUAT_STORE")]
     pub(crate) store: Option<String>,
+    /// The cluster's state when it is not a file of the home's own: postgres://user:password@host/name, which any number
+    /// of machines may share, or the path of a file.
+    #[arg(long, global = true, env = "LOQUAT_DATABASE", hide_env_values = true, value_name = "URL")]
+    pub(crate) database: Option<String>,
     /// Log lines as JSON.
     #[arg(long, global = true)]
     pub(crate) log_json: bool,
@@ -68,6 +72,13 @@ pub(crate) enum Command {
     Job {
         #[command(subcommand)]
         command: JobCommand,
+    },
+    /// What training or serving would take on a cluster that is described in a file.
+    Plan(Plan),
+    /// Models that replicas serve: how many, which version, canaries, engines elsewhere.
+    Deploy {
+        #[command(subcommand)]
+        command: DeployCommand,
     },
     /// Keys that clients of the API need.
     Key {
@@ -219,6 +230,99 @@ pub(crate) enum JobCommand {
     },
     Cancel {
         name: String,
+    },
+}
+
+#[derive(Args)]
+pub(crate) struct Plan {
+    /// nodes, accelerators of a node, and of each: tflops, memory_gb, node_gb_per_s, network_gb_per_s; if known also
+    /// memory_tb_per_s, efficiency, failures_per_accelerator_hour, checkpoint_seconds, restart_seconds,
+    /// price_per_accelerator_hour.
+    pub(crate) cluster: PathBuf,
+    /// The model's shape.
+    #[arg(long, value_parser = crate::commands::presets::names())]
+    pub(crate) preset: String,
+    #[arg(long, default_value_t = 128_256)]
+    pub(crate) vocab: usize,
+    #[arg(long, default_value_t = 8192, value_parser = at_least_one)]
+    pub(crate) context: usize,
+    /// Train on so many tokens.
+    #[arg(long)]
+    pub(crate) tokens: Option<f64>,
+    /// Tokens of a step.
+    #[arg(long, default_value_t = 4 << 20)]
+    pub(crate) batch_tokens: usize,
+    /// Serve so many requests a second.
+    #[arg(long)]
+    pub(crate) load: Option<f64>,
+    /// Tokens of each one's prompt.
+    #[arg(long, default_value_t = 1024)]
+    pub(crate) prompt: usize,
+    /// Tokens of each one's answer.
+    #[arg(long, default_value_t = 256)]
+    pub(crate) answer: usize,
+    /// Of failures and arrivals.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("it must be at least 1".to_owned()),
+        Ok(n) => Ok(n),
+        Err(error) => Err(format!("{error}")),
+    }
+}
+
+#[derive(Subcommand)]
+pub(crate) enum DeployCommand {
+    /// Serve a model by replicas, or change how. Another source replaces the live one, replica by replica.
+    Set {
+        /// What clients call it.
+        model: String,
+        /// A .gguf file, a Hugging Face directory or the name of a model kept here, which is the default.
+        #[arg(long)]
+        source: Option<String>,
+        #[arg(long, conflicts_with_all = ["min", "max"])]
+        replicas: Option<u32>,
+        /// At least so many; 0 lets the last one go when nobody asks for five minutes (LOQUAT_IDLE_SECONDS of `loquat up`).
+        #[arg(long)]
+        min: Option<u32>,
+        /// At most so many, as the load needs them.
+        #[arg(long)]
+        max: Option<u32>,
+        /// More of the command line of each replica's `loquat serve`.
+        #[arg(last = true)]
+        args: Vec<String>,
+    },
+    /// Try a new version on a share of the requests. It becomes live if it does well, and goes if it fails or is slow.
+    Canary {
+        model: String,
+        source: String,
+        #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=99))]
+        percent: u32,
+    },
+    /// Make the version on trial live now.
+    Promote {
+        model: String,
+    },
+    /// End the trial.
+    Rollback {
+        model: String,
+    },
+    /// Any engine with an OpenAI API becomes a replica of the model.
+    Add {
+        model: String,
+        /// http://host:port
+        url: String,
+        /// The environment variable that holds the key it wants.
+        #[arg(long)]
+        key_env: Option<String>,
+    },
+    List,
+    /// Stop serving a model by replicas, or forget one engine elsewhere.
+    Remove {
+        model: String,
     },
 }
 

@@ -3,21 +3,23 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
-use store::{S3Options, Store};
+use anyhow::{Context, Result, ensure};
+use control::Control;
+use store::{ObjectName, Put, S3Options, Store};
 
 pub(crate) struct Home {
     path: PathBuf,
     store_url: Option<String>,
+    database_url: Option<String>,
 }
 
 impl Home {
     /// Opens the directory, making it where it is missing.
-    pub(crate) fn open(path: &Path, store_url: Option<String>) -> Result<Home> {
+    pub(crate) fn open(path: &Path, store_url: Option<String>, database_url: Option<String>) -> Result<Home> {
         std::fs::create_dir_all(path)
             .with_context(|| format!("cannot make the directory {}", path.display()))?;
         let path = path.canonicalize().with_context(|| format!("cannot open {}", path.display()))?;
-        Ok(Home { path, store_url })
+        Ok(Home { path, store_url, database_url })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -33,9 +35,39 @@ impl Home {
         store::open_with(&url, &s3_options()).with_context(|| format!("cannot open the store {url}"))
     }
 
-    /// The cluster's state.
-    pub(crate) fn database(&self) -> PathBuf {
-        self.path.join("loquat.db")
+    /// The cluster's state: `--database`, or a file of the home's own.
+    pub(crate) fn control(&self) -> Result<Control> {
+        Ok(match &self.database_url {
+            Some(url) if url.starts_with("postgres://") || url.starts_with("postgresql://") => {
+                Control::connect(url)?
+            }
+            Some(path) => Control::open(Path::new(path))?,
+            None => Control::open(&self.path.join("loquat.db"))?,
+        })
+    }
+
+    /// Refuses a store that belongs to another cluster than the database does: two clusters would publish over each
+    /// other. A home's own store and database were made together and cannot differ.
+    pub(crate) fn check_cluster(&self, control: &Control, store: &dyn Store) -> Result<()> {
+        if self.store_url.is_none() && self.database_url.is_none() {
+            return Ok(());
+        }
+        let (name, own) = (ObjectName::parse("cluster.json")?, control.cluster_id()?);
+        let marker = serde_json::json!({ "cluster": own }).to_string();
+        if store.put_if_absent(&name, marker.as_bytes())? == Put::Created {
+            return Ok(());
+        }
+        let found: serde_json::Value = serde_json::from_slice(&store.get(&name)?)
+            .with_context(|| format!("{name} in {} is no JSON", store.url()))?;
+        ensure!(
+            found["cluster"] == own.as_str(),
+            "the store {} belongs to another cluster ({}) than the database {} ({own}); to hand it over, remove \
+             {name} from it",
+            store.url(),
+            found["cluster"].as_str().unwrap_or("unnamed"),
+            control.name()
+        );
+        Ok(())
     }
 
     pub(crate) fn job_logs(&self) -> PathBuf {
@@ -59,6 +91,11 @@ impl Home {
             args.extend(["--store".to_owned(), url.clone()]);
         }
         args
+    }
+
+    /// The database for child processes, which is no argument of theirs: it may hold a password.
+    pub(crate) fn as_env(&self) -> Option<(&'static str, String)> {
+        self.database_url.clone().map(|url| ("LOQUAT_DATABASE", url))
     }
 }
 

@@ -6,11 +6,13 @@
 mod adapters;
 mod args;
 mod commands;
+mod deployer;
 mod embedder;
 mod follow;
 mod home;
 mod http;
 mod hub;
+mod lives;
 mod machine;
 mod runs;
 mod service;
@@ -19,6 +21,7 @@ mod session;
 mod signals;
 mod view;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -47,7 +50,7 @@ fn main() -> ExitCode {
 }
 
 fn run(loquat: &Loquat) -> Result<ExitCode> {
-    let home = Home::open(&loquat.home, loquat.store.clone())?;
+    let home = Home::open(&loquat.home, loquat.store.clone(), loquat.database.clone())?;
     match &loquat.command {
         Command::Ingest(args) => commands::ingest::run(&home, args),
         Command::Data { command } => commands::data::run(&home, command),
@@ -60,6 +63,8 @@ fn run(loquat: &Loquat) -> Result<ExitCode> {
         Command::Eval { command } => commands::eval::run(&home, command),
         Command::Model { command } => commands::model::run(&home, command),
         Command::Job { command } => commands::job::run(&home, command),
+        Command::Plan(args) => commands::plan::run(args),
+        Command::Deploy { command } => commands::deploy::run(&home, command),
         Command::Key { command } => commands::key::run(&home, command),
         Command::Doctor => commands::doctor::run(&home),
     }
@@ -70,8 +75,21 @@ fn n_threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
+/// Where a program is found that is called by its name.
+fn in_path(program: &str) -> Option<PathBuf> {
+    let dirs = std::env::var_os("PATH")?;
+    std::env::split_paths(&dirs).map(|dir| dir.join(program)).find(|path| path.is_file())
+}
+
 fn now_unix_s() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+/// So many random bytes, in hexadecimal.
+fn random_hex(n_bytes: usize) -> Result<String> {
+    let mut bytes = vec![0; n_bytes];
+    getrandom::fill(&mut bytes).map_err(|error| anyhow::anyhow!("no random numbers: {error}"))?;
+    Ok(hex::encode(bytes))
 }
 
 fn sha256_hex(bytes: &[u8]) -> String {

@@ -16,6 +16,7 @@ use telemetry::Metrics;
 
 use crate::adapters::{ControlJobs, ControlKeys};
 use crate::args::Listen;
+use crate::deployer::Deployer;
 use crate::home::Home;
 use crate::http::Http;
 use crate::runs::StoredRuns;
@@ -28,7 +29,7 @@ pub(crate) struct Service {
     pub(crate) state: AppState,
     http: Http,
     reconciler: Reconciler,
-    models: Option<JoinHandle<()>>,
+    threads: Vec<JoinHandle<()>>,
     stop: Arc<AtomicBool>,
     keeper: Arc<ModelKeeper>,
 }
@@ -36,8 +37,9 @@ pub(crate) struct Service {
 impl Service {
     /// Opens the state, binds the port and starts everything; models are loaded as [`ModelKeeper`] finds them.
     pub(crate) fn start(home: &Home, listen: &Listen) -> Result<Service> {
-        let control = Control::open(&home.database())?;
+        let control = home.control()?;
         let store = home.store()?;
+        home.check_cluster(&control, store.as_ref())?;
         let state = AppState::new(Parts {
             keys: Arc::new(ControlKeys(control.clone())),
             runs: Arc::new(StoredRuns::new(store.clone())),
@@ -47,7 +49,8 @@ impl Service {
             now_unix_s: crate::now_unix_s,
         });
         let http = Http::start(&state, listen)?;
-        let launcher = LocalLauncher::new(&std::env::current_exe()?, &home.job_logs())?;
+        let launcher =
+            LocalLauncher::new(&std::env::current_exe()?, &home.job_logs())?.with_env(home.as_env());
         let options = ReconcilerOptions::default();
         let reconciler = Reconciler::start(&control, Box::new(launcher), state.metrics.job(), options)?;
         let stop = Arc::new(AtomicBool::new(false));
@@ -61,7 +64,9 @@ impl Service {
             served: Mutex::default(),
         });
         let models = spawn_keeper(keeper.clone(), stop.clone())?;
-        Ok(Service { control, state, http, reconciler, models: Some(models), stop, keeper })
+        let deployer = Deployer::new(&control, &state.replicas, home.as_args())?.spawn(stop.clone())?;
+        let threads = vec![models, deployer];
+        Ok(Service { control, state, http, reconciler, threads, stop, keeper })
     }
 
     pub(crate) fn address(&self) -> SocketAddr {
@@ -74,15 +79,15 @@ impl Service {
     }
 
     /// Ends in order: no new requests, running ones finish, jobs save and stop, then the rest.
-    pub(crate) fn shut_down(mut self) -> Result<()> {
+    pub(crate) fn shut_down(self) -> Result<()> {
         self.http.close();
         self.stop.store(true, Ordering::Relaxed);
         self.reconciler.stop(Shutdown::Interrupt);
         let served = self.http.join();
-        if let Some(models) = self.models.take()
-            && models.join().is_err()
-        {
-            tracing::error!("the model keeper had panicked");
+        for thread in self.threads {
+            if thread.join().is_err() {
+                tracing::error!("a thread of the control plane had panicked");
+            }
         }
         served
     }
@@ -118,7 +123,10 @@ impl ModelKeeper {
         // One refresh at a time: loading the same model twice would waste its memory.
         let mut served = self.served.lock().unwrap_or_else(PoisonError::into_inner);
         self.adopt_published()?;
-        let wanted = self.control.list_models()?;
+        let mut wanted = self.control.list_models()?;
+        // Replicas serve these, here or elsewhere.
+        let deployed = self.control.list_deployments()?;
+        wanted.retain(|model| deployed.iter().all(|deployment| deployment.model != model.name));
         let gone: Vec<String> =
             served.keys().filter(|name| wanted.iter().all(|m| m.name != **name)).cloned().collect();
         for name in gone {

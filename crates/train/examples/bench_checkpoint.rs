@@ -36,6 +36,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         n_ranks: 1,
         n_threads: std::thread::available_parallelism()?.get(),
         recompute: false,
+        after: None,
+        divided: false,
         peak_flops: 1.0,
         stop: &AtomicBool::new(false),
         seconds: &|| start.elapsed().as_secs_f64(),

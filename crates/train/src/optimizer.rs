@@ -71,8 +71,11 @@ impl Optimizer {
         }
     }
 
-    /// Moves the parameters and what is remembered of gradients; counts nothing. `before` gets the vectors as they were:
-    /// each part is copied just before it is updated, when it has to come from memory anyway.
+    /// Moves the parameters that the state owns and what is remembered of their gradients; counts nothing. `before` gets
+    /// the vectors as they were: each part is copied just before it is updated, when it has to come from memory anyway.
+    ///
+    /// # Panics
+    /// If `before` is given and something of the state is another rank's.
     pub(crate) fn update(
         &mut self,
         pool: &Pool,
@@ -84,19 +87,22 @@ impl Optimizer {
         let plan::AdamW { beta1, beta2, epsilon: eps, weight_decay } = self.adamw;
         let lr = (f64::from(self.lr_peak) * lr_share) as f32;
         let adamw = AdamW { lr, beta1, beta2, eps, weight_decay, step: state.n_updates() + 1, grad_scale };
+        let owned = state.owned.clone();
         for (range, decayed) in &self.plain {
-            let part_len = if before.is_some() { COPIED_AT_ONCE } else { range.len() };
-            for start in range.clone().step_by(part_len.max(1)) {
-                let at = start..(start + part_len).min(range.end);
+            let mine = range.start.max(owned.start)..range.end.min(owned.end);
+            let part_len = if before.is_some() { COPIED_AT_ONCE } else { mine.len() };
+            for start in mine.clone().step_by(part_len.max(1)) {
+                let at = start..(start + part_len).min(mine.end);
                 if let Some(before) = &mut before {
                     state.copy_to(pool, before, at.clone());
                 }
                 let State { params, adam_m, adam_v, .. } = &mut *state;
                 let decayed = within(&(at.start - range.start..at.end - range.start), decayed);
+                let means = at.start - owned.start..at.end - owned.start;
                 let state = AdamWState {
                     params: &mut params[at.clone()],
-                    m: &mut adam_m[at.clone()],
-                    v: &mut adam_v[at.clone()],
+                    m: &mut adam_m[means.clone()],
+                    v: &mut adam_v[means],
                 };
                 tensor::adamw::adamw(pool, state, &grads[at], &decayed, &adamw);
             }
@@ -155,6 +161,7 @@ mod tests {
         };
         State {
             params: vector(1),
+            owned: 0..n,
             adam_m: vector(2),
             adam_v: vector(3),
             step: 4,

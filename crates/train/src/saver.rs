@@ -1,6 +1,6 @@
 //! Checkpoints written beside the steps. The state after a step does not change until the next update, which copies each
 //! part of it just before it moves it: 12 bytes a parameter that are written to memory and read from caches. A thread
-//! writes the copy.
+//! writes the copy. (Where ranks divide the state, rank 0 gathers it, and copies that at once.)
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -44,21 +44,23 @@ struct InFlight {
 }
 
 impl Saver {
+    /// For steps of so many threads.
     pub(crate) fn new(checkpoints: Checkpoints, keep: usize, n_threads: usize) -> Saver {
         let pause = PAUSE_OF_ONE_THREAD / n_threads.max(1) as u32;
         let spare = Snapshot::new(checkpoints.n_params);
         Saver { checkpoints, keep, due: None, in_flight: None, spare, pause }
     }
 
-    /// A checkpoint of the state as it is now is to be written beside the next steps; `false` while there is another.
-    pub(crate) fn prepare(&mut self, state: &State) -> bool {
-        if self.in_flight.is_some() || self.due.is_some() {
-            return false;
-        }
+    pub(crate) fn is_idle(&self) -> bool {
+        self.in_flight.is_none() && self.due.is_none()
+    }
+
+    /// A checkpoint of the state as it is now is to be written beside the next steps. There may be no other.
+    pub(crate) fn prepare(&mut self, state: &State) {
+        assert!(self.is_idle(), "two checkpoints at a time");
         let mut snapshot = std::mem::take(&mut self.spare);
         state.count_to(&mut snapshot);
         self.due = Some(snapshot);
-        true
     }
 
     /// What the next update copies the vectors to before it changes them, if a checkpoint is due.
@@ -66,17 +68,17 @@ impl Saver {
         self.due.as_mut()
     }
 
-    /// The due snapshot is whole: begins to write it.
+    /// The due snapshot, if there is one, is whole: begins to write it.
     pub(crate) fn begin(&mut self, seconds: &dyn Fn() -> f64) {
         let Some(snapshot) = self.due.take() else { return };
         self.write(snapshot, (seconds(), 0.0));
     }
 
-    /// Copies the state and begins to write it, in place of what is due. None may be in flight.
+    /// Copies the state and begins to write it. There may be no other.
     pub(crate) fn begin_at_once(&mut self, pool: &Pool, state: &State, seconds: &dyn Fn() -> f64) {
-        assert!(self.in_flight.is_none(), "two checkpoints at a time");
+        assert!(self.is_idle(), "two checkpoints at a time");
         let began = seconds();
-        let mut snapshot = self.due.take().unwrap_or_else(|| std::mem::take(&mut self.spare));
+        let mut snapshot = std::mem::take(&mut self.spare);
         state.count_to(&mut snapshot);
         state.copy_to(pool, &mut snapshot, 0..state.params.len());
         self.write(snapshot, (began, seconds() - began));

@@ -11,9 +11,11 @@ use crate::guard::Health;
 #[derive(Clone)]
 pub(crate) struct State {
     pub(crate) params: Buf<f32>,
-    /// Running mean of the gradient.
+    /// The parameters that this rank updates: all, or where ranks divide them its shard.
+    pub(crate) owned: Range<usize>,
+    /// Running mean of the gradient, of what is owned.
     pub(crate) adam_m: Buf<f32>,
-    /// Running mean of the squared gradient.
+    /// Running mean of the squared gradient, of what is owned.
     pub(crate) adam_v: Buf<f32>,
     /// Finished steps, those that were skipped among them.
     pub(crate) step: u64,
@@ -51,6 +53,7 @@ impl State {
         let n = trainable.n_params();
         State {
             params: trainable.init(seed),
+            owned: 0..n,
             adam_m: Buf::zeroed(n),
             adam_v: Buf::zeroed(n),
             step: 0,
@@ -65,6 +68,15 @@ impl State {
         self.step - self.health.n_skipped
     }
 
+    /// Keeps the means of these parameters only, out of all.
+    pub(crate) fn divide(&mut self, owned: Range<usize>) {
+        if owned.len() < self.params.len() {
+            self.adam_m = Buf::from_slice(&self.adam_m[owned.clone()]);
+            self.adam_v = Buf::from_slice(&self.adam_v[owned.clone()]);
+            self.owned = owned;
+        }
+    }
+
     /// Sets all of `snapshot` but the vectors.
     pub(crate) fn count_to(&self, snapshot: &mut Snapshot) {
         snapshot.step = self.step;
@@ -73,7 +85,7 @@ impl State {
         snapshot.health = self.health;
     }
 
-    /// Copies a part of the vectors as it is now, as fast as memory is.
+    /// Copies a part of the vectors as it is now, of which nothing is another rank's, as fast as memory is.
     pub(crate) fn copy_to(&self, pool: &Pool, snapshot: &mut Snapshot, range: Range<usize>) {
         let vectors = [&self.params, &self.adam_m, &self.adam_v];
         for (bytes, values) in snapshot.vectors.iter_mut().zip(vectors) {
@@ -97,6 +109,6 @@ impl State {
             values
         });
         let Snapshot { step, tokens, elapsed_seconds, health, .. } = *snapshot;
-        State { params, adam_m, adam_v, step, tokens, elapsed_seconds, health }
+        State { owned: 0..params.len(), params, adam_m, adam_v, step, tokens, elapsed_seconds, health }
     }
 }

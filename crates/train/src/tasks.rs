@@ -82,8 +82,6 @@ pub(crate) struct Asker {
     tasks: Vec<Task>,
     tokenizer: Tokenizer,
     n_positions: usize,
-    /// Other ranks wait meanwhile, so that theirs are free.
-    n_threads: usize,
 }
 
 impl Asker {
@@ -93,9 +91,8 @@ impl Asker {
         (store, run): (&Arc<dyn Store>, &str),
         plan: &Plan,
         tokenizer: Tokenizer,
-        n_threads: usize,
     ) -> Result<Asker> {
-        let mut asker = Asker { tasks: Vec::new(), tokenizer, n_positions: n_positions(plan), n_threads };
+        let mut asker = Asker { tasks: Vec::new(), tokenizer, n_positions: n_positions(plan) };
         let Some(planned) = &plan.tasks else { return Ok(asker) };
         let changed = |name: &str| Error::TaskChanged { run: run.to_owned(), name: name.to_owned() };
         let bundle = Bundle::open(store, &prefix(run))?.ok_or_else(|| changed(&planned.files[0].name))?;
@@ -110,13 +107,13 @@ impl Asker {
     /// Scores of every task, or of those before the first that failed. A pure function of the state.
     pub(crate) fn ask(
         &self,
+        pool: &Pool,
         trainable: &Trainable,
         state: &State,
         told: &mut dyn FnMut(TaskScores),
     ) -> Result<()> {
-        let pool = Pool::new(self.n_threads);
-        let model = Transformer::new(trainable.to_weights(&pool, &state.params, WeightKind::F32), &pool)?;
-        let mut reader = Reader::new(&model, &pool, KvType::F32, self.n_positions);
+        let model = Transformer::new(trainable.to_weights(pool, &state.params, WeightKind::F32), pool)?;
+        let mut reader = Reader::new(&model, pool, KvType::F32, self.n_positions);
         for task in &self.tasks {
             let report = eval::run(task, &mut reader, &self.tokenizer, &mut |_| {})?;
             let score = |metric: &eval::Metric| Score {

@@ -7,6 +7,7 @@ mod client;
 mod connections;
 mod embeddings;
 mod fake;
+mod replicas;
 mod specification;
 mod structured;
 mod tokenize;

@@ -1,3 +1,6 @@
+use std::fs;
+
+use super::sqlite::{MIGRATIONS, migrate, schema_version};
 use super::*;
 use crate::job::{JobSpec, JobState};
 use crate::models::ModelKind;
@@ -16,14 +19,16 @@ fn spec(name: &str) -> JobSpec {
 }
 
 /// Rows as a program of schema version `index + 1` left them, in its own SQL. One entry per version ever released.
-const ROWS_OF_VERSION: &[&str] = &["
-    INSERT INTO keys (name, hash, created_ms) VALUES ('old', zeroblob(32), 5);
+const ROWS_OF_VERSION: &[&str] = &[ROWS_OF_1, ROWS_OF_1, ROWS_OF_1];
+
+const ROWS_OF_1: &str = "
+    INSERT INTO keys (name, hash, created_ms) VALUES ('old', {hash}, 5);
     INSERT INTO models (name, kind, source, created_ms) VALUES ('sotu', 'base', 'models/sotu', 6);
     INSERT INTO leases (name, holder, token, expires_ms) VALUES ('reconciler', 'a', 41, 7);
     INSERT INTO jobs (name, spec, desired, state, created_ms, n_starts, process)
     VALUES ('train', '{\"name\":\"train\",\"args\":[\"train\"],\"max_restarts\":1}', 'running', 'running', 8, 1,
             '{\"pid\":7,\"start_ticks\":9,\"boot_id\":\"b\",\"mark\":\"m\"}');
-"];
+";
 
 #[test]
 fn every_earlier_schema_is_brought_up_to_date_with_its_rows() {
@@ -33,18 +38,83 @@ fn every_earlier_schema_is_brought_up_to_date_with_its_rows() {
         let path = directory.path().join("control.db");
         let mut connection = Connection::open(&path).unwrap();
         migrate(&path, &mut connection, &MIGRATIONS[..version]).unwrap();
-        connection.execute_batch(ROWS_OF_VERSION[version - 1]).unwrap();
+        let rows = ROWS_OF_VERSION[version - 1].replace("{hash}", "zeroblob(32)");
+        connection.execute_batch(&rows).unwrap();
         drop(connection);
-
-        let control = Control::open(&path).unwrap();
-        assert_eq!(control.list_keys().unwrap()[0].name, "old", "version {version}");
-        assert_eq!(control.get_model("sotu").unwrap().unwrap().kind, ModelKind::Base);
-        let job = &control.list_jobs(9).unwrap()[0];
-        assert_eq!((job.state, job.n_starts), (JobState::Running, 1));
-        assert_eq!(job.process.as_ref().unwrap().start_ticks, 9);
-        let lease = control.acquire("reconciler", "b", Duration::from_secs(1));
-        assert_eq!(lease.unwrap().unwrap().token, 42);
+        check_rows(&Control::open(&path).unwrap());
     }
+}
+
+#[test]
+fn every_earlier_schema_of_postgresql_is_brought_up_to_date_with_its_rows() {
+    let Some(server) = test_server::Postgres::start() else { return };
+    assert_eq!(postgres::MIGRATIONS.len(), MIGRATIONS.len(), "the databases differ");
+    for version in 1..=MIGRATIONS.len() {
+        let url = server.new_database();
+        drop(postgres::Server::open_at(&url, &postgres::MIGRATIONS[..version]).unwrap());
+        let rows = ROWS_OF_VERSION[version - 1].replace("{hash}", "decode(repeat('00', 32), 'hex')");
+        raw(&url, &rows);
+        check_rows(&Control::connect(&url).unwrap());
+    }
+}
+
+/// Statements past [`Control`], as another program would send them.
+fn raw(url: &str, sql: &str) {
+    let mut client = ::postgres::Client::connect(url, ::postgres::NoTls).unwrap();
+    client.batch_execute(&format!("SET search_path = loquat; {sql}")).unwrap();
+}
+
+fn check_rows(control: &Control) {
+    assert_eq!(control.list_keys().unwrap()[0].name, "old");
+    assert_eq!(control.get_model("sotu").unwrap().unwrap().kind, ModelKind::Base);
+    let job = &control.list_jobs(9).unwrap()[0];
+    assert_eq!((job.state, job.n_starts), (JobState::Running, 1));
+    assert_eq!(job.process.as_ref().unwrap().start_ticks, 9);
+    let lease = control.acquire("reconciler", "b", Duration::from_secs(1));
+    assert_eq!(lease.unwrap().unwrap().token, 42);
+    assert_eq!(control.cluster_id().unwrap().len(), 32);
+    assert_eq!(control.replica_key().unwrap().len(), 64);
+}
+
+#[test]
+fn postgresql_that_is_not_ours_to_use_is_refused_by_name() {
+    let Some(server) = test_server::Postgres::start() else { return };
+    let url = server.new_database();
+    let first = Control::connect(&url).unwrap();
+    let refused = |url: &str, words: &[&str]| {
+        let error = Control::connect(url).unwrap_err();
+        let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+        let text = format!("{error}: {cause}");
+        assert!(words.iter().all(|word| text.contains(word)), "{text}");
+        assert!(!text.contains("only-for-this-test"), "a password in an error: {text}");
+    };
+    refused(&url.replace("only-for-this-test", "wrong"), &["127.0.0.1", "password"]);
+    refused(&server.url("nowhere"), &["nowhere", "does not exist"]);
+    refused("postgres://[", &["postgres://user"]);
+    refused("postgres://app:only-for-this-test@127.0.0.1:1/x", &["127.0.0.1:1"]);
+    raw(&url, "UPDATE schema_version SET version = 77");
+    refused(&url, &["77", "newer"]);
+    drop(first);
+    let foreign = server.new_database();
+    raw(&foreign, "CREATE SCHEMA loquat; CREATE TABLE loquat.cookies (id BIGINT)");
+    refused(&foreign, &["another program"]);
+
+    // A migration that fails undoes all of it.
+    let url = server.new_database();
+    let broken = [postgres::MIGRATIONS, &["CREATE TABLE half (id BIGINT); CREATE NONSENSE"]].concat();
+    assert!(postgres::Server::open_at(&url, &broken).is_err());
+    assert!(Control::connect(&url).unwrap().list_jobs(9).unwrap().is_empty());
+}
+
+#[test]
+fn a_postgresql_that_takes_no_writes_says_so() {
+    let Some(server) = test_server::Postgres::start() else { return };
+    let url = server.new_database();
+    drop(Control::connect(&url).unwrap());
+    let read_only = format!("{url}?options=-c%20default_transaction_read_only%3Don");
+    let error = Control::connect(&read_only).unwrap_err();
+    let cause = std::error::Error::source(&error).unwrap().to_string();
+    assert!(cause.contains("read-only"), "{error}: {cause}");
 }
 
 #[test]
@@ -55,8 +125,8 @@ fn a_failed_migration_leaves_the_old_schema() {
     let mut connection = Connection::open(&path).unwrap();
     let broken = [MIGRATIONS, &["CREATE TABLE half (id INTEGER); CREATE NONSENSE"]].concat();
     let error = migrate(&path, &mut connection, &broken).unwrap_err();
-    assert!(error.to_string().contains("schema version 2"), "{error}");
-    assert_eq!(schema_version(&path, &connection).unwrap(), 1);
+    assert!(error.to_string().contains("schema version 4"), "{error}");
+    assert_eq!(schema_version(&path, &connection).unwrap(), 3);
     let half = connection.prepare("SELECT * FROM half");
     assert!(half.is_err(), "the migration's first statement must be undone");
     Control::open(&path).unwrap();
@@ -68,10 +138,10 @@ fn a_database_from_a_newer_version_is_refused_by_name() {
     let path = directory.path().join("control.db");
     drop(Control::open(&path).unwrap());
     let connection = Connection::open(&path).unwrap();
-    connection.pragma_update(None, "user_version", 7).unwrap();
+    connection.pragma_update(None, "user_version", 77).unwrap();
     drop(connection);
     let error = Control::open(&path).unwrap_err().to_string();
-    assert!(error.contains("control.db") && error.contains('7') && error.contains("newer"), "{error}");
+    assert!(error.contains("control.db") && error.contains("77") && error.contains("newer"), "{error}");
 }
 
 #[test]
@@ -167,9 +237,12 @@ fn a_full_disk_refuses_the_write_and_keeps_what_was_acknowledged() {
     let directory = directory();
     let path = directory.path().join("control.db");
     let control = Control::open(&path).unwrap();
-    let n_pages: i64 = control.lock().query_row("PRAGMA page_count", [], |row| row.get(0)).unwrap();
+    let mut link = control.lock();
+    let Link::Sqlite(connection) = &mut *link else { panic!("a file is SQLite's") };
+    let n_pages: i64 = connection.query_row("PRAGMA page_count", [], |row| row.get(0)).unwrap();
     // SQLite answers as it does when the device has no room.
-    control.lock().pragma_update_and_check(None, "max_page_count", n_pages + 2, |_| Ok(())).unwrap();
+    connection.pragma_update_and_check(None, "max_page_count", n_pages + 2, |_| Ok(())).unwrap();
+    drop(link);
     let mut acknowledged = Vec::new();
     let error = loop {
         match control.submit(&spec(&format!("job{}", acknowledged.len()))) {
@@ -213,7 +286,8 @@ fn many_open_one_new_database_at_once() {
 fn an_unknown_word_in_a_row_is_an_error_and_not_a_guess() {
     let control = Control::in_memory(Clock::system()).unwrap();
     control.put_model("m", ModelKind::Base, "models/m").unwrap();
-    control.lock().execute("UPDATE models SET kind = 'oracle'", []).unwrap();
+    let spoil = |t: &mut Transaction| Ok(t.execute("UPDATE models SET kind = 'oracle'", &[])?);
+    control.write("spoil a row", spoil).unwrap();
     let error = control.list_models().unwrap_err();
     assert!(std::error::Error::source(&error).unwrap().to_string().contains("oracle"));
 }

@@ -74,6 +74,10 @@ fn no_more_jobs_run_than_allowed_and_the_oldest_go_first() {
     let policy = Policy { max_running: 3, ..Policy::default() };
     let start = |n| Action::Start { id: JobId(n) };
     assert_eq!(reconcile(&jobs, &observed, NOW, &policy), [start(1), start(2)]);
+    let service = Job { spec: crate::job::JobSpec { max_restarts: u32::MAX, ..job().spec }, ..job() };
+    let full = Policy { max_running: 0, ..policy.clone() };
+    let due = reconcile(&[job(), Job { id: JobId(9), ..service }], &BTreeMap::new(), NOW, &full);
+    assert_eq!(due, [start(9)], "a service takes no job's place");
     let draining = Policy { draining: true, ..policy };
     let actions = reconcile(&jobs, &observed, NOW, &draining);
     assert!(matches!(&actions[..], [Action::Stop { id: JobId(3), .. }]), "{actions:?}");

@@ -123,7 +123,7 @@ impl Stage {
     fn cleared(&self) -> (Control, Arc<AtomicI64>) {
         self.now.store(1_800_000_000_000, Ordering::SeqCst);
         let tables = "DELETE FROM jobs; DELETE FROM leases; DELETE FROM sqlite_sequence";
-        let cleared = self.control.write("clear", |t| Ok(t.execute_batch(tables)?));
+        let cleared = self.control.write("clear", |t| Ok(t.batch(tables)?));
         cleared.unwrap();
         (self.control.clone(), Arc::clone(&self.now))
     }

@@ -21,7 +21,7 @@ fn controller_process() {
         return;
     };
     let place = Path::new(&place);
-    let control = Control::open(&place.join("control.db")).unwrap();
+    let control = open(place);
     let launcher = LocalLauncher::new(Path::new("/bin/sh"), &place.join("logs")).unwrap();
     let options = ReconcilerOptions {
         policy: Policy {
@@ -36,6 +36,14 @@ fn controller_process() {
     let _reconciler = Reconciler::start(&control, Box::new(launcher), metrics.job(), options).unwrap();
     loop {
         std::thread::sleep(Duration::from_secs(60));
+    }
+}
+
+/// The place's database: PostgreSQL where a file names one.
+fn open(place: &Path) -> Control {
+    match fs::read_to_string(place.join("url")) {
+        Ok(url) => Control::connect(&url).unwrap(),
+        Err(_) => Control::open(&place.join("control.db")).unwrap(),
     }
 }
 
@@ -100,8 +108,19 @@ fn a_controller_killed_leaves_its_job_to_the_next_one() {
 
 #[test]
 fn controllers_killed_at_any_instant_never_run_a_job_twice_at_once() {
+    kill_controllers(&tempfile::tempdir().unwrap());
+}
+
+#[test]
+fn nor_do_they_over_postgresql() {
+    let Some(server) = crate::postgres::Postgres::start() else { return };
     let place = tempfile::tempdir().unwrap();
-    let control = Control::open(&place.path().join("control.db")).unwrap();
+    fs::write(place.path().join("url"), server.new_database()).unwrap();
+    kill_controllers(&place);
+}
+
+fn kill_controllers(place: &tempfile::TempDir) {
+    let control = open(place.path());
     // The directory is a lock that only one instance can hold; its owner's end is told from a second instance's start by
     // asking whether the recorded pid is alive. Every attempt is short, so that starts are many.
     let script = format!(

@@ -1,10 +1,9 @@
 use control::{Desired, Error, JobId, JobSpec, JobState};
 
-use crate::{in_memory, shell};
+use crate::{Stage, shell};
 
-#[test]
-fn a_submission_is_idempotent_while_its_job_is_not_over() {
-    let (control, clock) = in_memory();
+pub(crate) fn a_submission_is_idempotent_while_its_job_is_not_over(stage: &Stage) {
+    let (control, clock) = stage.one();
     let first = control.submit(&shell("train", "true", 3)).unwrap();
     assert!(first.created);
     assert_eq!(first.job.state, JobState::Pending);
@@ -24,9 +23,8 @@ fn a_submission_is_idempotent_while_its_job_is_not_over() {
     assert_eq!(control.get_job(JobId(99)).unwrap(), None);
 }
 
-#[test]
-fn a_cancellation_is_kept_and_an_unfinished_job_is_not_deleted() {
-    let (control, _) = in_memory();
+pub(crate) fn a_cancellation_is_kept_and_an_unfinished_job_is_not_deleted(stage: &Stage) {
+    let (control, _) = stage.one();
     let id = control.submit(&shell("train", "true", 3)).unwrap().job.id;
     assert_eq!(control.cancel_job(id).unwrap().desired, Desired::Cancelled);
     assert_eq!(control.cancel_job(id).unwrap().desired, Desired::Cancelled);
@@ -42,9 +40,8 @@ fn a_cancellation_is_kept_and_an_unfinished_job_is_not_deleted() {
     assert_eq!(control.job_log_tail(id, 1_000).unwrap(), "", "it never ran");
 }
 
-#[test]
-fn specs_that_cannot_run_are_refused() {
-    let (control, _) = in_memory();
+pub(crate) fn specs_that_cannot_run_are_refused(stage: &Stage) {
+    let (control, _) = stage.one();
     let good = shell("train", "true", 3);
     let check = |spec: JobSpec| {
         let error = control.submit(&spec).unwrap_err();
@@ -61,9 +58,8 @@ fn specs_that_cannot_run_are_refused() {
     assert!(control.list_jobs(10).unwrap().is_empty());
 }
 
-#[test]
-fn the_queue_is_bounded() {
-    let (control, _) = in_memory();
+pub(crate) fn the_queue_is_bounded(stage: &Stage) {
+    let (control, _) = stage.one();
     for n in 0..1_000 {
         control.submit(&shell(&format!("job{n}"), "true", 0)).unwrap();
     }

@@ -1,10 +1,9 @@
 use control::{Control, Error, KeyId};
 
-use crate::{HandClock, in_memory};
+use crate::Stage;
 
-#[test]
-fn a_key_is_shown_once_and_known_afterwards() {
-    let (control, _) = in_memory();
+pub(crate) fn a_key_is_shown_once_and_known_afterwards(stage: &Stage) {
+    let (control, _) = stage.one();
     let key = control.create_key("laptop").unwrap();
     let text = key.expose();
     let digits = text.strip_prefix("sk-loquat-").unwrap();
@@ -38,13 +37,8 @@ fn only_the_hash_is_in_the_file() {
     assert!(!holds(&digits[..16]) && !holds(&digits[48..]));
 }
 
-#[test]
-fn a_revoked_key_is_refused_at_once_here_and_within_seconds_elsewhere() {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("control.db");
-    let clock = HandClock::new();
-    let here = Control::open_with(&path, clock.clock()).unwrap();
-    let elsewhere = Control::open_with(&path, clock.clock()).unwrap();
+pub(crate) fn a_revoked_key_is_refused_at_once_here_and_within_seconds_elsewhere(stage: &Stage) {
+    let ([here, elsewhere], clock) = stage.many();
     let key = here.create_key("k").unwrap();
     let kept = here.create_key("kept").unwrap();
     let valid = |control: &Control, text: &str| control.check_key(text).unwrap().is_some();
@@ -63,13 +57,8 @@ fn a_revoked_key_is_refused_at_once_here_and_within_seconds_elsewhere() {
     assert!(keys[0].revoked_at.is_some() && keys[1].revoked_at.is_none());
 }
 
-#[test]
-fn a_clock_set_back_does_not_keep_a_revoked_key_alive() {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("control.db");
-    let clock = HandClock::new();
-    let here = Control::open_with(&path, clock.clock()).unwrap();
-    let elsewhere = Control::open_with(&path, clock.clock()).unwrap();
+pub(crate) fn a_clock_set_back_does_not_keep_a_revoked_key_alive(stage: &Stage) {
+    let ([here, elsewhere], clock) = stage.many();
     let key = here.create_key("k").unwrap();
     assert!(elsewhere.check_key(key.expose()).unwrap().is_some());
     here.revoke_key(key.info.id).unwrap();
@@ -77,18 +66,16 @@ fn a_clock_set_back_does_not_keep_a_revoked_key_alive() {
     assert!(elsewhere.check_key(key.expose()).unwrap().is_none());
 }
 
-#[test]
-fn bad_names_are_refused() {
-    let (control, _) = in_memory();
+pub(crate) fn bad_names_are_refused(stage: &Stage) {
+    let (control, _) = stage.one();
     for name in ["", "a\nb", &"x".repeat(129)] {
         let error = control.create_key(name).unwrap_err();
         assert!(matches!(error, Error::Invalid { .. }), "{error}");
     }
 }
 
-#[test]
-fn keys_are_checked_while_they_are_created_and_revoked() {
-    let (control, _) = in_memory();
+pub(crate) fn keys_are_checked_while_they_are_created_and_revoked(stage: &Stage) {
+    let (control, _) = stage.one();
     let kept = control.create_key("kept").unwrap();
     std::thread::scope(|scope| {
         scope.spawn(|| {

@@ -1,14 +1,13 @@
 use std::time::Duration;
 
-use control::{Control, Error};
+use control::Error;
 
-use crate::{HandClock, in_memory};
+use crate::Stage;
 
 const TTL: Duration = Duration::from_secs(5);
 
-#[test]
-fn a_lease_has_one_holder_until_it_runs_out_or_is_given_up() {
-    let (control, clock) = in_memory();
+pub(crate) fn a_lease_has_one_holder_until_it_runs_out_or_is_given_up(stage: &Stage) {
+    let (control, clock) = stage.one();
     let first = control.acquire("l", "a", TTL).unwrap().unwrap();
     assert_eq!(control.acquire("l", "b", TTL).unwrap(), None);
     // Holders may be named alike and still be two processes.
@@ -36,18 +35,16 @@ fn a_lease_has_one_holder_until_it_runs_out_or_is_given_up() {
     assert!(control.acquire("other", "c", TTL).unwrap().is_some());
 }
 
-#[test]
-fn a_lease_that_ran_out_unnoticed_is_renewed() {
-    let (control, clock) = in_memory();
+pub(crate) fn a_lease_that_ran_out_unnoticed_is_renewed(stage: &Stage) {
+    let (control, clock) = stage.one();
     let lease = control.acquire("l", "a", TTL).unwrap().unwrap();
     clock.advance(60_000);
     control.renew(&lease, TTL).unwrap();
     assert_eq!(control.acquire("l", "b", TTL).unwrap(), None);
 }
 
-#[test]
-fn a_clock_set_back_does_not_leave_a_lease_behind_for_hours() {
-    let (control, clock) = in_memory();
+pub(crate) fn a_clock_set_back_does_not_leave_a_lease_behind_for_hours(stage: &Stage) {
+    let (control, clock) = stage.one();
     control.acquire("l", "dead", Duration::from_secs(9_999)).unwrap().unwrap();
     clock.advance(59_999);
     assert_eq!(control.acquire("l", "b", TTL).unwrap(), None, "a minute is the longest");
@@ -57,12 +54,8 @@ fn a_clock_set_back_does_not_leave_a_lease_behind_for_hours() {
     assert!(control.acquire("l", "b", TTL).unwrap().is_some());
 }
 
-#[test]
-fn of_many_processes_exactly_one_acquires() {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("control.db");
-    let clock = HandClock::new();
-    let controls: Vec<Control> = (0..4).map(|_| Control::open_with(&path, clock.clock()).unwrap()).collect();
+pub(crate) fn of_many_processes_exactly_one_acquires(stage: &Stage) {
+    let (controls, clock) = stage.many::<4>();
     for round in 0..10 {
         let won: usize = std::thread::scope(|scope| {
             let tries: Vec<_> = controls

@@ -1,11 +1,15 @@
 //! The control plane from outside: state in one or many processes, and real processes really killed.
 
 mod crash;
+mod deployments;
 mod jobs;
 mod keys;
 mod launcher;
 mod leases;
 mod models;
+mod outage;
+#[path = "../support/postgres.rs"]
+mod postgres;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -32,9 +36,76 @@ impl HandClock {
     }
 }
 
-fn in_memory() -> (Control, HandClock) {
-    let clock = HandClock::new();
-    (Control::in_memory(clock.clock()).unwrap(), clock)
+/// Where a case of the suite gets its databases from.
+enum Stage {
+    Sqlite(tempfile::TempDir),
+    Postgres(postgres::Postgres),
+}
+
+impl Stage {
+    /// A new database.
+    fn one(&self) -> (Control, HandClock) {
+        let ([control], clock) = self.many();
+        (control, clock)
+    }
+
+    /// A new database as `N` processes see it.
+    fn many<const N: usize>(&self) -> ([Control; N], HandClock) {
+        let clock = HandClock::new();
+        let controls = match self {
+            Stage::Sqlite(directory) => {
+                let path = directory.path().join("control.db");
+                std::array::from_fn(|_| Control::open_with(&path, clock.clock()).unwrap())
+            }
+            Stage::Postgres(server) => {
+                let url = server.new_database();
+                std::array::from_fn(|_| Control::connect_with(&url, clock.clock()).unwrap())
+            }
+        };
+        (controls, clock)
+    }
+}
+
+/// What every database must hold: each case is a test on SQLite and a part of one on PostgreSQL, which takes seconds to
+/// start.
+macro_rules! suite {
+    ($($file:ident::$case:ident,)*) => {
+        mod on_sqlite {
+            $(#[test]
+            fn $case() {
+                crate::$file::$case(&crate::Stage::Sqlite(tempfile::tempdir().unwrap()));
+            })*
+        }
+
+        #[test]
+        fn the_suite_holds_on_postgresql() {
+            let Some(server) = postgres::Postgres::start() else { return };
+            let stage = Stage::Postgres(server);
+            $(eprintln!("case {}", stringify!($case));
+            $file::$case(&stage);)*
+        }
+    };
+}
+
+suite! {
+    deployments::a_deployment_is_asked_for_changed_and_forgotten,
+    deployments::a_trial_ends_once_and_only_the_one_that_was_on,
+    deployments::a_stale_deployer_changes_nothing,
+    keys::a_key_is_shown_once_and_known_afterwards,
+    keys::a_revoked_key_is_refused_at_once_here_and_within_seconds_elsewhere,
+    keys::a_clock_set_back_does_not_keep_a_revoked_key_alive,
+    keys::bad_names_are_refused,
+    keys::keys_are_checked_while_they_are_created_and_revoked,
+    models::a_model_is_put_replaced_listed_and_deleted,
+    models::names_and_sources_that_cannot_be_are_refused,
+    leases::a_lease_has_one_holder_until_it_runs_out_or_is_given_up,
+    leases::a_lease_that_ran_out_unnoticed_is_renewed,
+    leases::a_clock_set_back_does_not_leave_a_lease_behind_for_hours,
+    leases::of_many_processes_exactly_one_acquires,
+    jobs::a_submission_is_idempotent_while_its_job_is_not_over,
+    jobs::a_cancellation_is_kept_and_an_unfinished_job_is_not_deleted,
+    jobs::specs_that_cannot_run_are_refused,
+    jobs::the_queue_is_bounded,
 }
 
 /// A job that runs `script` in the shell, for launchers whose program is the shell.

@@ -1,10 +1,9 @@
 use control::{Error, ModelKind};
 
-use crate::in_memory;
+use crate::Stage;
 
-#[test]
-fn a_model_is_put_replaced_listed_and_deleted() {
-    let (control, clock) = in_memory();
+pub(crate) fn a_model_is_put_replaced_listed_and_deleted(stage: &Stage) {
+    let (control, clock) = stage.one();
     let first = control.put_model("sotu", ModelKind::Base, "models/a").unwrap();
     clock.advance(1_000);
     let second = control.put_model("sotu", ModelKind::Chat, "models/b").unwrap();
@@ -17,9 +16,8 @@ fn a_model_is_put_replaced_listed_and_deleted() {
     assert_eq!(control.get_model("sotu").unwrap(), None);
 }
 
-#[test]
-fn names_and_sources_that_cannot_be_are_refused() {
-    let (control, _) = in_memory();
+pub(crate) fn names_and_sources_that_cannot_be_are_refused(stage: &Stage) {
+    let (control, _) = stage.one();
     let long = "x".repeat(129);
     for name in ["", "a b", "a\n", "ü", "a\0", "'; DROP TABLE models; --", &long] {
         let error = control.put_model(name, ModelKind::Base, "models/a").unwrap_err();

@@ -42,6 +42,9 @@ pub(crate) struct Serve {
     /// Both as vLLM spells them: {"method": "ngram", "num_speculative_tokens": 4} or {"model": "…", …}.
     #[arg(long, value_parser = SpeculativeConfig::parse, conflicts_with_all = ["model_draft", "prompt_lookup"])]
     speculative_config: Option<SpeculativeConfig>,
+    /// Be the replica of this name: say in the cluster's database where it is, and take requests of its gateways alone.
+    #[arg(long, value_name = "NAME", conflicts_with = "api_key", hide = true)]
+    pub(crate) replica: Option<String>,
     #[command(flatten)]
     pub(crate) listen: Listen,
 }
@@ -74,6 +77,7 @@ impl Serve {
             model_draft: None,
             draft_max: None,
             speculative_config: None,
+            replica: None,
             listen,
         }
     }

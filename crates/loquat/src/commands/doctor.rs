@@ -3,7 +3,6 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
-use control::Control;
 use store::Bundle;
 use tensor::Pool;
 
@@ -31,10 +30,10 @@ pub(crate) fn run(home: &Home) -> Result<ExitCode> {
         };
         println!("  {prefix:<40} {state}");
     }
-    let control = Control::open(&home.database())?;
+    let control = home.control()?;
     println!(
         "database  {}: {} models, {} keys, {} jobs",
-        home.database().display(),
+        control.name(),
         control.list_models()?.len(),
         control.list_keys()?.len(),
         control.list_jobs(usize::MAX)?.len()

@@ -12,7 +12,7 @@ const JOBS_SHOWN: usize = 100;
 const LOG_BYTES_SHOWN: usize = 16 << 10;
 
 pub(crate) fn run(home: &Home, command: &JobCommand) -> Result<ExitCode> {
-    let control = Control::open(&home.database())?;
+    let control = home.control()?;
     match command {
         JobCommand::List => {
             for job in control.list_jobs(JOBS_SHOWN)? {

@@ -3,13 +3,13 @@
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
-use control::{Control, KeyId};
+use control::KeyId;
 
 use crate::args::KeyCommand;
 use crate::home::Home;
 
 pub(crate) fn run(home: &Home, command: &KeyCommand) -> Result<ExitCode> {
-    let control = Control::open(&home.database())?;
+    let control = home.control()?;
     match command {
         KeyCommand::Create { name } => {
             println!("{}", control.create_key(name)?.expose());

@@ -27,6 +27,8 @@ pub(crate) const PRESETS: &[Preset] = &[
     Preset { name: "llama-1b", about: "Llama 3.2", config: llama_1b },
     Preset { name: "llama-8b", about: "Llama 3.1", config: llama_8b },
     Preset { name: "llama-70b", about: "Llama 3.1", config: llama_70b },
+    Preset { name: "llama-405b", about: "Llama 3.1", config: llama_405b },
+    Preset { name: "gpt3-175b", about: "GPT-3, as a shape to plan with", config: gpt3_175b },
 ];
 
 /// For the command line.
@@ -114,6 +116,16 @@ fn llama_8b() -> Value {
 
 fn llama_70b() -> Value {
     llama([80, 8192, 64, 8, 28_672], 500_000.0, 131_072, false)
+}
+
+fn llama_405b() -> Value {
+    llama([126, 16_384, 128, 8, 53_248], 500_000.0, 131_072, false)
+}
+
+fn gpt3_175b() -> Value {
+    let mut json = gpt2([96, 12_288, 96]);
+    json["n_positions"] = 2048.into();
+    json
 }
 
 #[cfg(test)]

@@ -6,12 +6,12 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use api::{AppState, Limits, Parts};
+use api::{AppState, KeyChecker, Limits, Parts};
 use control::Control;
 use store::Bundle;
 use telemetry::Metrics;
 
-use crate::adapters::{NoJobs, OneKey};
+use crate::adapters::{GatewaysOnly, NoJobs, OneKey};
 use crate::args;
 use crate::home::Home;
 use crate::http::Http;
@@ -37,9 +37,30 @@ pub(crate) fn serve(home: &Home, args: &args::Serve) -> Result<ExitCode> {
     let stop = Stop::on_signals()?;
     let replica = Replica::start(home, args)?;
     tell(&replica.state, replica.address(), args.api_key.as_deref());
+    if let Some(name) = &args.replica {
+        register(home, name, args, replica.address())?;
+    }
     stop.wait();
     replica.stop()?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Tells the cluster's gateways where this replica is.
+fn register(home: &Home, name: &str, args: &args::Serve, address: SocketAddr) -> Result<()> {
+    let control = home.control()?;
+    let host =
+        if address.ip().is_unspecified() { crate::machine::host_name() } else { address.ip().to_string() };
+    control.put_replica(&control::Replica {
+        name: name.to_owned(),
+        model: served_name(args, 0),
+        version: args.models()[0].to_owned(),
+        url: format!("http://{host}:{}", address.port()),
+        own: true,
+        key: None,
+        draining: false,
+        seen_at: control.now(),
+    })?;
+    Ok(())
 }
 
 /// Models being served, without a control plane.
@@ -51,8 +72,12 @@ pub(crate) struct Replica {
 impl Replica {
     /// Binds the port, then loads the models; returns when all are served.
     pub(crate) fn start(home: &Home, args: &args::Serve) -> Result<Replica> {
+        let keys: Arc<dyn KeyChecker> = match &args.replica {
+            Some(_) => Arc::new(GatewaysOnly(home.control()?.replica_key()?)),
+            None => Arc::new(OneKey(args.api_key.clone())),
+        };
         let state = AppState::new(Parts {
-            keys: Arc::new(OneKey(args.api_key.clone())),
+            keys,
             runs: Arc::new(StoredRuns::new(home.store()?)),
             jobs: Arc::new(NoJobs),
             metrics: Metrics::new(),

@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod clients;
+mod cluster;
 mod demo;
 mod evals;
 mod fuzz;
@@ -10,6 +11,9 @@ mod hub;
 mod kill;
 #[cfg(feature = "long")]
 mod peers;
+#[path = "../../../control/tests/support/postgres.rs"]
+mod postgres;
+mod ranks;
 mod serve;
 mod support;
 mod tiny;

@@ -31,7 +31,12 @@ pub(crate) fn chat_model() -> Option<PathBuf> {
 
 pub(crate) fn loquat(home: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_loquat"));
-    command.arg("--home").arg(home).env_remove("LOQUAT_HOME").env_remove("LOQUAT_STORE");
+    command
+        .arg("--home")
+        .arg(home)
+        .env_remove("LOQUAT_HOME")
+        .env_remove("LOQUAT_STORE")
+        .env_remove("LOQUAT_DATABASE");
     command
 }
 
@@ -148,6 +153,11 @@ impl Client {
             .into()
     }
 
+    /// The same server for another client.
+    pub(crate) fn with_key(&self, key: &str) -> Client {
+        Client { base: self.base.clone(), key: key.to_owned() }
+    }
+
     /// Status and body.
     pub(crate) fn get(&self, path: &str) -> (u16, String) {
         let bearer = format!("Bearer {}", self.key);
@@ -172,6 +182,18 @@ impl Client {
         let mut text = String::new();
         response.body_mut().as_reader().read_to_string(&mut text).unwrap();
         (response.status().as_u16(), text)
+    }
+
+    /// As `post`, where the connection may break.
+    pub(crate) fn try_post(&self, path: &str, body: &Value) -> Result<(u16, String), String> {
+        let request = Self::agent()
+            .post(format!("{}{path}", self.base))
+            .header("Authorization", &format!("Bearer {}", self.key))
+            .header("Content-Type", "application/json");
+        let mut response = request.send(body.to_string().as_bytes()).map_err(|error| error.to_string())?;
+        let status = response.status().as_u16();
+        let text = response.body_mut().read_to_string().map_err(|error| error.to_string())?;
+        Ok((status, text))
     }
 
     pub(crate) fn post_json(&self, path: &str, body: &Value) -> Value {

@@ -117,6 +117,8 @@ fn carry_out_with(
         store: store.clone(),
         run: run.into(),
         n_ranks,
+        after: None,
+        divided: false,
         n_threads: n_ranks,
         recompute: false,
         peak_flops: 1.0,
@@ -139,16 +141,17 @@ fn steps_that_are_no_number_end_a_run_with_their_rows() {
         train::create(&store, &run, &plan, None).unwrap();
         let mut skipped = Vec::new();
         let error = carry_out_with(&store, &run, n_ranks, &mut |event| {
-            if let Event::Skipped { .. } = event {
-                skipped.push(event.to_line());
+            if let Event::Skipped { step, wrong, loss, .. } = event {
+                skipped.push((*step, *wrong, loss.map(f64::to_bits)));
             }
         });
         let error = error.unwrap_err().to_string();
         assert!(error.contains("step 4") && error.contains("3 in a row"), "{error}");
         assert!(error.contains("not a number") && error.contains("speeches"), "{error}");
         assert_eq!(skipped.len(), 2, "{skipped:?}");
-        told.push((error, skipped));
+        told.push(skipped);
     }
+    // (Which micro-batch is named differs: of several ranks it is known whose gradient it was.)
     assert_eq!(told[0], told[1], "ranks decide alike");
     plan.guard = Guard::default();
     train::create(&store, "strict", &plan, None).unwrap();

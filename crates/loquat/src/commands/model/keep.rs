@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use control::{Control, ModelKind};
+use control::ModelKind;
 use model::Loaded;
 use store::{Bundle, BundleWriter};
 
@@ -29,7 +29,7 @@ const BESIDE: [&str; 7] = [
 pub(super) fn add(home: &Home, name: &str, path: &Path) -> Result<()> {
     let path = path.canonicalize().with_context(|| format!("cannot open {}", path.display()))?;
     let loaded = check(&path)?;
-    Control::open(&home.database())?.put_model(name, kind(&loaded), &path.display().to_string())?;
+    home.control()?.put_model(name, kind(&loaded), &path.display().to_string())?;
     Ok(())
 }
 
@@ -45,7 +45,7 @@ pub(super) fn import(home: &Home, path: &Path, name: Option<&str>) -> Result<()>
 /// Makes a model's files a bundle and a row; returns their size. The model is checked first: what is kept can be served.
 pub(super) fn keep(home: &Home, path: &Path, name: &str) -> Result<u64> {
     let loaded = check(path)?;
-    let (store, control) = (home.store()?, Control::open(&home.database())?);
+    let (store, control) = (home.store()?, home.control()?);
     let prefix = format!("models/{name}");
     let mut writer = BundleWriter::new(&store, &prefix).with_context(|| format!("bad name {name:?}"))?;
     let mut bytes = 0;
@@ -96,7 +96,7 @@ fn kind(loaded: &Loaded) -> ModelKind {
 /// Removes a model. One that was published here goes from the store as well, its manifest first: what is in the store is
 /// served, so that the row alone would come back.
 pub(super) fn remove(home: &Home, name: &str) -> Result<()> {
-    let control = Control::open(&home.database())?;
+    let control = home.control()?;
     let store = home.store()?;
     let prefix = format!("models/{name}");
     let row = control.get_model(name)?;

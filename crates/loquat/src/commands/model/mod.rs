@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use control::Control;
 use store::Bundle;
 
 use crate::args::ModelCommand;
@@ -18,7 +17,7 @@ use crate::home::Home;
 pub(crate) fn run(home: &Home, command: &ModelCommand) -> Result<ExitCode> {
     match command {
         ModelCommand::List => {
-            for model in Control::open(&home.database())?.list_models()? {
+            for model in home.control()?.list_models()? {
                 println!("{:<32} {:<5} {}", model.name, model.kind.as_str(), model.source);
             }
         }
@@ -46,7 +45,7 @@ pub(crate) fn resolve(home: &Home, model: &str) -> Result<PathBuf> {
     if let Some(bundle) = Bundle::open(&home.store()?, &format!("models/{model}"))? {
         return bring(&bundle, &home.models().join(model));
     }
-    let added = Control::open(&home.database())?.get_model(model)?;
+    let added = home.control()?.get_model(model)?;
     added.map(|model| PathBuf::from(model.source)).with_context(unknown)
 }
 

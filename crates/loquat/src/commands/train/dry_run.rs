@@ -6,7 +6,7 @@ use model::Config;
 use tensor::Pool;
 use train::Plan;
 
-use super::cluster::{Cluster, Layout, Work};
+use super::cluster::{Cluster, Work};
 use super::memory::Needs;
 use super::plan::{self, Planned};
 use crate::args;
@@ -144,7 +144,7 @@ fn tell_cluster(cluster: &Cluster, plan: &Plan, config: &Config) -> Result<()> {
             let (need, has) = (bytes_text(nearest.memory_bytes as u64), cluster.memory_gb);
             bail!(
                 "no layout of {n} accelerators fits: {} needs {need} of each accelerator's {has} GB",
-                text(&nearest)
+                nearest.text()
             );
         }
     };
@@ -153,7 +153,7 @@ fn tell_cluster(cluster: &Cluster, plan: &Plan, config: &Config) -> Result<()> {
         "cluster    {} nodes of {} accelerators of {} TFLOP/s",
         cluster.nodes, cluster.accelerators, cluster.tflops
     );
-    println!("layout     {}", text(&layout));
+    println!("layout     {}", layout.text());
     println!(
         "memory     {} of {} GB on the fullest accelerator",
         bytes_text(layout.memory_bytes as u64),
@@ -171,11 +171,4 @@ fn tell_cluster(cluster: &Cluster, plan: &Plan, config: &Config) -> Result<()> {
          not measurements."
     );
     Ok(())
-}
-
-fn text(layout: &Layout) -> String {
-    let Layout { data, zero, tensor, pipeline, recompute, .. } = layout;
-    let zero = if *zero > 0 { format!(" with ZeRO stage {zero}") } else { String::new() };
-    let recompute = if *recompute { ", activations recomputed" } else { "" };
-    format!("data {data}{zero} × tensor {tensor} × pipeline {pipeline}{recompute}")
 }
