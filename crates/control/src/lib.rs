@@ -8,8 +8,8 @@
 //! in `spawn_blocking`.
 //!
 //! **Where to start.** `reconcile.rs` decides and is pure; `reconciler.rs` does what was decided; `local.rs` starts child
-//! processes; `database.rs` opens, checks and migrates the file; `keys.rs`, `models.rs`, `jobs.rs` and `leases.rs` are
-//! one table each, `deployments.rs` two. `rollout.rs` decides about the replicas of a model and is pure, too.
+//! processes, `slurm.rs` batch jobs; `database.rs` opens, checks and migrates the file; `keys.rs`, `models.rs`, `jobs.rs` and `leases.rs` are
+//! one table each, `deployments.rs` two; `nodes.rs` says who looks after what. `rollout.rs` decides about the replicas of a model and is pure, too.
 //!
 //! Exit codes of a job: 0 is success, [`EXIT_INTERRUPTED`] (75) means "stopped cleanly, run me again to go on", everything
 //! else is a failure and counts against the job's `max_restarts`.
@@ -27,10 +27,12 @@ mod leases;
 mod local;
 mod log;
 mod models;
+mod nodes;
 mod process;
 mod reconcile;
 mod reconciler;
 mod rollout;
+mod slurm;
 mod sql;
 
 pub use clock::{Clock, UnixMs};
@@ -44,8 +46,10 @@ pub use launcher::{Launcher, Observed, Prepared, StopHow};
 pub use leases::{Lease, LeaseInfo};
 pub use local::LocalLauncher;
 pub use models::{Model, ModelKind};
+pub use nodes::{NODE_SILENT_MAX, Node, NodeMode, NodeSpec};
 pub use process::ProcessRef;
 pub use reconcile::{Action, EXIT_INTERRUPTED, Policy, reconcile};
 pub use reconciler::{Reconciler, ReconcilerOptions, Shutdown};
 pub use rollout::{Running, Step, rollout};
+pub use slurm::{SlurmLauncher, SlurmOptions};
 pub use sql::Fault;

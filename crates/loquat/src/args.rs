@@ -68,6 +68,11 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: JobCommand,
     },
+    /// The machines that run jobs, where several share a database.
+    Node {
+        #[command(subcommand)]
+        command: NodeCommand,
+    },
     /// What training or serving would take on a cluster that is described in a file.
     Plan(Plan),
     /// Models that replicas serve: how many, which version, canaries, engines elsewhere.
@@ -201,8 +206,32 @@ pub(crate) enum JobCommand {
     /// The end of a job's log.
     Logs {
         name: String,
+        /// Go on with what is written, until the job is over.
+        #[arg(long, short = 'f')]
+        follow: bool,
     },
     Cancel {
+        name: String,
+    },
+    /// Run a job again that is over.
+    Retry {
+        name: String,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum NodeCommand {
+    List,
+    /// Start nothing new there; what runs goes on.
+    Cordon {
+        name: String,
+    },
+    /// Start nothing new there, and ask what runs to save and go on elsewhere.
+    Drain {
+        name: String,
+    },
+    /// Let it start jobs again.
+    Open {
         name: String,
     },
 }

@@ -51,7 +51,12 @@ impl Service {
         let http = Http::start(&state, listen)?;
         let launcher =
             LocalLauncher::new(&std::env::current_exe()?, &home.job_logs())?.with_env(home.as_env());
-        let options = ReconcilerOptions::default();
+        let node = home.node();
+        let launcher = match &node {
+            Some(node) => launcher.on_node(&node.name),
+            None => launcher,
+        };
+        let options = ReconcilerOptions { node, ..ReconcilerOptions::default() };
         let reconciler = Reconciler::start(&control, Box::new(launcher), state.metrics.job(), options)?;
         let stop = Arc::new(AtomicBool::new(false));
         let keeper = Arc::new(ModelKeeper {
