@@ -175,6 +175,18 @@ impl Listen {
 pub(crate) struct Up {
     #[command(flatten)]
     pub(crate) listen: Listen,
+    /// What runs jobs: processes of this machine, or a Slurm cluster whose nodes see this home and this program.
+    #[arg(long, value_enum, default_value_t = LauncherName::Local)]
+    pub(crate) launcher: LauncherName,
+    /// More arguments of sbatch, each one: --sbatch=--partition=gpu
+    #[arg(long, value_name = "ARGUMENT", allow_hyphen_values = true)]
+    pub(crate) sbatch: Vec<String>,
+}
+
+#[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
+pub(crate) enum LauncherName {
+    Local,
+    Slurm,
 }
 
 #[derive(Args)]
