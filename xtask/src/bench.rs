@@ -35,6 +35,7 @@ enum What {
     Ingest,
     Tokenizer,
     Train,
+    Comm,
     Engine,
     Serve,
     Stall,
@@ -43,7 +44,7 @@ enum What {
     Soak,
 }
 
-const ALL: [What; 13] = [
+const ALL: &[What] = &[
     What::Limits,
     What::Matmul,
     What::Packed,
@@ -53,6 +54,7 @@ const ALL: [What; 13] = [
     What::Ingest,
     What::Tokenizer,
     What::Train,
+    What::Comm,
     What::Engine,
     What::Serve,
     What::Stall,
@@ -82,6 +84,7 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
             What::Ingest => example(root, "data", "bench_ingest", &[TEXT])?,
             What::Tokenizer => example(root, "tokenizer", "bench_tokenizer", &[TEXT])?,
             What::Train => train(root, args)?,
+            What::Comm => crate::bench_comm::run(root)?,
             What::Engine => {
                 example(root, "engine", "bench_engine", &[CHAT_MODEL])?;
                 crate::bench_engine::run(root, &args.models(), args.llama_bench.as_deref())?

@@ -18,7 +18,7 @@ const START_MAX: Duration = Duration::from_secs(120);
 pub(crate) fn run(root: &Path, model: &str, llama_server: Option<&Path>) -> Result<()> {
     crate::run(root, "cargo", &["build", "--release", "--quiet", "--package", "loquat"])?;
     println!("{PROMPT_TOKENS} tokens in, {NEW_TOKENS} out, streamed over HTTP");
-    println!("(the engine without HTTP, same sizes: column 'all tok/s' of `bench engine`)");
+    println!("(the engine without HTTP, same sizes: column 'loop tok/s' of `bench engine`)");
     println!("server       | clients |  tokens/s | first token p50 / p99 ms | gap p50 / p99 ms | peak MiB");
     ours(root, model, 1)?;
     match llama_server {

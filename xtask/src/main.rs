@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod bench_comm;
 mod bench_engine;
 mod bench_serve;
 mod ci;

@@ -1,15 +1,23 @@
 //! Ranks and collectives: what the processes of one training run say to each other.
 //!
-//! What this is: the [`Comm`] interface and its implementation for threads of one process
-//! ([`threads`]). MPI between machines becomes a second implementation of the same trait.
-//! What this is not: it knows nothing of tensors or models; it moves and sums flat slices.
-//! Where to start: [`tree`] says in which order sums are taken, and why that order makes the bits of
-//! a run independent of the number of ranks.
+//! What this is: the [`Comm`] interface, for threads of one process ([`threads`]) and for processes that MPI started
+//! ([`MpiComm`]). What this is not: it knows nothing of tensors or models; it moves and sums flat slices.
+//! Where to start: [`tree`] says in which order sums are taken, and why that order makes the bits of a run independent of
+//! the number of ranks and of what carries them.
 #![forbid(unsafe_code)]
 
+mod handshake;
+mod mpi_comm;
+mod post;
+mod record;
 mod threads;
 pub mod tree;
 
+use std::ops::Range;
+
+pub use handshake::{Hello, Refused, handshake};
+pub use mpi_comm::{MpiComm, MpiSettings};
+pub use record::{Doing, Record};
 pub use threads::{ThreadComm, threads};
 
 /// One rank's end of a group of ranks that run the same program in step.
@@ -26,15 +34,47 @@ pub trait Comm: Send {
     /// Waits until every rank has arrived.
     fn barrier(&self) -> Result<(), CommError>;
 
+    /// Replaces this rank's [`tree::shard`] of `values` by the sum over ranks, taken as the binary tree of [`tree`]. The
+    /// rest of `values` is left as it is.
+    fn reduce_scatter_tree(&self, values: &mut [f32]) -> Result<(), CommError>;
+
+    /// Replaces every other rank's [`tree::shard`] of `values` by what that rank has there.
+    fn all_gather_shards(&self, values: &mut [f32]) -> Result<(), CommError>;
+
     /// Replaces `values` on every rank by the sum over ranks, taken as the binary tree of [`tree`].
-    fn all_reduce_tree(&self, values: &mut [f32]) -> Result<(), CommError>;
+    fn all_reduce_tree(&self, values: &mut [f32]) -> Result<(), CommError> {
+        self.reduce_scatter_tree(values)?;
+        self.all_gather_shards(values)
+    }
+
+    /// Every rank's bytes, of any length up to [`BYTES_MAX`], in the order of ranks, on every rank.
+    fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError>;
 
     /// Every rank's `values`, in the order of ranks, on every rank.
-    fn all_gather(&self, values: &[f64]) -> Result<Vec<f64>, CommError>;
+    fn all_gather(&self, values: &[f64]) -> Result<Vec<f64>, CommError> {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let all = self.all_gather_bytes(&bytes)?;
+        let values = all.iter().flat_map(|part| part.as_chunks::<8>().0);
+        Ok(values.map(|eight| f64::from_le_bytes(*eight)).collect())
+    }
 
     /// Replaces `values` on every rank by rank 0's.
     fn broadcast(&self, values: &mut [f32]) -> Result<(), CommError>;
+
+    /// Gives `values` to one other rank, which calls [`Comm::receive`] for as many.
+    fn send(&self, to: usize, values: &[f32]) -> Result<(), CommError>;
+
+    fn receive(&self, from: usize, values: &mut [f32]) -> Result<(), CommError>;
+
+    /// Bytes that this rank has sent to others so far.
+    fn bytes_sent(&self) -> u64;
+
+    /// Ends in order, once every rank has come here. A rank that only drops its end has failed.
+    fn leave(&self) -> Result<(), CommError>;
 }
+
+/// The most that one rank brings to [`Comm::all_gather_bytes`]: 1 M micro-batches' sums are 24 MB.
+pub const BYTES_MAX: usize = 64 << 20;
 
 /// Why a collective could not be completed. The group is of no use afterwards: the job restarts from
 /// its checkpoint.
@@ -48,4 +88,34 @@ pub enum CommError {
     LengthDiffers { operation: &'static str, rank: usize, waiting: usize, got: usize, expected: usize },
     #[error("{n_ranks} ranks: the fixed order of sums needs a power of two")]
     NotAPowerOfTwo { n_ranks: usize },
+    #[error("{operation}: {n_bytes} bytes of rank {rank} are more than {BYTES_MAX}")]
+    TooLong { operation: &'static str, rank: usize, n_bytes: u64 },
+    #[error(
+        "the launcher started {launched} ranks, the MPI library {library} sees {seen}: it is not the launcher's"
+    )]
+    OtherLibrary { launched: usize, seen: usize, library: String },
+    #[error("the thread that speaks MPI stopped")]
+    ThreadStopped,
+    #[error("{operation}")]
+    Mpi {
+        operation: &'static str,
+        #[source]
+        source: mpi::Error,
+    },
+}
+
+impl CommError {
+    /// The ranks that were waited for in vain.
+    pub fn missing(&self) -> &[usize] {
+        match self {
+            CommError::TimedOut { missing, .. } => missing,
+            CommError::RankStopped { rank, .. } => std::slice::from_ref(rank),
+            _ => &[],
+        }
+    }
+}
+
+/// `range` in pieces of at most `len`.
+fn pieces(range: Range<usize>, len: usize) -> impl Iterator<Item = Range<usize>> {
+    range.clone().step_by(len).map(move |start| start..(start + len).min(range.end))
 }

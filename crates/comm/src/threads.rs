@@ -1,9 +1,11 @@
 //! Ranks that are threads of one process.
 //!
 //! Every rank owns a slot that the others read between two barriers. An all-reduce is a reduce-scatter
-//! (each rank sums its chunk of the slots in tree order) and an all-gather (each rank copies the chunks
+//! (each rank sums its shard of the slots in tree order) and an all-gather (each rank copies the shards
 //! of all): every value is read `n_ranks` times whatever the number of ranks, and nobody waits for a root.
 
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -21,19 +23,26 @@ pub fn threads(n_ranks: usize) -> Result<Vec<ThreadComm>, CommError> {
         return Err(CommError::NotAPowerOfTwo { n_ranks });
     }
     let group = Arc::new(Group {
-        meeting: Mutex::new(Meeting { generation: 0, arrived: vec![false; n_ranks], stopped: None }),
+        meeting: Mutex::new(Meeting {
+            generation: 0,
+            arrived: vec![false; n_ranks],
+            stopped: None,
+            gone: vec![false; n_ranks],
+        }),
         changed: Condvar::new(),
         slots: (0..n_ranks).map(|_| RwLock::default()).collect(),
-        sums: (0..n_ranks).map(|_| RwLock::default()).collect(),
         gathered: (0..n_ranks).map(|_| RwLock::default()).collect(),
+        mail: Mutex::default(),
     });
-    Ok((0..n_ranks).map(|rank| ThreadComm { rank, group: group.clone() }).collect())
+    let comm = |rank| ThreadComm { rank, group: group.clone(), n_bytes: AtomicU64::default() };
+    Ok((0..n_ranks).map(comm).collect())
 }
 
 /// One thread's end of the group.
 pub struct ThreadComm {
     rank: usize,
     group: Arc<Group>,
+    n_bytes: AtomicU64,
 }
 
 struct Group {
@@ -41,9 +50,15 @@ struct Group {
     changed: Condvar,
     /// What each rank brings to a reduction.
     slots: Vec<RwLock<Vec<f32>>>,
-    /// The chunk of the sum that each rank has computed.
-    sums: Vec<RwLock<Vec<f32>>>,
-    gathered: Vec<RwLock<Vec<f64>>>,
+    gathered: Vec<RwLock<Vec<u8>>>,
+    mail: Mutex<VecDeque<Letter>>,
+}
+
+/// Values from one rank to another.
+struct Letter {
+    from: usize,
+    to: usize,
+    values: Vec<f32>,
 }
 
 /// Who has arrived at the current barrier.
@@ -52,12 +67,18 @@ struct Meeting {
     arrived: Vec<bool>,
     /// A rank that went away; nobody can be waited for any more.
     stopped: Option<usize>,
+    /// Every rank that went away.
+    gone: Vec<bool>,
 }
 
 impl Group {
     fn meeting(&self) -> MutexGuard<'_, Meeting> {
         // A panicking rank is reported through `stopped`, so the lock's own poison says nothing new.
         self.meeting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn mail(&self) -> MutexGuard<'_, VecDeque<Letter>> {
+        self.mail.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn meet(&self, rank: usize, operation: &'static str) -> Result<(), CommError> {
@@ -90,12 +111,23 @@ impl Group {
 impl Drop for ThreadComm {
     /// A rank that leaves, by its end or by a panic, frees those that wait for it.
     fn drop(&mut self) {
-        self.group.meeting().stopped = Some(self.rank);
+        let mut meeting = self.group.meeting();
+        meeting.stopped = Some(self.rank);
+        meeting.gone[self.rank] = true;
+        drop(meeting);
         self.group.changed.notify_all();
     }
 }
 
 impl ThreadComm {
+    /// Lays values out for the others.
+    fn bring(&self, values: &[f32]) {
+        let n_others = self.n_ranks() as u64 - 1;
+        // Each of them reads its share.
+        self.n_bytes.fetch_add(size_of_val(values) as u64 * n_others / (n_others + 1), Ordering::Relaxed);
+        set(&self.group.slots[self.rank], values);
+    }
+
     fn check_len(
         &self,
         operation: &'static str,
@@ -137,37 +169,46 @@ impl Comm for ThreadComm {
         self.group.meet(self.rank, "barrier")
     }
 
-    fn all_reduce_tree(&self, values: &mut [f32]) -> Result<(), CommError> {
-        let operation = "all_reduce_tree";
+    fn reduce_scatter_tree(&self, values: &mut [f32]) -> Result<(), CommError> {
+        let operation = "reduce_scatter";
         if self.n_ranks() == 1 {
             return Ok(());
         }
-        set(&self.group.slots[self.rank], values);
+        self.bring(values);
         self.group.meet(self.rank, operation)?;
         {
             let slots: Vec<_> = self.group.slots.iter().map(read).collect();
             for (rank, slot) in slots.iter().enumerate() {
                 self.check_len(operation, rank, slot.len(), values.len())?;
             }
-            let parts: Vec<&[f32]> = slots.iter().map(|s| s.as_slice()).collect();
-            let mut sum = write(&self.group.sums[self.rank]);
-            sum.clear();
-            sum.extend(chunk(values.len(), self.rank, parts.len()).map(|at| tree::reduce_at(&parts, at)));
+            let own = tree::shard(values.len(), self.rank, slots.len());
+            let parts: Vec<&[f32]> = slots.iter().map(|slot| &slot[own.clone()]).collect();
+            tree::sum(&parts, &mut values[own]);
         }
-        self.group.meet(self.rank, operation)?;
-        for (rank, sum) in self.group.sums.iter().enumerate() {
-            let summed = chunk(values.len(), rank, self.n_ranks());
-            values[summed].copy_from_slice(&read(sum));
-        }
-        // Nobody may overwrite a sum that another rank still copies.
+        // Nobody may overwrite what another rank still sums.
         self.group.meet(self.rank, operation)
     }
 
-    fn all_gather(&self, values: &[f64]) -> Result<Vec<f64>, CommError> {
-        let operation = "all_gather";
-        set(&self.group.gathered[self.rank], values);
+    fn all_gather_shards(&self, values: &mut [f32]) -> Result<(), CommError> {
+        let operation = "all_gather_shards";
+        if self.n_ranks() == 1 {
+            return Ok(());
+        }
+        self.bring(&values[tree::shard(values.len(), self.rank, self.n_ranks())]);
         self.group.meet(self.rank, operation)?;
-        let all = self.group.gathered.iter().flat_map(|part| read(part).clone()).collect();
+        for (rank, slot) in self.group.slots.iter().enumerate() {
+            let (slot, theirs) = (read(slot), tree::shard(values.len(), rank, self.n_ranks()));
+            self.check_len(operation, rank, slot.len(), theirs.len())?;
+            values[theirs].copy_from_slice(&slot);
+        }
+        self.group.meet(self.rank, operation)
+    }
+
+    fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
+        let operation = "all_gather";
+        set(&self.group.gathered[self.rank], bytes);
+        self.group.meet(self.rank, operation)?;
+        let all = self.group.gathered.iter().map(|part| read(part).clone()).collect();
         self.group.meet(self.rank, operation)?;
         Ok(all)
     }
@@ -175,7 +216,7 @@ impl Comm for ThreadComm {
     fn broadcast(&self, values: &mut [f32]) -> Result<(), CommError> {
         let operation = "broadcast";
         if self.rank == 0 {
-            set(&self.group.slots[0], values);
+            self.bring(values);
         }
         self.group.meet(self.rank, operation)?;
         {
@@ -185,11 +226,50 @@ impl Comm for ThreadComm {
         }
         self.group.meet(self.rank, operation)
     }
-}
 
-/// The part of `0 .. len` that rank `rank` sums.
-fn chunk(len: usize, rank: usize, n_ranks: usize) -> std::ops::Range<usize> {
-    len * rank / n_ranks..len * (rank + 1) / n_ranks
+    fn send(&self, to: usize, values: &[f32]) -> Result<(), CommError> {
+        let mut mail = self.group.mail();
+        mail.push_back(Letter { from: self.rank, to, values: values.to_vec() });
+        drop(mail);
+        self.group.changed.notify_all();
+        Ok(())
+    }
+
+    fn receive(&self, from: usize, values: &mut [f32]) -> Result<(), CommError> {
+        let (operation, deadline) = ("receive", Instant::now() + WAIT_MAX);
+        let mut meeting = self.group.meeting();
+        loop {
+            let mut mail = self.group.mail();
+            let is_ours = |letter: &Letter| letter.from == from && letter.to == self.rank;
+            if let Some(letter) = mail.iter().position(is_ours).and_then(|at| mail.remove(at)) {
+                self.check_len(operation, from, letter.values.len(), values.len())?;
+                values.copy_from_slice(&letter.values);
+                return Ok(());
+            }
+            drop(mail);
+            // What others have sent before they went is there.
+            if meeting.gone[from] {
+                return Err(CommError::RankStopped { rank: from, waiting: self.rank, operation });
+            }
+            if Instant::now() > deadline {
+                let (waiting, seconds) = (self.rank, WAIT_MAX.as_secs());
+                return Err(CommError::TimedOut { waiting, seconds, operation, missing: vec![from] });
+            }
+            // A letter may be put down just before the wait begins: never wait long.
+            let tick = Duration::from_millis(10);
+            meeting =
+                self.group.changed.wait_timeout(meeting, tick).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Threads share memory: what they read of each other counts as sent.
+    fn bytes_sent(&self) -> u64 {
+        self.n_bytes.load(Ordering::Relaxed)
+    }
+
+    fn leave(&self) -> Result<(), CommError> {
+        self.barrier()
+    }
 }
 
 #[cfg(test)]

@@ -17,6 +17,17 @@ pub fn share(n_items: usize, rank: usize, n_ranks: usize) -> Range<usize> {
     rank * per_rank..(rank + 1) * per_rank
 }
 
+/// Shards begin at multiples of so many values: what is summed in parts of this length has the same parts whoever sums
+/// them. The norm of a gradient is.
+pub const SHARD_ALIGN: usize = 16 << 10;
+
+/// The part of `0 .. len` that a rank sums, and owns where state is divided among ranks.
+pub fn shard(len: usize, rank: usize, n_ranks: usize) -> Range<usize> {
+    let n_parts = len.div_ceil(SHARD_ALIGN);
+    let border = |rank: usize| (n_parts * rank / n_ranks * SHARD_ALIGN).min(len);
+    border(rank)..border(rank + 1)
+}
+
 /// Sums the vectors that `leaf(item, out)` writes, for every item of `items`, in tree order, into `out`.
 ///
 /// `spare` holds one buffer for each level of the tree (`ceil(log2(items.len()))`); it grows on first use
@@ -41,11 +52,34 @@ pub fn reduce<E, F: FnMut(usize, &mut [f32]) -> Result<(), E>>(
     summed
 }
 
-/// Sums the same position of `parts` in tree order: what [`reduce`] does, for one element across ranks.
-pub(crate) fn reduce_at(parts: &[&[f32]], at: usize) -> f32 {
-    match parts.len() {
-        1 => parts[0][at],
-        n => reduce_at(&parts[..n / 2], at) + reduce_at(&parts[n / 2..], at),
+/// Values that are summed at a time: so many of every rank stay in the first cache. 4 KiB each.
+const BLOCK: usize = 1 << 10;
+
+/// Sums vectors of one length in tree order, into `out`: what [`reduce`] does, across ranks.
+pub(crate) fn sum(parts: &[&[f32]], out: &mut [f32]) {
+    let mut spare = Vec::new();
+    for (i, out) in out.chunks_mut(BLOCK).enumerate() {
+        sum_block(parts, i * BLOCK, out, &mut spare);
+    }
+}
+
+fn sum_block(parts: &[&[f32]], at: usize, out: &mut [f32], spare: &mut Vec<[f32; BLOCK]>) {
+    let n = out.len();
+    match parts {
+        [one] => out.copy_from_slice(&one[at..at + n]),
+        [a, b] => {
+            for ((sum, a), b) in out.iter_mut().zip(&a[at..at + n]).zip(&b[at..at + n]) {
+                *sum = a + b;
+            }
+        }
+        _ => {
+            let (left, right) = parts.split_at(parts.len() / 2);
+            sum_block(left, at, out, spare);
+            let mut sums = spare.pop().unwrap_or([0.0; BLOCK]);
+            sum_block(right, at, &mut sums[..n], spare);
+            add(out, &sums[..n]);
+            spare.push(sums);
+        }
     }
 }
 
@@ -65,7 +99,7 @@ mod tests {
         x * 10f32.powi((item % 7) as i32 - 3)
     }
 
-    fn sum(items: Range<usize>, width: usize) -> Vec<f32> {
+    fn sum_of(items: Range<usize>, width: usize) -> Vec<f32> {
         let mut out = vec![f32::NAN; width];
         let mut leaf = |item: usize, out: &mut [f32]| {
             for (at, o) in out.iter_mut().enumerate() {
@@ -80,17 +114,15 @@ mod tests {
     #[test]
     fn ranks_shares_are_nodes_of_the_tree() {
         for n_items in [8, 16, 24, 40] {
-            let whole = sum(0..n_items, 5);
+            let whole = sum_of(0..n_items, 2500);
             for n_ranks in [1, 2, 4, 8] {
                 let parts: Vec<Vec<f32>> =
-                    (0..n_ranks).map(|rank| sum(share(n_items, rank, n_ranks), 5)).collect();
+                    (0..n_ranks).map(|rank| sum_of(share(n_items, rank, n_ranks), 2500)).collect();
                 let parts: Vec<&[f32]> = parts.iter().map(|p| p.as_slice()).collect();
-                for at in 0..5 {
-                    assert_eq!(
-                        reduce_at(&parts, at).to_bits(),
-                        whole[at].to_bits(),
-                        "{n_items} on {n_ranks}"
-                    );
+                let mut summed = vec![0.0; 2500];
+                sum(&parts, &mut summed);
+                for at in 0..2500 {
+                    assert_eq!(summed[at].to_bits(), whole[at].to_bits(), "{n_items} on {n_ranks}");
                 }
             }
         }
@@ -98,12 +130,25 @@ mod tests {
 
     #[test]
     fn the_order_matters_for_these_values() {
-        let trees = sum(0..24, 64);
+        let trees = sum_of(0..24, 64);
         let orders_differ = |at: usize| {
             let forward: f32 = (0..24).map(|item| leaf_value(item, at)).sum();
             forward.to_bits() != trees[at].to_bits()
         };
         assert!((0..64).any(orders_differ), "the test values are too tame to prove anything");
+    }
+
+    #[test]
+    fn shards_are_disjoint_and_aligned() {
+        for len in [0, 1, SHARD_ALIGN, 5 * SHARD_ALIGN + 3, 64 * SHARD_ALIGN] {
+            for n_ranks in [1, 2, 4, 8] {
+                let shards: Vec<_> = (0..n_ranks).map(|rank| shard(len, rank, n_ranks)).collect();
+                assert_eq!((shards[0].start, shards[n_ranks - 1].end), (0, len));
+                assert!(shards.windows(2).all(|pair| pair[0].end == pair[1].start), "{shards:?}");
+                let is_aligned = |at: usize| at == len || at.is_multiple_of(SHARD_ALIGN);
+                assert!(shards.iter().all(|s| is_aligned(s.start)), "{shards:?}");
+            }
+        }
     }
 
     #[test]

@@ -14,6 +14,8 @@ use tensor::Pool;
 
 const STREAMS: [usize; 3] = [1, 8, 32];
 const ROUNDS: usize = 3;
+/// Of each client in a closed loop.
+const ANSWERS: usize = 2;
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -26,12 +28,13 @@ fn main() -> Result<(), Failure> {
     check(&engine, n_prompt)?;
     println!("{n_prompt} tokens in, {n_new} out, greedy | best of {ROUNDS} rounds");
     println!(
-        "streams |  all tok/s | decode tok/s | TTFT p50 / max ms | gap p50 / p99 ms | us a step: plan  draw"
+        "streams |  all tok/s | decode tok/s | TTFT p50 / max ms | gap p50 / p99 ms | us a step: plan  draw | loop tok/s"
     );
     for n_streams in STREAMS {
         let rounds = (0..ROUNDS).map(|round| Round::run(&engine, n_streams, n_prompt, n_new, round));
         let best = rounds.min_by_key(|round| round.wall).expect("at least one round");
-        best.print(n_streams);
+        let in_loop = (0..ROUNDS).map(|round| closed_loop(&engine, n_streams, n_prompt, n_new, round));
+        best.print(n_streams, in_loop.fold(0.0, f64::max));
     }
     Ok(())
 }
@@ -98,6 +101,21 @@ impl Timeline {
     }
 }
 
+/// Tokens/s where each stream is followed by another, as clients do in `bench serve`.
+fn closed_loop(engine: &Engine, n_streams: usize, n_prompt: usize, n_new: usize, round: usize) -> f64 {
+    let start = Instant::now();
+    let client = |i: usize| {
+        for n_before in 0..ANSWERS {
+            let salt = 10_000 * (round + 1) + n_before * n_streams + i;
+            let stream =
+                engine.submit(request(engine, salt, n_prompt, n_new)).expect("the queue holds a round");
+            assert_eq!(Timeline::read(stream, start).ids.len(), n_new);
+        }
+    };
+    std::thread::scope(|scope| (0..n_streams).for_each(|i| drop(scope.spawn(move || client(i)))));
+    (ANSWERS * n_streams * n_new) as f64 / start.elapsed().as_secs_f64()
+}
+
 struct Round {
     wall: Duration,
     timelines: Vec<Timeline>,
@@ -120,7 +138,7 @@ impl Round {
         Round { wall, timelines, before, after: engine.stats() }
     }
 
-    fn print(&self, n_streams: usize) {
+    fn print(&self, n_streams: usize, loop_tokens_per_s: f64) {
         let ms = |time: Duration| time.as_secs_f64() * 1e3;
         let n_tokens: usize = self.timelines.iter().map(|t| t.at.len()).sum();
         let mut first: Vec<_> = self.timelines.iter().map(|t| ms(t.at[0])).collect();
@@ -135,7 +153,7 @@ impl Round {
         let n_steps = (self.after.n_steps - self.before.n_steps) as f64;
         let us_a_step = |time: Duration| time.as_secs_f64() * 1e6 / n_steps;
         println!(
-            "{n_streams:7} | {:10.1} | {:12.1} | {:8.1} {:8.1} | {:7.2} {:8.2} | {:15.1} {:5.1}",
+            "{n_streams:7} | {:10.1} | {:12.1} | {:8.1} {:8.1} | {:7.2} {:8.2} | {:15.1} {:5.1} | {loop_tokens_per_s:10.1}",
             n_tokens as f64 / self.wall.as_secs_f64(),
             decoded as f64 / decode_seconds,
             first[first.len() / 2],

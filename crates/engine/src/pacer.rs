@@ -26,8 +26,8 @@ const N_SIZES: usize = 16;
 #[derive(Debug)]
 pub(crate) struct Pacer {
     prefill_tokens_max: usize,
-    /// Of a step that only decodes, by the number of sequences.
-    decode_seconds: [Option<f64>; N_SIZES],
+    /// Steps that only decode, by the size of their number of sequences.
+    decodes: [Option<Decodes>; N_SIZES],
     /// Added by each further token to a step that decodes, and of each token where nothing decodes.
     seconds_beside: Option<f64>,
     seconds_alone: Option<f64>,
@@ -40,7 +40,7 @@ impl Pacer {
         assert!(prefill_tokens_max > 0, "prompts would wait for ever beside decodes");
         Pacer {
             prefill_tokens_max,
-            decode_seconds: [None; N_SIZES],
+            decodes: [None; N_SIZES],
             seconds_beside: None,
             seconds_alone: None,
             seconds_per_guess: 0.0,
@@ -75,7 +75,7 @@ impl Pacer {
     pub(crate) fn observe(&mut self, n_decodes: usize, n_more: usize, time: Duration) {
         let seconds = time.as_secs_f64();
         if n_more == 0 {
-            return smooth(&mut self.decode_seconds[size(n_decodes)], seconds);
+            return self.observe_decodes(Decodes { n: n_decodes as f64, seconds });
         }
         if n_decodes == 0 {
             return smooth(&mut self.seconds_alone, seconds / n_more as f64);
@@ -99,12 +99,49 @@ impl Pacer {
         self.seconds_beside.or(self.seconds_alone.map(|seconds| 2.0 * seconds))
     }
 
-    /// Of a step that only decodes, from the nearest number of sequences that was measured; of two
-    /// the smaller, which is the careful guess.
+    fn observe_decodes(&mut self, new: Decodes) {
+        let old = self.decodes[size(new.n as usize)].get_or_insert(new);
+        old.n += (new.n - old.n) * SMOOTHING;
+        old.seconds += (new.seconds - old.seconds) * SMOOTHING;
+    }
+
+    /// Of a step that only decodes. A number that was not measured lies on the line through the two measured
+    /// ones beside it or before it: under load most numbers only ever come together with prompts, and to take
+    /// the time of a smaller one would blame the prompts for the difference.
     fn decode_time(&self, n_decodes: usize) -> Option<f64> {
-        let size = size(n_decodes);
-        let smaller = self.decode_seconds[..=size].iter().rev().find_map(|seconds| *seconds);
-        smaller.or_else(|| self.decode_seconds[size..].iter().find_map(|seconds| *seconds))
+        let n = n_decodes as f64;
+        let known = || self.decodes.iter().flatten();
+        let below = known().rev().find(|decodes| decodes.n <= n);
+        let above = known().find(|decodes| decodes.n >= n);
+        match (below, above) {
+            (Some(below), Some(above)) => Some(below.line_to(above, n)),
+            (None, Some(one)) => Some(one.half_fixed(n)),
+            (Some(last), None) => {
+                let before = known().rev().nth(1);
+                Some(before.map_or_else(|| last.half_fixed(n), |before| before.line_to(last, n)))
+            }
+            (None, None) => None,
+        }
+    }
+}
+
+/// Steps of about the same number of sequences: means, newer ones weigh more.
+#[derive(Clone, Copy, Debug)]
+struct Decodes {
+    n: f64,
+    seconds: f64,
+}
+
+impl Decodes {
+    /// At `n`, on the line through this and a larger number. It never falls.
+    fn line_to(&self, larger: &Decodes, n: f64) -> f64 {
+        let slope = (larger.seconds - self.seconds) / (larger.n - self.n).max(1.0);
+        self.seconds + slope.max(0.0) * (n - self.n)
+    }
+
+    /// At `n`, if half of the time went into what each step does once.
+    fn half_fixed(&self, n: f64) -> f64 {
+        self.seconds * (1.0 + n / self.n) / 2.0
     }
 }
 
@@ -164,8 +201,8 @@ mod tests {
         pacer.observe(32, 0, 100 * MS);
         pacer.observe(0, 100, 100 * MS);
         let n_tokens = [1, 8, 32, 64].map(|n| pacer.max_prefill(crowd(n, 1)));
-        // Eight were never measured: the time of one is the careful guess.
-        assert_eq!(n_tokens, [6, 6, 62, 62]);
+        // Eight and 64 were never measured: they lie on the line through one (10 ms) and 32 (100 ms).
+        assert_eq!(n_tokens, [6, 18, 62, 120]);
     }
 
     #[test]
@@ -178,7 +215,8 @@ mod tests {
     fn guesses_pay_where_tokens_are_cheap_beside_decoding() {
         let pacer = settled(20.0, 0.5);
         assert!((pacer.acceptance_min(8) - 0.2).abs() < 0.01);
-        assert!((pacer.acceptance_min(32) - 0.8).abs() < 0.04);
+        // 50 ms, if half of the 20 ms of eight are fixed.
+        assert!((pacer.acceptance_min(32) - 0.32).abs() < 0.02);
         assert_eq!(Pacer::new(5).acceptance_min(8), 0.0);
     }
 }

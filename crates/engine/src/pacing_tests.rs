@@ -154,3 +154,31 @@ fn short_prompts_do_not_wait_behind_a_long_one() {
     // Nor does the long one wait for ever.
     assert!(machine.now < 2.5 * 8192.0 * (TOKEN_SECONDS + FAR_TOKEN_SECONDS) / 2.0, "{}", machine.now);
 }
+
+/// Clients that ask again as soon as they are answered: nearly all of them shall be decoding at any time.
+#[test]
+fn a_closed_loop_of_clients_runs_at_nearly_full_speed() {
+    const N_CLIENTS: usize = 32;
+    const N_ROUNDS: usize = 6;
+    let mut machine = Machine::new();
+    // One client alone: all that is known of decoding when the others come.
+    let alone = machine.add(128, 128);
+    (0..128).for_each(|_| machine.step());
+    assert_eq!(machine.tokens_at[&alone].len(), 128);
+    let start = machine.now;
+    let mut open: Vec<_> = (0..N_CLIENTS).map(|_| machine.add(128, 128)).collect();
+    let mut n_left = N_CLIENTS * (N_ROUNDS - 1);
+    while !open.is_empty() {
+        machine.step();
+        let n_open = open.len();
+        open.retain(|id| machine.tokens_at[id].len() < 128);
+        let n_next = n_left.min(n_open - open.len());
+        n_left -= n_next;
+        open.extend((0..n_next).map(|_| machine.add(128, 128)));
+    }
+    // As many steps as there are tokens in an answer, for each round with all the work of the round.
+    let steps = (N_ROUNDS * 128) as f64 * STEP_SECONDS;
+    let least = steps + (N_ROUNDS * N_CLIENTS * 256) as f64 * TOKEN_SECONDS;
+    let time = machine.now - start;
+    assert!(time < 1.15 * least, "{time:.1} s, at least {least:.1} s");
+}

@@ -5,7 +5,7 @@ use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use telemetry::{TrainMetrics, TrainStep};
+use telemetry::{TrainMetrics, TrainRanks, TrainStep};
 use train::Event;
 
 /// The most that is read at once, and the longest line that is waited for.
@@ -81,6 +81,15 @@ impl Recorder {
                 });
                 let share = s.tokens_per_second * self.flops_per_token / self.peak_flops;
                 self.metrics.speed(s.tokens_per_second, share);
+                if let Some(ranks) = &s.ranks {
+                    self.metrics.ranks(&TrainRanks {
+                        slowest: ranks.slowest,
+                        slowest_seconds: ranks.slowest_seconds,
+                        median_seconds: ranks.median_seconds,
+                        exchange_seconds: ranks.exchange_seconds,
+                        n_bytes: ranks.bytes_sent,
+                    });
+                }
             }
             Event::Eval { bits_per_byte, .. } => self.metrics.validated(*bits_per_byte),
             Event::Checkpoint { bytes, seconds, .. } => self.metrics.checkpointed(*bytes, *seconds),

@@ -12,6 +12,7 @@ mod follow;
 mod home;
 mod http;
 mod hub;
+mod lives;
 mod machine;
 mod runs;
 mod service;
@@ -20,6 +21,7 @@ mod session;
 mod signals;
 mod view;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -71,6 +73,12 @@ fn run(loquat: &Loquat) -> Result<ExitCode> {
 /// One thread for each core that this process may use.
 fn n_threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Where a program is found that is called by its name.
+fn in_path(program: &str) -> Option<PathBuf> {
+    let dirs = std::env::var_os("PATH")?;
+    std::env::split_paths(&dirs).map(|dir| dir.join(program)).find(|path| path.is_file())
 }
 
 fn now_unix_s() -> u64 {

@@ -99,6 +99,7 @@ pub(crate) fn load(id: &str, path: &Path, share: &Share, metrics: &Metrics) -> R
     let (generator, model, tokenizer) = if loaded.weights.config.block().causal {
         let tokenizer = tokenizer(&loaded.tokenizer).with_context(text)?;
         check_vocab(path, tokenizer.vocab_size(), &loaded)?;
+        drop(loaded.tokenizer); // Its text, as large as the tables made of it.
         let template = match &loaded.chat_template {
             Some(source) => Some(chat_template(source, &tokenizer).context("its chat template")?),
             None => None,

@@ -3,7 +3,9 @@
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use train::{Curve, Event, Started, Step};
+use train::{Curve, Event, Ranks, Started, Step};
+
+use crate::lives::Lives;
 
 /// How often plain output tells where the run is.
 const PLAIN_EVERY: Duration = Duration::from_secs(10);
@@ -22,6 +24,7 @@ pub(crate) struct View {
     sample: Option<(u64, String)>,
     notice: Option<String>,
     curve: Curve,
+    lives: Lives,
     terminal: bool,
     /// Lines of the block on the screen, to go back over.
     n_drawn: usize,
@@ -38,6 +41,7 @@ impl View {
             sample: None,
             notice: None,
             curve: Curve::default(),
+            lives: Lives::default(),
             terminal: std::io::stdout().is_terminal(),
             n_drawn: 0,
             told: None,
@@ -47,15 +51,24 @@ impl View {
     /// Takes an event that was seen before this view began: for the curve only.
     pub(crate) fn remember(&mut self, event: &Event) {
         self.curve.push(event);
+        match event {
+            Event::Started(started) => self.lives.begin(started),
+            Event::Step(step) => self.lives.step(step),
+            _ => {}
+        }
     }
 
     pub(crate) fn show(&mut self, event: &Event) {
         self.curve.push(event);
         match event {
-            Event::Started(started) => self.started = Some(started.clone()),
+            Event::Started(started) => {
+                self.lives.begin(started);
+                self.started = Some(started.clone());
+            }
             Event::Step(step) => {
                 let speed = self.speed.unwrap_or(step.tokens_per_second);
                 self.speed = Some(0.9 * speed + 0.1 * step.tokens_per_second);
+                self.lives.step(step);
                 self.last = Some(step.clone());
             }
             Event::Eval { bits_per_byte, .. } => self.bits_per_byte = Some(*bits_per_byte),
@@ -64,8 +77,9 @@ impl View {
                 self.notice =
                     Some(format!("checkpoint of step {step} ({write_seconds:.1} s beside the steps)"));
             }
-            Event::Skipped { step, wrong, bad, .. } => {
-                self.warn(&format!("step {step} skipped, {}: {bad}", wrong.text()));
+            Event::Skipped { step, wrong, bad, rank, .. } => {
+                let of_rank = rank.map_or(String::new(), |rank| format!(" on rank {rank}"));
+                self.warn(&format!("step {step} skipped{of_rank}, {}: {bad}", wrong.text()));
             }
             Event::CheckpointRefused { step, why } => self.warn(&format!("checkpoint {step} refused: {why}")),
             Event::CheckpointFailed { step, why } => {
@@ -100,7 +114,7 @@ impl View {
     fn draw(&mut self, with_sample: bool) {
         if !self.terminal {
             let mut lines = self.status();
-            lines.truncate(2);
+            lines.truncate(4);
             if with_sample {
                 lines.extend(self.sample_line());
             }
@@ -153,7 +167,10 @@ impl View {
             last.loss,
             peak * 100.0
         );
-        vec![first, second]
+        let mut lines = vec![first, second];
+        lines.extend(last.ranks.as_ref().map(|ranks| rank_line(ranks, last)));
+        lines.extend(self.lives.line(last.elapsed_seconds, crate::now_unix_s() as f64));
+        lines
     }
 
     fn sample_line(&self) -> Option<String> {
@@ -162,6 +179,18 @@ impl View {
         let cut: String = flat.chars().take(SAMPLE_CHARS_MAX).collect();
         Some(format!("step {step} writes: {cut}"))
     }
+}
+
+fn rank_line(ranks: &Ranks, step: &Step) -> String {
+    let step_seconds = (step.tokens as f64 / step.step.max(1) as f64 / step.tokens_per_second).max(1e-9);
+    format!(
+        "slowest rank {}: {:.3} s of computing, {:.3} s in the middle; {:.0} % of the step is exchange, {:.0} MB/s sent",
+        ranks.slowest,
+        ranks.slowest_seconds,
+        ranks.median_seconds,
+        100.0 * ranks.exchange_seconds / step_seconds,
+        ranks.bytes_sent as f64 / 1e6 / step_seconds,
+    )
 }
 
 /// A bar of `width` cells of which `share` is full.
@@ -211,6 +240,8 @@ mod tests {
             flops_per_token,
             peak_flops,
             n_ranks: 1,
+            began_unix: 0.0,
+            after: None,
         }));
         view.show(&Event::Step(Step {
             step: 50,
@@ -222,6 +253,7 @@ mod tests {
             data_seconds: 0.0,
             elapsed_seconds: 41.0,
             margin: None,
+            ranks: None,
         }));
         let status = view.status().join("\n");
         assert!(status.contains("step 50/100") && status.contains("41 s left"), "{status}");

@@ -33,4 +33,4 @@ pub use logs::{LogError, LogFormat, init_logs, request_span};
 pub use metrics::Metrics;
 pub use store::StoreMetrics;
 pub use text::CONTENT_TYPE;
-pub use train::{TrainMetrics, TrainStep};
+pub use train::{TrainMetrics, TrainRanks, TrainStep};

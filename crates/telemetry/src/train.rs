@@ -32,6 +32,19 @@ pub struct TrainStep {
     pub grad_norm: f64,
 }
 
+/// One step in numbers of its ranks.
+#[derive(Clone, Copy, Debug)]
+pub struct TrainRanks {
+    /// The rank that computed longest.
+    pub slowest: usize,
+    pub slowest_seconds: f64,
+    pub median_seconds: f64,
+    /// Of gradients on their way.
+    pub exchange_seconds: f64,
+    /// Sent by all ranks.
+    pub n_bytes: u64,
+}
+
 /// The state of one training run. Clones share the same series.
 #[derive(Clone, Debug)]
 pub struct TrainMetrics {
@@ -62,6 +75,16 @@ impl TrainMetrics {
         self.peak_share.set(peak_share);
     }
 
+    /// How the ranks that share a step went through it; the series appear with the first such step.
+    pub fn ranks(&self, ranks: &TrainRanks) {
+        let set = |family: &GaugeFamily, value: f64| family.get_or_create_owned(&self.labels).set(value);
+        set(&self.families.slowest_rank, ranks.slowest as f64);
+        set(&self.families.slowest_rank_seconds, ranks.slowest_seconds);
+        set(&self.families.median_rank_seconds, ranks.median_seconds);
+        set(&self.families.exchange_seconds, ranks.exchange_seconds);
+        self.families.exchange_bytes.get_or_create_owned(&self.labels).inc_by(ranks.n_bytes);
+    }
+
     /// A validation pass is done: bits per byte of held-out text. Appears with the first pass.
     pub fn validated(&self, bits_per_byte: f64) {
         self.families.validation_bits_per_byte.get_or_create_owned(&self.labels).set(bits_per_byte);
@@ -90,6 +113,11 @@ pub(crate) struct TrainFamilies {
     checkpoints: Family<RunLabels, Counter>,
     checkpoint_bytes: GaugeFamily,
     checkpoint_seconds: GaugeFamily,
+    slowest_rank: GaugeFamily,
+    slowest_rank_seconds: GaugeFamily,
+    median_rank_seconds: GaugeFamily,
+    exchange_seconds: GaugeFamily,
+    exchange_bytes: Family<RunLabels, Counter>,
 }
 
 impl TrainFamilies {
@@ -116,6 +144,16 @@ impl TrainFamilies {
             ),
             checkpoint_bytes: gauge(r, "checkpoint_bytes", "Size of the last checkpoint"),
             checkpoint_seconds: gauge(r, "checkpoint_seconds", "Time the last checkpoint took"),
+            slowest_rank: gauge(r, "slowest_rank", "The rank that computed longest in the last step"),
+            slowest_rank_seconds: gauge(r, "slowest_rank_seconds", "How long it computed"),
+            median_rank_seconds: gauge(r, "median_rank_seconds", "How long the rank in the middle computed"),
+            exchange_seconds: gauge(r, "exchange_seconds", "How long the last step's gradients travelled"),
+            exchange_bytes: registered(
+                r,
+                "loquat_train_exchange_bytes",
+                "Bytes that ranks have sent to each other",
+                Family::default(),
+            ),
         }
     }
 
@@ -139,6 +177,7 @@ impl TrainFamilies {
         self.step.remove(&labels);
         self.tokens.remove(&labels);
         self.checkpoints.remove(&labels);
+        self.exchange_bytes.remove(&labels);
         for family in [
             &self.tokens_per_second,
             &self.loss,
@@ -148,6 +187,10 @@ impl TrainFamilies {
             &self.validation_bits_per_byte,
             &self.checkpoint_bytes,
             &self.checkpoint_seconds,
+            &self.slowest_rank,
+            &self.slowest_rank_seconds,
+            &self.median_rank_seconds,
+            &self.exchange_seconds,
         ] {
             family.remove(&labels);
         }

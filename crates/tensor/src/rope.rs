@@ -5,6 +5,8 @@
 //!
 //! Backward is the rotation by `-θ`.
 
+use std::sync::OnceLock;
+
 use crate::pool::Disjoint;
 use crate::simd::{Simd, dispatch};
 use crate::split::piece;
@@ -13,12 +15,24 @@ use crate::{Buf, Pool};
 /// Rows one task takes.
 const TASK_ROWS: usize = 64;
 
-/// Cosines and sines of all positions, `[t, d/2]` each.
+/// Positions whose cosines and sines are computed together.
+const CHUNK_POSITIONS: usize = 256;
+
+/// Cosines and sines of positions, computed when a position near is first asked for: those of a long context that
+/// nobody uses take no memory.
 #[derive(Clone, Debug)]
 pub struct RopeTable {
+    n_positions: usize,
+    frequencies: Vec<f64>,
+    attention_factor: f64,
+    chunks: Box<[OnceLock<Chunk>]>,
+}
+
+/// Of [`CHUNK_POSITIONS`] positions, `[t, d/2]` each.
+#[derive(Clone, Debug)]
+struct Chunk {
     cos_td: Buf<f32>,
     sin_td: Buf<f32>,
-    head_width: usize,
 }
 
 impl RopeTable {
@@ -35,24 +49,45 @@ impl RopeTable {
     /// the scaled variants for long contexts (linear, Llama 3, YaRN) come down to. Heads are twice as wide as there are
     /// frequencies.
     pub fn from_frequencies(n_positions: usize, frequencies: &[f64], attention_factor: f64) -> Self {
-        let half = frequencies.len();
-        let mut table = Self {
-            cos_td: Buf::zeroed(n_positions * half),
-            sin_td: Buf::zeroed(n_positions * half),
-            head_width: 2 * half,
-        };
-        for (i, frequency) in frequencies.iter().enumerate() {
-            for position in 0..n_positions {
-                let (sin, cos) = (position as f64 * frequency).sin_cos();
-                table.cos_td[position * half + i] = (attention_factor * cos) as f32;
-                table.sin_td[position * half + i] = (attention_factor * sin) as f32;
-            }
+        let n_chunks = n_positions.div_ceil(CHUNK_POSITIONS);
+        Self {
+            n_positions,
+            frequencies: frequencies.to_vec(),
+            attention_factor,
+            chunks: std::iter::repeat_with(OnceLock::new).take(n_chunks).collect(),
         }
-        table
     }
 
     pub(crate) fn n_positions(&self) -> usize {
-        if self.head_width == 0 { 0 } else { self.cos_td.len() / (self.head_width / 2) }
+        self.n_positions
+    }
+
+    fn head_width(&self) -> usize {
+        2 * self.frequencies.len()
+    }
+
+    /// Cosines and sines of a position, `d/2` each.
+    fn row(&self, position: usize) -> (&[f32], &[f32]) {
+        let (chunk, i) = (position / CHUNK_POSITIONS, position % CHUNK_POSITIONS);
+        let chunk = self.chunks[chunk].get_or_init(|| self.chunk(chunk * CHUNK_POSITIONS));
+        let half = self.frequencies.len();
+        (&chunk.cos_td[i * half..][..half], &chunk.sin_td[i * half..][..half])
+    }
+
+    #[cold]
+    fn chunk(&self, first: usize) -> Chunk {
+        let half = self.frequencies.len();
+        let n_positions = CHUNK_POSITIONS.min(self.n_positions - first);
+        let mut chunk =
+            Chunk { cos_td: Buf::zeroed(n_positions * half), sin_td: Buf::zeroed(n_positions * half) };
+        for p in 0..n_positions {
+            for (i, frequency) in self.frequencies.iter().enumerate() {
+                let (sin, cos) = ((first + p) as f64 * frequency).sin_cos();
+                chunk.cos_td[p * half + i] = (self.attention_factor * cos) as f32;
+                chunk.sin_td[p * half + i] = (self.attention_factor * sin) as f32;
+            }
+        }
+        chunk
     }
 }
 
@@ -90,7 +125,7 @@ pub fn rope_reference(x_d: &mut [f32], position: usize, base: f32) {
 /// Rotates in place.
 pub fn rope(pool: &Pool, x_n: &mut [f32], dims: RopeDims, table: &RopeTable, turn: Turn) {
     let RopeDims { n_positions, n_heads, stride } = dims;
-    assert!(n_heads * table.head_width <= stride && stride > 0, "rope: heads are wider than the row");
+    assert!(n_heads * table.head_width() <= stride && stride > 0, "rope: heads are wider than the row");
     assert!(n_positions > 0 && n_positions <= table.n_positions(), "rope: the table is too short");
     assert!(x_n.len().is_multiple_of(stride), "rope: not whole rows");
     let n = x_n.len() / stride;
@@ -106,13 +141,12 @@ pub fn rope(pool: &Pool, x_n: &mut [f32], dims: RopeDims, table: &RopeTable, tur
 dispatch!(pub(crate) fn rotate(x_n: &mut [f32], first: usize, dims: RopeDims, table: &RopeTable, turn: Turn) = rotate_simd);
 #[inline(always)]
 fn rotate_simd<S: Simd>(s: S, x_n: &mut [f32], first: usize, dims: RopeDims, table: &RopeTable, turn: Turn) {
-    let d = table.head_width;
+    let d = table.head_width();
     let half = d / 2;
     let sign = s.splat(if turn == Turn::Forward { 1.0 } else { -1.0 });
     for (i, x) in x_n.chunks_exact_mut(dims.stride).enumerate() {
         let position = (first + i) % dims.n_positions;
-        let cos_d = &table.cos_td[position * half..][..half];
-        let sin_d = &table.sin_td[position * half..][..half];
+        let (cos_d, sin_d) = table.row(position);
         for head in x[..dims.n_heads * d].chunks_exact_mut(d) {
             let (low, high) = head.split_at_mut(half);
             let angles = cos_d.chunks(S::LANES).zip(sin_d.chunks(S::LANES));

@@ -22,6 +22,7 @@ mod gguf;
 mod gguf_write;
 mod hf;
 mod hf_rules;
+mod index;
 mod jinja;
 mod lesson;
 mod llama2c;

@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 use crate::added::{AddedTokens, Finder, Part, Wanted};
 use crate::bpe::{MergeTable, Merger};
 use crate::cache::{self, WordCache};
+use crate::index::Index;
 use crate::normalize::normalize;
 use crate::spec::{SPACE_MARK, Spec, Symbols};
 use crate::split::Splitter;
@@ -38,7 +39,7 @@ struct Inner {
     /// Symbols of characters; empty where symbols are bytes.
     char_symbols: FxHashMap<char, TokenId>,
     /// Tokens of the model by their bytes.
-    by_bytes: FxHashMap<Box<[u8]>, TokenId>,
+    by_bytes: Index,
     /// Pieces may also be cut before every `▁` that follows something else, because no token reaches across it.
     marks_start_words: bool,
     all_added: AddedTokens,
@@ -125,13 +126,10 @@ impl Tokenizer {
         for token in &spec.added {
             is_special[token.id as usize] = token.special;
         }
-        let mut by_bytes = FxHashMap::default();
-        for (id, token) in spec.tokens.iter().enumerate() {
-            if !token.in_model || token.literal || is_special[id] {
-                continue;
-            }
-            by_bytes.entry(token.bytes.clone()).or_insert(id as TokenId);
-        }
+        let by_bytes = Index::new(&spec, |id| {
+            let token = &spec.tokens[id];
+            token.in_model && !token.literal && !is_special[id]
+        });
         let (decoded, decoded_starts) = decoded_tokens(&spec, &is_special)?;
         Ok(Tokenizer(Arc::new(Inner {
             merges: MergeTable::new(&spec.merges),
@@ -248,7 +246,7 @@ impl Tokenizer {
             Symbols::Bytes => Cow::Borrowed(text),
             Symbols::Chars { .. } => Cow::Owned(text.replace(' ', SPACE_MARK)),
         };
-        added.map(|token| token.id).or_else(|| self.0.by_bytes.get(marked.as_bytes()).copied())
+        added.map(|token| token.id).or_else(|| self.0.by_bytes.get(&self.0.spec, marked.as_bytes()))
     }
 
     /// Whether `id` is a control token, which stands for no text.
@@ -386,7 +384,7 @@ impl Inner {
     #[inline(never)]
     fn merge_word(&self, word: &[u8], merger: &mut Merger, ids: &mut Vec<TokenId>) {
         if self.spec.ignore_merges
-            && let Some(&id) = self.by_bytes.get(word)
+            && let Some(id) = self.by_bytes.get(&self.spec, word)
         {
             return ids.push(id);
         }
@@ -435,18 +433,20 @@ impl Inner {
     }
 }
 
-fn byte_symbols(spec: &Spec, by_bytes: &FxHashMap<Box<[u8]>, TokenId>) -> Box<[TokenId; 256]> {
+fn byte_symbols(spec: &Spec, by_bytes: &Index) -> Box<[TokenId; 256]> {
     Box::new(std::array::from_fn(|byte| {
         let symbol = match spec.symbols {
-            Symbols::Bytes => by_bytes.get(&[byte as u8][..]),
-            Symbols::Chars { byte_fallback: true } => by_bytes.get(format!("<0x{byte:02X}>").as_bytes()),
+            Symbols::Bytes => by_bytes.get(spec, &[byte as u8]),
+            Symbols::Chars { byte_fallback: true } => {
+                by_bytes.get(spec, format!("<0x{byte:02X}>").as_bytes())
+            }
             Symbols::Chars { byte_fallback: false } => None,
         };
-        symbol.copied().unwrap_or(MISSING)
+        symbol.unwrap_or(MISSING)
     }))
 }
 
-fn char_symbols(spec: &Spec, by_bytes: &FxHashMap<Box<[u8]>, TokenId>) -> FxHashMap<char, TokenId> {
+fn char_symbols(spec: &Spec, by_bytes: &Index) -> FxHashMap<char, TokenId> {
     if spec.symbols == Symbols::Bytes {
         return FxHashMap::default();
     }
@@ -454,7 +454,8 @@ fn char_symbols(spec: &Spec, by_bytes: &FxHashMap<Box<[u8]>, TokenId>) -> FxHash
         let mut chars = std::str::from_utf8(bytes).ok()?.chars();
         chars.next().filter(|_| chars.next().is_none())
     };
-    by_bytes.iter().filter_map(|(bytes, &id)| Some((only_char(bytes)?, id))).collect()
+    let char_of = |id: TokenId| only_char(&spec.tokens[id as usize].bytes);
+    by_bytes.ids().filter_map(|id| Some((char_of(id)?, id))).collect()
 }
 
 /// Whether merging can be done word by word: no token has a `▁` after anything but a `▁`.

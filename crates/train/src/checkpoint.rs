@@ -87,7 +87,7 @@ impl Checkpoints {
     }
 
     /// `None` when it was never published whole.
-    fn load(&self, step: u64) -> Result<Option<State>> {
+    pub(crate) fn load(&self, step: u64) -> Result<Option<State>> {
         let Some(bundle) = Bundle::open(&self.store, &self.prefix(step))? else {
             return Ok(None);
         };

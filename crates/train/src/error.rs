@@ -17,6 +17,10 @@ pub enum Error {
         "{micro_batches} micro-batches a step cannot be shared by {n_ranks} ranks: a power of two that divides them"
     )]
     Ranks { n_ranks: usize, micro_batches: usize },
+    #[error("Muon needs whole matrices: its state cannot be divided among ranks")]
+    MuonDivided,
+    #[error("rank 0 goes on from step {step}, which this rank does not find in its store")]
+    CheckpointMissing { step: u64 },
     #[error("the run {run} does not exist")]
     NoRun { run: String },
     #[error(

@@ -19,6 +19,9 @@ pub enum Event {
         loss: Option<f64>,
         grad_norm: Option<f64>,
         bad: BadBatch,
+        /// Where several ranks share the step, the one that brought what is wrong.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        rank: Option<usize>,
         /// Since the run began.
         n_skipped: u64,
     },
@@ -84,6 +87,12 @@ pub struct Started {
     /// What this machine can do at most, measured: floating-point operations a second.
     pub peak_flops: f64,
     pub n_ranks: u64,
+    /// When this life of the run began; 0 in runs of older builds.
+    #[serde(default)]
+    pub began_unix: f64,
+    /// What ended the life before, where a supervisor knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after: Option<String>,
 }
 
 /// One optimizer step. `step` counts finished steps: the first is 1.
@@ -105,6 +114,38 @@ pub struct Step {
     /// Where pairs are judged: by how much the better one is ahead, on average.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub margin: Option<f64>,
+    /// Where several ranks share the step: how well they do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ranks: Option<Ranks>,
+}
+
+/// A step as its ranks went through it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Ranks {
+    /// The rank that computed longest, and how long; and the median of all.
+    pub slowest: usize,
+    pub slowest_seconds: f64,
+    pub median_seconds: f64,
+    /// How long gradients travelled: of the rank that came last, since the others waited for it.
+    pub exchange_seconds: f64,
+    /// Sent by all ranks together since the step before.
+    pub bytes_sent: u64,
+}
+
+impl Ranks {
+    /// Of every rank: seconds of computing, seconds of exchanging, bytes sent, and the squared norm of its own gradient.
+    pub(crate) fn of(ranks: &[[f64; 4]]) -> Ranks {
+        let mut order: Vec<usize> = (0..ranks.len()).collect();
+        order.sort_by(|a, b| ranks[*a][0].total_cmp(&ranks[*b][0]));
+        let slowest = order.last().copied().unwrap_or_default();
+        Ranks {
+            slowest,
+            slowest_seconds: ranks[slowest][0],
+            median_seconds: ranks[order[order.len() / 2]][0],
+            exchange_seconds: ranks.iter().map(|rank| rank[1]).fold(f64::INFINITY, f64::min),
+            bytes_sent: ranks.iter().map(|rank| rank[2] as u64).sum(),
+        }
+    }
 }
 
 /// Held-out loss on one of several datasets.
@@ -163,6 +204,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_slowest_rank_is_named() {
+        let ranks = Ranks::of(&[[1.0, 2.5, 10.0, 0.1], [3.0, 0.5, 20.0, 0.1], [1.5, 2.0, 30.0, 0.1]]);
+        let Ranks { slowest, slowest_seconds, median_seconds, exchange_seconds, bytes_sent } = ranks;
+        assert_eq!((slowest, slowest_seconds, median_seconds), (1, 3.0, 1.5));
+        assert_eq!((exchange_seconds, bytes_sent), (0.5, 60));
+    }
+
+    #[test]
     fn a_line_reads_back() {
         let step = Step {
             step: 3,
@@ -174,6 +223,7 @@ mod tests {
             data_seconds: 0.0,
             elapsed_seconds: 1.5,
             margin: None,
+            ranks: None,
         };
         let event = Event::Step(step);
         let line = event.to_line();

@@ -31,12 +31,12 @@ mod tensorboard;
 
 pub use curve::Curve;
 pub use error::{Error, Result};
-pub use event::{BadBatch, EvalPart, Event, Started, Step};
+pub use event::{BadBatch, EvalPart, Event, Ranks, Started, Step};
 pub use guard::Wrong;
 pub use metrics_log::read_metrics;
 pub use plan::{
     AdamW, CheckpointPolicy, DataPart, Evaluate, Guard, Method, Muon, PLAN_VERSION, Plan, Sample, Start,
 };
-pub use run::{Context, Outcome, create, read_plan, run};
+pub use run::{Context, Outcome, create, plan_sha256, read_plan, run, run_rank};
 pub use schedule::{Decay, Schedule};
 pub use start::start_files;

@@ -68,21 +68,26 @@ impl Optimizer {
         }
     }
 
-    /// Moves the parameters and what is remembered of gradients; counts nothing.
+    /// Moves the parameters that the state owns and what is remembered of their gradients; counts nothing.
     pub(crate) fn update(&mut self, pool: &Pool, state: &mut State, grads: &[f32], rate: Rate) {
         let Rate { lr_share, grad_scale } = rate;
         let plan::AdamW { beta1, beta2, epsilon: eps, weight_decay } = self.adamw;
         let lr = (f64::from(self.lr_peak) * lr_share) as f32;
         let adamw = AdamW { lr, beta1, beta2, eps, weight_decay, step: state.n_updates() + 1, grad_scale };
-        let State { params, adam_m, adam_v, .. } = state;
+        let State { params, owned, adam_m, adam_v, .. } = state;
         for (range, decayed) in &self.plain {
-            let at = range.clone();
+            let at = range.start.max(owned.start)..range.end.min(owned.end);
+            if at.is_empty() {
+                continue;
+            }
+            let decayed = within(&(at.start - range.start..at.end - range.start), decayed);
+            let means = at.start - owned.start..at.end - owned.start;
             let state = AdamWState {
                 params: &mut params[at.clone()],
-                m: &mut adam_m[at.clone()],
-                v: &mut adam_v[at.clone()],
+                m: &mut adam_m[means.clone()],
+                v: &mut adam_v[means],
             };
-            tensor::adamw::adamw(pool, state, &grads[at], decayed, &adamw);
+            tensor::adamw::adamw(pool, state, &grads[at], &decayed, &adamw);
         }
         let Some(plan) = self.muon else { return };
         let settings = Muon {

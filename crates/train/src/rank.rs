@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use comm::{Comm, tree};
+use comm::{Comm, Record, tree};
 use data::{Batches, Mixture, NO_TARGET};
 use model::{LossSum, Objective, TrainModel, Trainable};
 use tensor::{Buf, Pool};
@@ -13,7 +13,7 @@ use crate::guard::Wrong;
 use crate::loader::{Loader, Order, Rows};
 use crate::optimizer::{Optimizer, Rate};
 use crate::state::State;
-use crate::{BadBatch, Error, EvalPart, Event, Plan, Result, Step};
+use crate::{BadBatch, Error, EvalPart, Event, Plan, Ranks, Result, Step};
 
 /// What a rank needs beyond the plan.
 pub(crate) struct Rank<'a> {
@@ -36,6 +36,10 @@ pub(crate) struct Rank<'a> {
     /// Partial sums of the gradient's norm.
     pub(crate) squares: Vec<f64>,
     pub(crate) seconds: &'a (dyn Fn() -> f64 + Sync),
+    /// Bytes sent to other ranks that a step has told of.
+    pub(crate) bytes_told: u64,
+    /// What this rank is doing, for those who ask.
+    pub(crate) record: Record,
 }
 
 /// A dataset's held-out rows, and its weight in the mean over datasets.
@@ -48,9 +52,10 @@ pub(crate) struct Validation {
 /// The part of the work that only rank 0 does: telling, saving, sampling.
 pub(crate) trait Lead {
     fn event(&mut self, event: Event);
-    /// Tells of a checkpoint that has been written meanwhile, and begins one beside the next steps if one is due and
-    /// none is being written. Returns whether one is still due.
-    fn go_on_saving(&mut self, is_due: bool, pool: &Pool, state: &State) -> bool;
+    /// Tells of a checkpoint that has been written meanwhile; whether none is being written now.
+    fn can_save(&mut self) -> bool;
+    /// Begins a checkpoint beside the next steps.
+    fn begin_save(&mut self, pool: &Pool, state: &State);
     /// Returns once the checkpoint is there or has failed, and whether it is there; why not has been told as an event.
     fn save(&mut self, pool: &Pool, state: &State) -> bool;
     fn sample(&mut self, pool: &Pool, trainable: &Trainable, state: &State) -> Result<()>;
@@ -88,7 +93,7 @@ impl Sums {
 }
 
 impl Rank<'_> {
-    /// Runs steps until the plan is done or `stop` is set; returns whether it is done.
+    /// Runs steps until the plan is done or `stop` is set on any rank; returns whether it is done.
     /// `lead` is `Some` on rank 0 and `None` elsewhere.
     pub(crate) fn run(&mut self, mut lead: Option<&mut dyn Lead>, stop: &AtomicBool) -> Result<bool> {
         let loader = Loader::start(self.mixture.clone(), self.order());
@@ -97,34 +102,79 @@ impl Rank<'_> {
         }
         let (mut is_save_due, first) = (false, self.state.step);
         while self.state.step < self.plan.steps {
-            // Rank 0 decides for all, so that every rank stops before the same step.
-            let wants_stop = self.comm.rank() == 0 && stop.load(Ordering::Relaxed);
-            if self.comm.all_gather(&[f64::from(u8::from(wants_stop))])?[0] != 0.0 {
-                if let Some(lead) = &mut lead
-                    && lead.save(&self.pool, &self.state)
+            let can_save = lead.as_mut().is_some_and(|lead| lead.can_save());
+            let wants = [stop.load(Ordering::Relaxed), is_save_due && can_save];
+            // What one rank wants all do, before the same step.
+            let [must_stop, must_save] = self.any(wants)?;
+            if must_stop {
+                if let Some(step) = self.save(&mut lead)?
+                    && let Some(lead) = &mut lead
                 {
-                    lead.event(Event::Interrupted { step: self.state.step });
+                    lead.event(Event::Interrupted { step });
                 }
                 return Ok(false);
+            }
+            if must_save {
+                is_save_due = false;
+                let whole = self.whole_state()?;
+                if let Some(lead) = &mut lead {
+                    lead.begin_save(&self.pool, whole.as_ref().unwrap_or(&self.state));
+                }
             }
             let event = self.step(&loader)?;
             if let Some(lead) = &mut lead {
                 lead.event(event);
             }
             self.look(&mut lead, self.state.step == self.plan.steps)?;
-            if let Some(lead) = &mut lead
-                && self.state.step < self.plan.steps
-            {
-                is_save_due |= self.state.step.is_multiple_of(self.plan.checkpoint.every_steps);
-                is_save_due = lead.go_on_saving(is_save_due, &self.pool, &self.state);
-            }
+            is_save_due |= self.state.step.is_multiple_of(self.plan.checkpoint.every_steps);
         }
-        if let Some(lead) = &mut lead
-            && self.state.step > first
-        {
-            lead.save(&self.pool, &self.state);
+        if self.state.step > first {
+            self.save(&mut lead)?;
         }
         Ok(true)
+    }
+
+    /// Of two things whether any rank says so.
+    fn any(&self, wants: [bool; 2]) -> Result<[bool; 2]> {
+        let all = self.comm.all_gather(&wants.map(|want| f64::from(u8::from(want))))?;
+        Ok([0, 1].map(|at| all.iter().skip(at).step_by(2).any(|want| *want != 0.0)))
+    }
+
+    /// Writes a checkpoint and waits for it. Its step, where this rank has written it.
+    fn save(&mut self, lead: &mut Option<&mut dyn Lead>) -> Result<Option<u64>> {
+        self.record.work(self.state.step, "saving");
+        let whole = self.whole_state()?;
+        let Some(lead) = lead else { return Ok(None) };
+        let is_saved = lead.save(&self.pool, whole.as_ref().unwrap_or(&self.state));
+        Ok(is_saved.then_some(self.state.step))
+    }
+
+    /// On rank 0 the state with what the others own of it; `None` where it is whole as it is, and on other ranks.
+    fn whole_state(&self) -> Result<Option<State>> {
+        let (rank, n_ranks, n) = (self.comm.rank(), self.comm.n_ranks(), self.state.params.len());
+        if !self.is_divided() {
+            return Ok(None);
+        }
+        if rank > 0 {
+            self.comm.send(0, &self.state.adam_m)?;
+            self.comm.send(0, &self.state.adam_v)?;
+            return Ok(None);
+        }
+        let mut whole =
+            State { owned: 0..n, adam_m: Buf::zeroed(n), adam_v: Buf::zeroed(n), ..self.state.clone() };
+        whole.adam_m[self.state.owned.clone()].copy_from_slice(&self.state.adam_m);
+        whole.adam_v[self.state.owned.clone()].copy_from_slice(&self.state.adam_v);
+        for other in 1..n_ranks {
+            let shard = tree::shard(n, other, n_ranks);
+            self.comm.receive(other, &mut whole.adam_m[shard.clone()])?;
+            self.comm.receive(other, &mut whole.adam_v[shard])?;
+        }
+        Ok(Some(whole))
+    }
+
+    /// The optimizer's state is divided among the ranks (ZeRO 1).
+    fn is_divided(&self) -> bool {
+        self.state.owned.len() < self.state.params.len()
     }
 
     /// The rows of the steps that are left.
@@ -158,23 +208,35 @@ impl Rank<'_> {
     fn step(&mut self, loader: &Loader) -> Result<Event> {
         let start = (self.seconds)();
         let plan = self.plan;
-        let (sums, data_seconds) = self.gradients(loader)?;
-        self.comm.all_reduce_tree(&mut self.grads)?;
-        let sums = Sums(self.comm.all_gather(&sums.0)?);
+        self.record.work(self.state.step, "gradients");
+        let (mut sums, data_seconds) = self.gradients(loader)?;
+        let computed = (self.seconds)();
+        let own_squares = self.own_squares();
+        self.record.work(self.state.step, "sums of gradients");
+        let squares = self.sum_gradients()?;
+        let exchanged = (self.seconds)() - computed;
+        let sent = self.comm.bytes_sent() - self.bytes_told;
+        self.bytes_told += sent;
+        let times = [computed - start, exchanged, sent as f64, own_squares];
+        sums.0.extend(times);
+        let (sums, times) = self.gather_sums(sums)?;
         let n_counted = sums.n_counted();
         let loss = sums.nats() / n_counted;
-        let squares = tensor::adamw::sum_squares(&self.pool, &self.grads, &mut self.squares);
         let grad_norm = squares.sqrt() / n_counted;
         // From numbers that all ranks have alike, so that all decide alike.
         let wrong = self.state.health.judge(loss, grad_norm, plan.guard);
         let lr_share = plan.schedule.share(self.state.step, plan.steps);
         if let Some(wrong) = wrong {
-            let bad = self.bad_batch(sums.worst());
-            return self.skip(wrong, [loss, grad_norm], bad);
+            let micro_batch = worst(&sums, &times);
+            let rank = (times.len() > 1).then(|| micro_batch / (plan.micro_batches / times.len()));
+            return self.skip(wrong, [loss, grad_norm], (self.bad_batch(micro_batch), rank));
         }
         let clip = (f64::from(plan.clip_norm) / grad_norm).min(1.0);
         let rate = Rate { lr_share, grad_scale: (clip / n_counted) as f32 };
         self.optimizer.update(&self.pool, &mut self.state, &self.grads, rate);
+        if self.is_divided() {
+            self.comm.all_gather_shards(&mut self.state.params)?;
+        }
         self.finish_step((self.seconds)() - start);
         let n_tokens = plan.tokens_per_step() as f64;
         let seconds = (self.seconds)() - start;
@@ -188,7 +250,43 @@ impl Rank<'_> {
             data_seconds,
             elapsed_seconds: self.state.elapsed_seconds,
             margin: plan.objective.is_of_pairs().then(|| sums.margin() / n_counted),
+            ranks: (times.len() > 1).then(|| Ranks::of(&times)),
         }))
+    }
+
+    /// The squared norm of this rank's own gradient, while there is one: what is not a number is then known to be its. One
+    /// pass over memory, where the sums over ranks take several.
+    fn own_squares(&mut self) -> f64 {
+        match self.comm.n_ranks() {
+            1 => 0.0,
+            _ => tensor::adamw::sum_squares(&self.pool, &self.grads, &mut self.squares),
+        }
+    }
+
+    /// Sums the gradients over ranks, as far as this one needs them; returns the square of the norm of all.
+    fn sum_gradients(&mut self) -> Result<f64> {
+        if !self.is_divided() {
+            self.comm.all_reduce_tree(&mut self.grads)?;
+            return Ok(tensor::adamw::sum_squares(&self.pool, &self.grads, &mut self.squares));
+        }
+        self.comm.reduce_scatter_tree(&mut self.grads)?;
+        let own = &self.grads[self.state.owned.clone()];
+        tensor::adamw::sum_squares(&self.pool, own, &mut self.squares);
+        // Shards are whole parts of that sum: the same numbers in the same order as on one rank.
+        Ok(self.comm.all_gather(&self.squares)?.iter().sum())
+    }
+
+    /// The sums of all micro-batches, and the last four numbers of every rank, see [`Ranks`].
+    fn gather_sums(&self, own: Sums) -> Result<(Sums, Vec<[f64; 4]>)> {
+        let all = self.comm.all_gather(&own.0)?;
+        let (mut sums, mut times) = (Sums::default(), Vec::new());
+        for rank in all.chunks(own.0.len()) {
+            if let Some((numbers, last)) = rank.split_last_chunk::<4>() {
+                sums.0.extend(numbers);
+                times.push(*last);
+            }
+        }
+        Ok((sums, times))
     }
 
     fn finish_step(&mut self, seconds: f64) {
@@ -198,7 +296,12 @@ impl Rank<'_> {
     }
 
     /// Goes on with the next rows; ends the run when that has happened too often in a row.
-    fn skip(&mut self, wrong: Wrong, [loss, grad_norm]: [f64; 2], bad: BadBatch) -> Result<Event> {
+    fn skip(
+        &mut self,
+        wrong: Wrong,
+        [loss, grad_norm]: [f64; 2],
+        (bad, rank): (BadBatch, Option<usize>),
+    ) -> Result<Event> {
         self.finish_step(0.0);
         let (step, n) = (self.state.step, self.state.health.n_skipped_in_a_row);
         if n > self.plan.guard.skips_max {
@@ -211,6 +314,7 @@ impl Rank<'_> {
             loss: number(loss),
             grad_norm: number(grad_norm),
             bad,
+            rank,
             n_skipped: self.state.health.n_skipped,
         })
     }
@@ -246,6 +350,7 @@ impl Rank<'_> {
     /// The mean of the objective, and bits a byte, over the first validation rows of every dataset, shared among ranks, summed in
     /// row order. `None` where nothing is held out.
     fn evaluate(&mut self) -> Result<Option<Event>> {
+        self.record.work(self.state.step, "evaluation");
         let validation = self.validation.clone();
         let mut parts = Vec::new();
         for part in validation.iter() {
@@ -298,8 +403,36 @@ impl Rank<'_> {
     }
 }
 
+/// The micro-batch that a step went wrong by: of a rank whose gradient is not a number, if there is one, the one that lost
+/// most.
+fn worst(sums: &Sums, times: &[[f64; 4]]) -> usize {
+    let per_rank = sums.0.len() / 3 / times.len().max(1);
+    match times.iter().position(|rank| !rank[3].is_finite()) {
+        None => sums.worst(),
+        Some(rank) => {
+            let own = &sums.0[3 * rank * per_rank..3 * (rank + 1) * per_rank];
+            rank * per_rank + Sums(own.to_vec()).worst()
+        }
+    }
+}
+
 /// A rank's share of `n` things, in order.
 fn share(n: u64, rank: usize, n_ranks: usize) -> Range<u64> {
     let (rank, n_ranks) = (rank as u64, n_ranks as u64);
     n * rank / n_ranks..n * (rank + 1) / n_ranks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rank_whose_gradient_is_no_number_is_found() {
+        // Four micro-batches on two ranks; the first lost most, the last rank's gradient is no number.
+        let sums = Sums(vec![9.0, 1.0, 0.0, 1.0, 1.0, 0.0, 2.0, 1.0, 0.0, 3.0, 1.0, 0.0]);
+        let good = [0.0, 0.0, 0.0, 1.5];
+        assert_eq!(worst(&sums, &[good, good]), 0);
+        assert_eq!(worst(&sums, &[good, [0.0, 0.0, 0.0, f64::NAN]]), 3);
+        assert_eq!(worst(&sums, &[[0.0, 0.0, 0.0, f64::INFINITY], good]), 0);
+    }
 }

@@ -7,7 +7,7 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use comm::ThreadComm;
+use comm::{Comm, Record, tree};
 use data::{Dataset, chain};
 use model::{TrainModel, Trainable};
 use sha2::{Digest, Sha256};
@@ -35,6 +35,10 @@ pub struct Context<'a> {
     pub store: Arc<dyn Store>,
     pub run: String,
     pub n_ranks: usize,
+    /// What ended the ranks before these, where that is known.
+    pub after: Option<String>,
+    /// The optimizer's state is divided among the ranks (ZeRO 1) instead of copied.
+    pub divided: bool,
     /// Threads of all ranks together.
     pub n_threads: usize,
     /// What the machine can do at most, for those who look: floating-point operations a second.
@@ -92,87 +96,159 @@ fn stored_plan(store: &Arc<dyn Store>, run: &str) -> Result<Option<(Plan, String
     Ok(Some((Plan::from_json(&bytes)?, hex::encode(Sha256::digest(&bytes)))))
 }
 
-/// Carries a created run out, from its newest checkpoint if it has one. `on_event` is told what happens.
-pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcome> {
-    let run = &context.run;
-    let (plan, plan_sha256) =
-        stored_plan(&context.store, run)?.ok_or_else(|| Error::NoRun { run: run.clone() })?;
-    plan.check_ranks(context.n_ranks)?;
-    let sources = Sources::open(&context.store, &plan)?;
-    let mut trainable = start::trainable(&context.store, run, &plan)?;
-    let checkpoints = Checkpoints {
-        store: context.store.clone(),
-        run: run.clone(),
-        plan_sha256,
-        n_params: trainable.n_params(),
-    };
-    let mut refused = Vec::new();
-    let state = checkpoints.load_newest(&mut |event| refused.push(event))?;
-    let step = state.as_ref().map_or(0, |s| s.step);
-    let mut leader = Leader {
-        log: MetricsLog::open(context.store.clone(), run, step)?,
-        board: TensorBoard::open(context.store.clone(), run, step, context.started_unix)?,
-        sampler: Sampler::new(&plan, sources.voice.tokenizer())?,
-        saver: Saver::new(checkpoints, plan.checkpoint.keep),
-        context,
-        plan: &plan,
-        on_event,
-        flushed: (context.seconds)(),
-    };
-    for event in refused {
-        leader.event(event);
-    }
-    leader.started(step, &trainable);
-    let mut states = vec![state.unwrap_or_else(|| State::initial(&trainable, plan.seed))];
-    states.extend((1..context.n_ranks).map(|_| states[0].clone()).collect::<Vec<_>>());
-    if !plan.objective.is_of_pairs() {
-        trainable.forget_start();
-    }
-    let ranks = ranks(context, (&plan, &trainable), &sources, states)?;
-    let (finished, params) = run_ranks(ranks, &mut leader, context.stop)?;
-    if finished {
-        leader.finish(&sources.voice, &trainable, &params)?;
-    }
-    leader.flush();
-    leader.flush_board();
-    Ok(if finished { Outcome::Finished } else { Outcome::Interrupted })
+/// The SHA-256 of a run's plan as it was written: what every rank of the run must have alike.
+pub fn plan_sha256(store: &Arc<dyn Store>, run: &str) -> Result<String> {
+    let found = stored_plan(store, run)?.ok_or_else(|| Error::NoRun { run: run.to_owned() })?;
+    Ok(found.1)
 }
 
-fn ranks<'a>(
-    context: &Context<'a>,
-    (plan, trainable): (&'a Plan, &Trainable),
-    sources: &Sources,
-    states: Vec<State>,
-) -> Result<Vec<Rank<'a>>> {
-    let config = plan.config()?;
-    let precision = if plan.bf16 { Precision::Bf16 } else { Precision::F32 };
-    let n_threads = (context.n_threads / context.n_ranks).max(1);
-    let tokenizer = sources.voice.tokenizer();
-    let n_ids = sources.voice.info().vocab_size as u32;
-    let is_text = |id: u32| id < n_ids && !tokenizer.is_special(id);
-    let bytes = |id: u32| if is_text(id) { tokenizer.token_bytes(id).len() as u32 } else { 0 };
-    let token_bytes: Arc<[u32]> = (0..config.vocab as u32).map(bytes).collect();
-    let group: Vec<ThreadComm> = comm::threads(context.n_ranks)?;
-    let rank = |(comm, state): (ThreadComm, State)| -> Result<Rank<'a>> {
-        Ok(Rank {
+/// What every rank needs of a run.
+struct Opened {
+    plan: Plan,
+    sources: Sources,
+    trainable: Trainable,
+    checkpoints: Checkpoints,
+}
+
+impl Opened {
+    fn open(context: &Context) -> Result<Opened> {
+        let run = &context.run;
+        let (plan, plan_sha256) =
+            stored_plan(&context.store, run)?.ok_or_else(|| Error::NoRun { run: run.clone() })?;
+        plan.check_ranks(context.n_ranks)?;
+        if context.divided && plan.muon.is_some() {
+            return Err(Error::MuonDivided);
+        }
+        let sources = Sources::open(&context.store, &plan)?;
+        let trainable = start::trainable(&context.store, run, &plan)?;
+        let checkpoints = Checkpoints {
+            store: context.store.clone(),
+            run: run.clone(),
+            plan_sha256,
+            n_params: trainable.n_params(),
+        };
+        Ok(Opened { plan, sources, trainable, checkpoints })
+    }
+
+    fn initial_state(&self) -> State {
+        State::initial(&self.trainable, self.plan.seed)
+    }
+
+    /// What only comparing with the start needs is forgotten where nothing is compared.
+    fn forget_start(&mut self) {
+        if !self.plan.objective.is_of_pairs() {
+            self.trainable.forget_start();
+        }
+    }
+}
+
+/// Carries a created run out, from its newest checkpoint if it has one, with ranks that are threads. `on_event` is told
+/// what happens.
+pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcome> {
+    let mut opened = Opened::open(context)?;
+    let mut refused = Vec::new();
+    let state = opened.checkpoints.load_newest(&mut |event| refused.push(event))?;
+    let state = state.unwrap_or_else(|| opened.initial_state());
+    let step = state.step;
+    let mut states = vec![state];
+    states.extend((1..context.n_ranks).map(|_| states[0].clone()).collect::<Vec<_>>());
+    opened.forget_start();
+    let mut leader = Leader::new(context, &opened, step, on_event)?;
+    leader.begin(refused, step, &opened.trainable);
+    let parts = RankParts::new(context, &opened)?;
+    let group = comm::threads(context.n_ranks)?;
+    let ranks = group
+        .into_iter()
+        .zip(states)
+        .map(|(comm, state)| parts.rank(Box::new(comm), state, Record::default()));
+    let (finished, params) = run_ranks(ranks.collect(), &mut leader, context.stop)?;
+    leader.end(finished, &opened, &params)
+}
+
+/// Carries a created run out as one rank of several processes; `comm` leads to the others. Only on rank 0 `on_event` is
+/// told what happens. An error on one rank leaves the others waiting: end the process.
+pub fn run_rank(
+    context: &Context,
+    (comm, record): (Box<dyn Comm>, Record),
+    on_event: &mut dyn FnMut(&Event),
+) -> Result<Outcome> {
+    record.work(0, "opening the run");
+    let mut opened = Opened::open(context)?;
+    let mut refused = Vec::new();
+    let is_first = comm.rank() == 0;
+    let found =
+        if is_first { opened.checkpoints.load_newest(&mut |event| refused.push(event))? } else { None };
+    // Rank 0 chooses where to go on; what it found may have changed since another rank would look.
+    let step = comm.all_gather(&[found.as_ref().map_or(0.0, |state| state.step as f64)])?[0] as u64;
+    let state = match found {
+        Some(state) => state,
+        None if step == 0 => opened.initial_state(),
+        None => opened.checkpoints.load(step)?.ok_or(Error::CheckpointMissing { step })?,
+    };
+    opened.forget_start();
+    let mut leader = if is_first { Some(Leader::new(context, &opened, step, on_event)?) } else { None };
+    if let Some(leader) = &mut leader {
+        leader.begin(refused, step, &opened.trainable);
+    }
+    let mut rank = RankParts::new(context, &opened)?.rank(comm, state, record);
+    let lead = leader.as_mut().map(|leader| leader as &mut dyn Lead);
+    let finished = rank.run(lead, context.stop)?;
+    let outcome = match leader {
+        Some(leader) => leader.end(finished, &opened, &rank.state.params)?,
+        None if finished => Outcome::Finished,
+        None => Outcome::Interrupted,
+    };
+    rank.record.work(rank.state.step, "leaving");
+    rank.comm.leave()?;
+    Ok(outcome)
+}
+
+/// What ranks are made of, besides what connects them and what they begin with.
+struct RankParts<'a> {
+    context: &'a Context<'a>,
+    opened: &'a Opened,
+    precision: Precision,
+    token_bytes: Arc<[u32]>,
+}
+
+impl<'a> RankParts<'a> {
+    fn new(context: &'a Context<'a>, opened: &'a Opened) -> Result<RankParts<'a>> {
+        let config = opened.plan.config()?;
+        let precision = if opened.plan.bf16 { Precision::Bf16 } else { Precision::F32 };
+        let voice = &opened.sources.voice;
+        let (tokenizer, n_ids) = (voice.tokenizer(), voice.info().vocab_size as u32);
+        let is_text = |id: u32| id < n_ids && !tokenizer.is_special(id);
+        let bytes = |id: u32| if is_text(id) { tokenizer.token_bytes(id).len() as u32 } else { 0 };
+        let token_bytes = (0..config.vocab as u32).map(bytes).collect();
+        Ok(RankParts { context, opened, precision, token_bytes })
+    }
+
+    fn rank(&self, comm: Box<dyn Comm>, mut state: State, record: Record) -> Rank<'a> {
+        let RankParts { context, opened: Opened { plan, sources, trainable, .. }, precision, .. } = *self;
+        let n_params = state.params.len();
+        if context.divided {
+            state.divide(tree::shard(n_params, comm.rank(), comm.n_ranks()));
+        }
+        Rank {
             plan,
-            comm: Box::new(comm),
-            pool: Pool::new(n_threads),
+            comm,
+            pool: Pool::new((context.n_threads / context.n_ranks).max(1)),
             model: TrainModel::new(trainable.clone(), plan.rows, plan.context, precision)
                 .with_z_loss(plan.z_loss),
             optimizer: Optimizer::new(plan, trainable.specs(), &trainable.decayed(), precision),
             trainable: trainable.clone(),
             mixture: sources.mixture.clone(),
             validation: sources.validation.clone(),
-            token_bytes: token_bytes.clone(),
-            grads: Buf::zeroed(state.params.len()),
+            token_bytes: self.token_bytes.clone(),
+            grads: Buf::zeroed(n_params),
             spare: Vec::new(),
             squares: Vec::new(),
             state,
             seconds: context.seconds,
-        })
-    };
-    group.into_iter().zip(states).map(rank).collect()
+            bytes_told: 0,
+            record,
+        }
+    }
 }
 
 /// Runs every rank in a thread, rank 0 with the leader in this one. Returns whether the plan is done, and rank 0's
@@ -214,7 +290,40 @@ struct Leader<'a, 'b> {
     flushed: f64,
 }
 
-impl Leader<'_, '_> {
+impl<'a, 'b> Leader<'a, 'b> {
+    fn new(
+        context: &'a Context<'a>,
+        opened: &'a Opened,
+        step: u64,
+        on_event: &'b mut dyn FnMut(&Event),
+    ) -> Result<Leader<'a, 'b>> {
+        let (store, run, plan) = (&context.store, &context.run, &opened.plan);
+        Ok(Leader {
+            log: MetricsLog::open(store.clone(), run, step)?,
+            board: TensorBoard::open(store.clone(), run, step, context.started_unix)?,
+            sampler: Sampler::new(plan, opened.sources.voice.tokenizer())?,
+            saver: Saver::new(opened.checkpoints.clone(), plan.checkpoint.keep),
+            context,
+            plan,
+            on_event,
+            flushed: (context.seconds)(),
+        })
+    }
+
+    fn begin(&mut self, refused: Vec<Event>, step: u64, trainable: &Trainable) {
+        refused.into_iter().for_each(|event| self.event(event));
+        self.started(step, trainable);
+    }
+
+    fn end(mut self, finished: bool, opened: &Opened, params: &[f32]) -> Result<Outcome> {
+        if finished {
+            self.finish(&opened.sources.voice, &opened.trainable, params)?;
+        }
+        self.flush();
+        self.flush_board();
+        Ok(if finished { Outcome::Finished } else { Outcome::Interrupted })
+    }
+
     fn started(&mut self, step: u64, trainable: &Trainable) {
         self.event(Event::Started(Started {
             run: self.context.run.clone(),
@@ -224,6 +333,8 @@ impl Leader<'_, '_> {
             flops_per_token: trainable.flops_per_token(self.plan.context),
             peak_flops: self.context.peak_flops,
             n_ranks: self.context.n_ranks as u64,
+            began_unix: self.context.started_unix,
+            after: self.context.after.clone(),
         }));
     }
 
@@ -279,9 +390,13 @@ impl Lead for Leader<'_, '_> {
         }
     }
 
-    fn go_on_saving(&mut self, is_due: bool, pool: &Pool, state: &State) -> bool {
+    fn can_save(&mut self) -> bool {
         self.tell_saved(false);
-        is_due && !self.saver.begin(pool, state, self.context.seconds)
+        self.saver.is_idle()
+    }
+
+    fn begin_save(&mut self, pool: &Pool, state: &State) {
+        self.saver.begin(pool, state, self.context.seconds);
     }
 
     fn save(&mut self, pool: &Pool, state: &State) -> bool {

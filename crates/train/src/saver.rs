@@ -42,6 +42,10 @@ impl Saver {
         Saver { checkpoints, keep, in_flight: None, spare: Snapshot::default() }
     }
 
+    pub(crate) fn is_idle(&self) -> bool {
+        self.in_flight.is_none()
+    }
+
     /// Begins to write a checkpoint; `false` while one is being written.
     pub(crate) fn begin(&mut self, pool: &Pool, state: &State, seconds: &dyn Fn() -> f64) -> bool {
         if self.in_flight.is_some() {

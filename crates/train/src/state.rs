@@ -1,5 +1,7 @@
 //! [`State`]: what changes from step to step.
 
+use std::ops::Range;
+
 use model::Trainable;
 use tensor::{Buf, Pool};
 
@@ -9,9 +11,11 @@ use crate::guard::Health;
 #[derive(Clone)]
 pub(crate) struct State {
     pub(crate) params: Buf<f32>,
-    /// Running mean of the gradient.
+    /// The parameters that this rank updates: all, or where ranks divide them its shard.
+    pub(crate) owned: Range<usize>,
+    /// Running mean of the gradient, of what is owned.
     pub(crate) adam_m: Buf<f32>,
-    /// Running mean of the squared gradient.
+    /// Running mean of the squared gradient, of what is owned.
     pub(crate) adam_v: Buf<f32>,
     /// Finished steps, those that were skipped among them.
     pub(crate) step: u64,
@@ -39,6 +43,7 @@ impl State {
         let n = trainable.n_params();
         State {
             params: trainable.init(seed),
+            owned: 0..n,
             adam_m: Buf::zeroed(n),
             adam_v: Buf::zeroed(n),
             step: 0,
@@ -53,7 +58,16 @@ impl State {
         self.step - self.health.n_skipped
     }
 
-    /// Fills `snapshot` with the state as it is now, as fast as memory is.
+    /// Keeps the means of these parameters only, out of all.
+    pub(crate) fn divide(&mut self, owned: Range<usize>) {
+        if owned.len() < self.params.len() {
+            self.adam_m = Buf::from_slice(&self.adam_m[owned.clone()]);
+            self.adam_v = Buf::from_slice(&self.adam_v[owned.clone()]);
+            self.owned = owned;
+        }
+    }
+
+    /// Fills `snapshot` with the state as it is now, of which nothing is another rank's, as fast as memory is.
     pub(crate) fn copy_to(&self, pool: &Pool, snapshot: &mut Snapshot) {
         snapshot.step = self.step;
         snapshot.tokens = self.tokens;
@@ -80,6 +94,6 @@ impl State {
             values
         });
         let Snapshot { step, tokens, elapsed_seconds, health, .. } = *snapshot;
-        State { params, adam_m, adam_v, step, tokens, elapsed_seconds, health }
+        State { owned: 0..params.len(), params, adam_m, adam_v, step, tokens, elapsed_seconds, health }
     }
 }

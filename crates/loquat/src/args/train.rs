@@ -1,6 +1,7 @@
 //! The flags of `loquat train`.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
@@ -80,11 +81,54 @@ pub(crate) struct Train {
     /// Ranks: threads that each train on their share of a step. The result does not depend on it.
     #[arg(long, default_value_t = 1)]
     pub(crate) ranks: usize,
+    #[command(flatten)]
+    pub(crate) distributed: Distributed,
     #[arg(long)]
     pub(crate) threads: Option<usize>,
     /// Report as JSON lines instead of the live view.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// How ranks are started and held together.
+#[derive(Args)]
+pub(crate) struct Distributed {
+    /// Start the ranks as processes, with mpirun, and start them again when some are lost. (Processes that mpirun or srun
+    /// has started find each other without this.)
+    #[arg(long, value_enum)]
+    pub(crate) launch: Option<Launcher>,
+    /// With --launch: start again at most so often.
+    #[arg(long, value_name = "N", default_value_t = 3, requires = "launch")]
+    pub(crate) restarts: u32,
+    /// With --launch: machines to start ranks on, separated by commas. Those that do not answer are left out.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', requires = "launch")]
+    pub(crate) hosts: Vec<String>,
+    /// With --hosts: the program that runs a command on a machine, called as ssh is.
+    #[arg(long, value_name = "PROGRAM", default_value = "ssh", requires = "launch")]
+    pub(crate) remote_shell: String,
+    /// With --launch: an option for mpirun; may be given often. --mpirun-option="--mca btl tcp,self"
+    #[arg(long, value_name = "OPTION", requires = "launch", allow_hyphen_values = true)]
+    pub(crate) mpirun_option: Vec<String>,
+    /// The MPI library, where it is not the one of the mpirun that is found first.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) mpi_library: Option<PathBuf>,
+    /// Divide the optimizer's state among the ranks (1) instead of copying it. The result does not depend on it.
+    #[arg(long, value_name = "STAGE", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=1))]
+    pub(crate) zero: u8,
+    /// Seconds without any progress after which a rank gives the others up.
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    rank_limit: u64,
+}
+
+impl Distributed {
+    pub(crate) fn limit(&self) -> Duration {
+        Duration::from_secs(self.rank_limit)
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+pub(crate) enum Launcher {
+    Mpi,
 }
 
 /// What to start from, what of it to train, and to what end.

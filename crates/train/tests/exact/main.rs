@@ -13,6 +13,7 @@ use train::{
     PLAN_VERSION, Plan, Sample, Schedule,
 };
 
+mod divided;
 mod methods;
 mod mishaps;
 
@@ -70,11 +71,22 @@ fn carry_out(
     [n_ranks, n_threads]: [usize; 2],
     stop_after: Option<u64>,
 ) -> (Outcome, Vec<Event>) {
+    carry_out_as(store, run, ([n_ranks, n_threads], false), stop_after)
+}
+
+fn carry_out_as(
+    store: &Arc<dyn Store>,
+    run: &str,
+    ([n_ranks, n_threads], divided): ([usize; 2], bool),
+    stop_after: Option<u64>,
+) -> (Outcome, Vec<Event>) {
     let stop = AtomicBool::new(false);
     let context = Context {
         store: store.clone(),
         run: run.into(),
         n_ranks,
+        after: None,
+        divided,
         n_threads,
         peak_flops: 1.0,
         stop: &stop,
@@ -176,6 +188,8 @@ fn a_damaged_checkpoint_falls_back_to_the_one_before() {
         store,
         run,
         n_ranks: 1,
+        after: None,
+        divided: false,
         n_threads: 1,
         peak_flops: 1.0,
         stop: &stop,
@@ -203,6 +217,8 @@ fn a_changed_plan_and_other_data_are_refused_by_name() {
         store: store.clone(),
         run: run.to_owned(),
         n_ranks,
+        after: None,
+        divided: false,
         n_threads: 1,
         peak_flops: 1.0,
         stop: &stop,

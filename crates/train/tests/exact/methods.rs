@@ -152,6 +152,8 @@ fn what_does_not_fit_is_refused_by_name() {
             store,
             run: name,
             n_ranks: 1,
+            after: None,
+            divided: false,
             n_threads: 1,
             peak_flops: 1.0,
             stop: &stop,

@@ -117,6 +117,8 @@ fn carry_out_with(
         store: store.clone(),
         run: run.into(),
         n_ranks,
+        after: None,
+        divided: false,
         n_threads: n_ranks,
         peak_flops: 1.0,
         stop: &AtomicBool::new(false),

@@ -1,9 +1,13 @@
 //! `loquat train`: one training run, by hand or as a job of the control plane.
 
+mod board;
 pub(crate) mod cluster;
 mod dry_run;
+mod launch;
 mod memory;
 mod plan;
+mod ranks;
+mod supervise;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -15,6 +19,8 @@ use anyhow::{Result, bail};
 use tensor::Pool;
 use train::{Event, Outcome};
 
+use self::launch::Launched;
+
 use crate::args;
 use crate::home::Home;
 use crate::machine::memory_available;
@@ -23,7 +29,14 @@ use crate::view::View;
 /// Micro-batches that are tried out to know how long a step takes.
 const TRIALS: usize = 5;
 
+/// In which a supervisor says why the ranks before these ended.
+const AFTER: &str = "LOQUAT_AFTER";
+
 pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
+    let launched = Launched::of(&|name| std::env::var(name).ok());
+    if args.distributed.launch.is_some() && launched.is_none() && !args.dry_run {
+        return supervise::run(home, args);
+    }
     let store = home.store()?;
     let n_threads = args.threads.unwrap_or_else(crate::n_threads);
     let pool = Arc::new(Pool::new(n_threads));
@@ -34,15 +47,24 @@ pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let run = args.run_name();
-    if train::read_plan(&store, run)?.is_none() {
-        if args.resume.is_some() {
-            bail!("{}", train::Error::NoRun { run: run.to_owned() });
+    let member = match &launched {
+        None => {
+            plan_if_new(home, args, &pool)?;
+            None
         }
-        create(home, args, &pool)?;
-    }
+        Some(launched) => match ranks::join((home, args), launched, &pool)? {
+            Ok(member) => Some(member),
+            Err(code) => return Ok(code),
+        },
+    };
+    let n_ranks = launched.map_or(args.ranks, |launched| launched.n_ranks);
+    // Of all ranks together: processes have as many each.
+    let n_threads = if member.is_some() { n_threads * n_ranks } else { n_threads };
     drop(pool);
     // SIGINT and SIGTERM end the run after its step, with a checkpoint; a second one ends it at once.
     let stop = Arc::new(AtomicBool::new(false));
+    // SIGUSR1 is what launchers pass on to every rank.
+    signal_hook::flag::register(signal_hook::consts::SIGUSR1, stop.clone())?;
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         signal_hook::flag::register_conditional_shutdown(signal, 130, stop.clone())?;
         signal_hook::flag::register(signal, stop.clone())?;
@@ -51,7 +73,9 @@ pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
     let context = train::Context {
         store: store.clone(),
         run: run.to_owned(),
-        n_ranks: args.ranks,
+        n_ranks,
+        after: std::env::var(AFTER).ok(),
+        divided: args.distributed.zero > 0,
         n_threads,
         peak_flops,
         stop: &stop,
@@ -66,10 +90,25 @@ pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
         true => print_line(&event.to_line()),
         false => view.show(event),
     };
-    match train::run(&context, &mut on_event)? {
-        Outcome::Finished => Ok(ExitCode::SUCCESS),
-        Outcome::Interrupted => Ok(ExitCode::from(control::EXIT_INTERRUPTED as u8)),
+    let outcome = match member {
+        None => train::run(&context, &mut on_event)?,
+        Some(member) => member.train(&context, &mut on_event)?,
+    };
+    Ok(match outcome {
+        Outcome::Finished => ExitCode::SUCCESS,
+        Outcome::Interrupted => ExitCode::from(control::EXIT_INTERRUPTED as u8),
+    })
+}
+
+fn plan_if_new(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<()> {
+    let run = args.run_name();
+    if train::read_plan(&home.store()?, run)?.is_some() {
+        return Ok(());
     }
+    if args.resume.is_some() {
+        bail!("{}", train::Error::NoRun { run: run.to_owned() });
+    }
+    create(home, args, pool)
 }
 
 /// Plans the run: refused where it does not fit in memory, and of as many steps as were asked for.

@@ -1,0 +1,231 @@
+//! Ranks that are processes which MPI started, on one machine or many.
+//!
+//! Sums are taken in the order of [`crate::tree`], as between threads, not by MPI's own reductions, whose order is the
+//! library's choice: so the bits of a run do not depend on what carries them.
+
+use std::cell::RefCell;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::Duration;
+
+use mpi::World;
+
+use crate::post::{Job, Post, Reply, Spare, failed};
+use crate::{Comm, CommError, Record, tree};
+
+/// How a rank joins the others.
+pub struct MpiSettings {
+    /// Files that may be the library, the likeliest first.
+    pub libraries: Vec<PathBuf>,
+    /// This rank, and how many the launcher says it started.
+    pub rank: usize,
+    pub n_ranks: usize,
+    /// An operation without progress for so long is given up, and names who is missing.
+    pub limit: Duration,
+    pub record: Record,
+}
+
+/// One process' end of the group.
+pub struct MpiComm {
+    rank: usize,
+    n_ranks: usize,
+    limit: Duration,
+    /// The thread that speaks MPI, which wants always the same one.
+    jobs: Sender<(Job, Sender<Reply>)>,
+    /// What is being sent. Kept, since fresh memory costs as much as sending it.
+    outbox: RefCell<Arc<[f32]>>,
+    spare: Spare,
+    bytes_sent: Arc<AtomicU64>,
+}
+
+impl MpiComm {
+    /// Joins the ranks that were started with this process.
+    ///
+    /// Errors: there is no library; it is not the launcher's; others do not come within the limit; their number is not a
+    /// power of two.
+    pub fn join(settings: MpiSettings) -> Result<MpiComm, CommError> {
+        let (joined, answer) = channel();
+        let (jobs, todo) = channel();
+        let (limit, waiting, launched) = (settings.limit, settings.rank, settings.n_ranks);
+        let (spare, bytes_sent) = (Spare::default(), Arc::new(AtomicU64::default()));
+        let MpiSettings { libraries, record, .. } = settings;
+        let shared = (spare.clone(), bytes_sent.clone());
+        std::thread::spawn(move || {
+            record.begin("join");
+            let world = World::join(&libraries).map_err(failed("joining the other ranks"));
+            record.end();
+            let world = world.and_then(|world| check(world, launched));
+            match world {
+                Ok(world) => {
+                    let (spare, bytes_sent) = shared;
+                    let post = Post { world, limit, record, spare, bytes_sent };
+                    if joined.send(Ok((post.world.rank(), post.world.n_ranks()))).is_ok() {
+                        speak(post, &todo);
+                    }
+                }
+                Err(error) => drop(joined.send(Err(error))),
+            }
+        });
+        let (rank, n_ranks) = match answer.recv_timeout(limit) {
+            Ok(joined) => joined?,
+            Err(RecvTimeoutError::Disconnected) => return Err(CommError::ThreadStopped),
+            Err(RecvTimeoutError::Timeout) => {
+                let (seconds, operation) = (limit.as_secs(), "join");
+                return Err(CommError::TimedOut { waiting, seconds, operation, missing: Vec::new() });
+            }
+        };
+        let outbox = RefCell::new(Arc::from([]));
+        Ok(MpiComm { rank, n_ranks, limit, jobs, outbox, spare, bytes_sent })
+    }
+
+    /// The sum that the MPI library takes itself, in its own order: what ours is measured against.
+    pub fn library_sum(&self, values: &mut [f32]) -> Result<(), CommError> {
+        let replies = self.ask(Job::LibrarySum(values.to_vec()))?;
+        self.fill(&replies, values)
+    }
+
+    fn ask(&self, job: Job) -> Result<Receiver<Reply>, CommError> {
+        let (replies, answers) = channel();
+        self.jobs.send((job, replies)).map_err(|_| CommError::ThreadStopped)?;
+        Ok(answers)
+    }
+
+    /// Puts what comes where it belongs, until the job is done.
+    fn fill(&self, replies: &Receiver<Reply>, values: &mut [f32]) -> Result<(), CommError> {
+        loop {
+            match replies.recv().map_err(|_| CommError::ThreadStopped)? {
+                Reply::Values(at, piece) => {
+                    values[at..at + piece.len()].copy_from_slice(&piece);
+                    self.spare.put(piece);
+                }
+                Reply::Bytes(_) => {}
+                Reply::Done(done) => return done,
+            }
+        }
+    }
+
+    /// A copy of `values` to send, and its length: the memory may be longer.
+    fn outgoing(&self, values: &[f32]) -> (Arc<[f32]>, usize) {
+        let mut outbox = self.outbox.borrow_mut();
+        match Arc::get_mut(&mut outbox).filter(|kept| kept.len() >= values.len()) {
+            Some(kept) => kept[..values.len()].copy_from_slice(values),
+            None => *outbox = Arc::from(values),
+        }
+        (outbox.clone(), values.len())
+    }
+}
+
+/// Does jobs until the rank is gone or something went wrong: then messages may be anywhere, and nothing more is said.
+fn speak(mut post: Post, todo: &Receiver<(Job, Sender<Reply>)>) {
+    while let Ok((job, replies)) = todo.recv() {
+        let is_last = matches!(job, Job::Leave);
+        let done = post.work(job, &replies);
+        if is_last && done.is_ok() {
+            drop(replies.send(Reply::Done(post.world.leave().map_err(failed("leaving")))));
+            return;
+        }
+        let failed = done.is_err();
+        if replies.send(Reply::Done(done)).is_err() || failed {
+            return;
+        }
+    }
+}
+
+fn check(world: World, launched: usize) -> Result<World, CommError> {
+    let (n_ranks, library) = (world.n_ranks(), world.library());
+    let refused = match n_ranks {
+        _ if n_ranks != launched => CommError::OtherLibrary { launched, seen: n_ranks, library },
+        _ if !n_ranks.is_power_of_two() => CommError::NotAPowerOfTwo { n_ranks },
+        _ => return Ok(world),
+    };
+    // All ranks see the same: they part in order, and each says why.
+    world.leave().map_err(failed("leaving"))?;
+    Err(refused)
+}
+
+impl Comm for MpiComm {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn n_ranks(&self) -> usize {
+        self.n_ranks
+    }
+
+    fn barrier(&self) -> Result<(), CommError> {
+        self.all_gather_bytes(&[]).map(drop)
+    }
+
+    fn reduce_scatter_tree(&self, values: &mut [f32]) -> Result<(), CommError> {
+        if self.n_ranks == 1 {
+            return Ok(());
+        }
+        let (mine, len) = self.outgoing(values);
+        let replies = self.ask(Job::ReduceScatter(mine, len))?;
+        self.fill(&replies, values)
+    }
+
+    fn all_gather_shards(&self, values: &mut [f32]) -> Result<(), CommError> {
+        if self.n_ranks == 1 {
+            return Ok(());
+        }
+        let own = tree::shard(values.len(), self.rank, self.n_ranks);
+        let (shard, _) = self.outgoing(&values[own]);
+        let replies = self.ask(Job::GatherShards(shard, values.len()))?;
+        self.fill(&replies, values)
+    }
+
+    fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
+        let replies = self.ask(Job::GatherBytes(bytes.to_vec()))?;
+        let mut all = Vec::new();
+        loop {
+            match replies.recv().map_err(|_| CommError::ThreadStopped)? {
+                Reply::Bytes(bytes) => all = bytes,
+                Reply::Values(..) => {}
+                Reply::Done(done) => return done.map(|()| all),
+            }
+        }
+    }
+
+    // On many nodes a tree would spare rank 0's link; this is used once a run.
+    fn broadcast(&self, values: &mut [f32]) -> Result<(), CommError> {
+        if self.rank > 0 {
+            return self.receive(0, values);
+        }
+        (1..self.n_ranks).try_for_each(|to| self.send(to, values))
+    }
+
+    /// Returns when MPI has taken it, which may be when the other receives it.
+    fn send(&self, to: usize, values: &[f32]) -> Result<(), CommError> {
+        let (mine, len) = self.outgoing(values);
+        let replies = self.ask(Job::Send(to, mine, len))?;
+        self.fill(&replies, &mut [])
+    }
+
+    fn receive(&self, from: usize, values: &mut [f32]) -> Result<(), CommError> {
+        let replies = self.ask(Job::Receive(from, values.len()))?;
+        self.fill(&replies, values)
+    }
+
+    fn bytes_sent(&self) -> u64 {
+        self.bytes_sent.load(Ordering::Relaxed)
+    }
+
+    fn leave(&self) -> Result<(), CommError> {
+        let replies = self.ask(Job::Leave)?;
+        // The end is said inside of MPI, which has no limit of its own.
+        loop {
+            match replies.recv_timeout(2 * self.limit) {
+                Ok(Reply::Done(done)) => return done,
+                Ok(_) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err(CommError::ThreadStopped),
+                Err(RecvTimeoutError::Timeout) => {
+                    let (waiting, seconds, operation) = (self.rank, 2 * self.limit.as_secs(), "leave");
+                    return Err(CommError::TimedOut { waiting, seconds, operation, missing: Vec::new() });
+                }
+            }
+        }
+    }
+}

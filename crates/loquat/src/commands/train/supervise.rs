@@ -1,0 +1,217 @@
+//! `loquat train --launch mpi`: starts the ranks with `mpirun`, and starts them again, from the last checkpoint, when some
+//! are lost: on the machines that are left, as many as the step's micro-batches can be shared by.
+
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use control::EXIT_INTERRUPTED;
+
+use super::board::Board;
+use super::ranks::{EXIT_RANKS_LOST, EXIT_REFUSED};
+use crate::args;
+use crate::home::Home;
+use crate::signals::Stop;
+
+/// Flags that are for the supervisor, not for the ranks.
+const OWN: &[&str] = &["--launch", "--restarts", "--hosts", "--remote-shell", "--mpirun-option", "--ranks"];
+const TICK: Duration = Duration::from_millis(100);
+/// How long a machine has to answer.
+const ANSWER_MAX: Duration = Duration::from_secs(3);
+/// How long `mpirun` has to end once it was told to.
+const END_MAX: Duration = Duration::from_secs(2);
+/// Ranks are silent for so long, beyond their own limit, when they are gone and `mpirun` has not noticed.
+const SILENCE: Duration = Duration::from_secs(15);
+/// So long after a rank has given up all have ended, unless `mpirun` waits for a machine that is cut off.
+const LAST_WORDS: Duration = Duration::from_secs(4);
+
+/// Starts ranks until the run is done.
+struct Supervisor<'a> {
+    args: &'a args::Train,
+    board: Board,
+    stop: Stop,
+    n_micro_batches: usize,
+}
+
+/// How a life of the ranks ended.
+enum Ended {
+    By(ExitStatus),
+    /// `mpirun` had to be killed.
+    Silent,
+}
+
+pub(super) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
+    let store = home.store()?;
+    let board = Board::new(store.clone(), args.run_name());
+    let planned = train::read_plan(&store, args.run_name())?.map(|plan| plan.micro_batches);
+    let n_micro_batches = planned.unwrap_or(args.micro_batches);
+    Supervisor { args, board, stop: Stop::on_signals()?, n_micro_batches }.run()
+}
+
+impl Supervisor<'_> {
+    fn run(&self) -> Result<ExitCode> {
+        let mut after = None;
+        for n_restarts in 0.. {
+            let hosts = self.hosts_that_answer();
+            if !self.args.distributed.hosts.is_empty() && hosts.is_empty() {
+                bail!("none of the machines answers: {}", self.args.distributed.hosts.join(", "));
+            }
+            let n_ranks = self.n_ranks(hosts.len());
+            let begun = Instant::now();
+            let ended = self.life((n_ranks, &hosts), after.as_deref())?;
+            let why = match ended {
+                Ended::By(status) if status.success() => return Ok(ExitCode::SUCCESS),
+                Ended::By(status) => match status.code() {
+                    Some(code) if [EXIT_INTERRUPTED, i32::from(EXIT_REFUSED), 2].contains(&code) => {
+                        return Ok(ExitCode::from(code as u8));
+                    }
+                    _ if self.stop.is_set() => return Ok(ExitCode::from(EXIT_INTERRUPTED as u8)),
+                    Some(code) if code == i32::from(EXIT_RANKS_LOST) => "ranks were lost".to_owned(),
+                    Some(code) => format!("mpirun ended with {code}"),
+                    None => format!("mpirun was ended by signal {}", status.signal().unwrap_or_default()),
+                },
+                Ended::Silent => "ranks were lost, and mpirun waited for them".to_owned(),
+            };
+            let seconds = begun.elapsed().as_secs_f64();
+            let left = self.args.distributed.restarts.saturating_sub(n_restarts);
+            eprintln!("{n_ranks} ranks ended after {seconds:.1} s: {why}; {left} restarts left");
+            if left == 0 {
+                return Ok(ExitCode::from(EXIT_RANKS_LOST));
+            }
+            after = Some(why);
+        }
+        unreachable!("the loop has no end")
+    }
+
+    /// As many as were asked for; fewer where machines are missing and the rest cannot share the step evenly.
+    fn n_ranks(&self, n_hosts: usize) -> usize {
+        let (asked, hosts) = (self.args.ranks, self.args.distributed.hosts.len());
+        let possible = if hosts == 0 { asked } else { (asked.div_ceil(hosts) * n_hosts).min(asked) };
+        let is_even = |n: &usize| n.is_power_of_two() && self.n_micro_batches.is_multiple_of(*n);
+        (1..=possible).rev().find(is_even).unwrap_or(1)
+    }
+
+    fn hosts_that_answer(&self) -> Vec<String> {
+        let asked: Vec<_> =
+            self.args.distributed.hosts.iter().map(|host| (host, self.remote(host).ok())).collect();
+        let deadline = Instant::now() + ANSWER_MAX;
+        let mut answered = Vec::new();
+        for (host, child) in asked {
+            let answers = child.is_some_and(|mut child| match ended_by(&mut child, deadline) {
+                Some(status) => status.success(),
+                None => {
+                    if let Err(error) = end(&mut child) {
+                        tracing::warn!("cannot end the call of {host}: {error:#}");
+                    }
+                    false
+                }
+            });
+            match answers {
+                true => answered.push(host.clone()),
+                false => eprintln!("{host} does not answer; it gets no rank"),
+            }
+        }
+        answered
+    }
+
+    fn remote(&self, host: &str) -> Result<Child> {
+        let mut command = Command::new(&self.args.distributed.remote_shell);
+        command.args([host, "true"]).stdin(Stdio::null()).process_group(0);
+        command.spawn().with_context(|| format!("cannot start {}", self.args.distributed.remote_shell))
+    }
+
+    /// From the start of the ranks until their `mpirun` has ended.
+    fn life(&self, (n_ranks, hosts): (usize, &[String]), after: Option<&str>) -> Result<Ended> {
+        let started = crate::now_unix_s();
+        let mut command = self.mpirun(n_ranks, hosts)?;
+        command.envs(after.map(|why| (super::AFTER, why)));
+        let mut child = command.spawn().context("cannot start mpirun")?;
+        let mut told = None;
+        let mut looked = Instant::now();
+        loop {
+            if let Some(status) = child.try_wait()? {
+                return Ok(Ended::By(status));
+            }
+            if self.stop.is_set() && told.is_none() {
+                signal(&child, "-USR1")?;
+                told = Some(Instant::now());
+            }
+            if looked.elapsed() > Duration::from_secs(1) {
+                looked = Instant::now();
+                if self.is_over(n_ranks, started) {
+                    end(&mut child)?;
+                    return Ok(Ended::Silent);
+                }
+            }
+            std::thread::sleep(TICK);
+        }
+    }
+
+    /// The ranks of this life have given up, or none was heard of for long.
+    fn is_over(&self, n_ranks: usize, started_unix: u64) -> bool {
+        let posts = self.board.posts(n_ranks).into_iter().flatten();
+        let posts: Vec<_> = posts.filter(|post| post.posted_unix >= started_unix).collect();
+        let ago = |unix: u64| Duration::from_secs(crate::now_unix_s().saturating_sub(unix));
+        let gave_up = posts.iter().filter(|post| post.gave_up).map(|post| post.posted_unix).min();
+        let heard = posts.iter().map(|post| post.posted_unix).max().unwrap_or(started_unix);
+        gave_up.is_some_and(|unix| ago(unix) > LAST_WORDS)
+            || ago(heard) > self.args.distributed.limit() + SILENCE
+    }
+
+    fn mpirun(&self, n_ranks: usize, hosts: &[String]) -> Result<Command> {
+        let program = crate::in_path("mpirun").context("there is no mpirun in PATH")?;
+        let distributed = &self.args.distributed;
+        let mut command = Command::new(program);
+        // Ranks that wait sleep, so that there may be more of them than cores.
+        command.args(["--oversubscribe", "--bind-to", "none", "-n", &n_ranks.to_string()]);
+        if !hosts.is_empty() {
+            let slots = n_ranks.div_ceil(hosts.len());
+            let places: Vec<String> = hosts.iter().map(|host| format!("{host}:{slots}")).collect();
+            command.args(["--host", &places.join(",")]);
+            // The names of Open MPI 5 and 4.
+            command.env("PRTE_MCA_plm_ssh_agent", &distributed.remote_shell);
+            command.env("OMPI_MCA_plm_rsh_agent", &distributed.remote_shell);
+        }
+        command.args(distributed.mpirun_option.iter().flat_map(|option| option.split_whitespace()));
+        // Whoever runs this as root has chosen to.
+        command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
+        command.env("PRTE_ALLOW_RUN_AS_ROOT", "1").env("PRTE_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
+        command.arg(std::env::current_exe().context("cannot find this program")?);
+        command.args(super::launch::words(std::env::args().skip(1), OWN));
+        // Ctrl-C is for the supervisor, which tells the ranks to save.
+        command.stdin(Stdio::null()).process_group(0);
+        Ok(command)
+    }
+}
+
+/// Ends a process and what it has started.
+fn end(child: &mut Child) -> Result<()> {
+    signal(child, "-TERM")?;
+    if ended_by(child, Instant::now() + END_MAX).is_none() {
+        signal(child, "-KILL")?;
+        child.wait()?;
+    }
+    Ok(())
+}
+
+/// To the process' group. The child has not been waited for: its number is still its own.
+fn signal(child: &Child, signal: &str) -> Result<()> {
+    let group = format!("-{}", child.id());
+    let status = Command::new("kill").args([signal, "--", &group]).status().context("cannot start kill")?;
+    if !status.success() {
+        tracing::warn!("kill {signal} {group}: {status}");
+    }
+    Ok(())
+}
+
+/// How it ended, if it did until then.
+fn ended_by(child: &mut Child, deadline: Instant) -> Option<ExitStatus> {
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => return Some(status),
+            Ok(None) if Instant::now() < deadline => std::thread::sleep(TICK / 5),
+            Ok(None) | Err(_) => return None,
+        }
+    }
+}
