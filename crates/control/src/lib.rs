@@ -1,7 +1,7 @@
 //! State of the cluster and its reconciler: models, jobs, keys, leases.
 //!
-//! **What it is.** [`Control`] keeps what was asked for and what was seen in one SQLite database that survives kill −9 at any
-//! instant. [`Reconciler`] holds the lease, compares the two and starts, stops and restarts jobs through a [`Launcher`].
+//! **What it is.** [`Control`] keeps what was asked for and what was seen in one database, SQLite's or PostgreSQL's, that survives
+//! kill −9 at any instant. [`Reconciler`] holds the lease, compares the two and starts, stops and restarts jobs through a [`Launcher`].
 //! A job *is* a command line of this binary, so whatever the reconciler runs, a person can run by hand.
 //!
 //! **What it is not.** It knows no HTTP and no tensors, and it is synchronous: calls are short, an async caller wraps them

@@ -11,9 +11,9 @@ mod hub;
 mod kill;
 #[cfg(feature = "long")]
 mod peers;
-mod ranks;
 #[path = "../../../control/tests/support/postgres.rs"]
 mod postgres;
+mod ranks;
 mod serve;
 mod support;
 mod tiny;
