@@ -2,9 +2,8 @@
 //! What is printed is kept in docs/log.md, with its date.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -35,6 +34,7 @@ enum What {
     Ingest,
     Tokenizer,
     Train,
+    Checkpoint,
     Comm,
     Engine,
     Serve,
@@ -54,6 +54,7 @@ const ALL: &[What] = &[
     What::Ingest,
     What::Tokenizer,
     What::Train,
+    What::Checkpoint,
     What::Comm,
     What::Engine,
     What::Serve,
@@ -83,7 +84,8 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
             What::Store => example(root, "store", "bench_store", &[])?,
             What::Ingest => example(root, "data", "bench_ingest", &[TEXT])?,
             What::Tokenizer => example(root, "tokenizer", "bench_tokenizer", &[TEXT])?,
-            What::Train => train(root, args)?,
+            What::Train => crate::bench_train::run(root, args.torch_python.as_deref())?,
+            What::Checkpoint => example(root, "train", "bench_checkpoint", &[])?,
             What::Comm => crate::bench_comm::run(root)?,
             What::Engine => {
                 example(root, "engine", "bench_engine", &[CHAT_MODEL])?;
@@ -105,33 +107,4 @@ fn name(what: What) -> String {
 fn example(root: &Path, package: &str, example: &str, args: &[&str]) -> Result<()> {
     let cargo = ["run", "--release", "--quiet", "--package", package, "--example", example, "--"];
     crate::run(root, "cargo", &[&cargo[..], args].concat())
-}
-
-/// Every shape in a process of its own, for its peak of memory.
-const TRAIN_SHAPES: [&str; 4] = ["demo", "peers", "gpt2-124m", "lora-135m"];
-/// What PyTorch is run as beside them: its best counts.
-const TORCH_MODES: [&[&str]; 4] = [&[], &["--compile"], &["--bf16"], &["--bf16", "--compile"]];
-
-/// Ours, the rival in all its ways, ours again: a drift of the machine shows.
-fn train(root: &Path, args: &Args) -> Result<()> {
-    for shape in TRAIN_SHAPES {
-        example(root, "model", "bench_train", &[shape])?;
-        let Some(python) = &args.torch_python else { continue };
-        for mode in TORCH_MODES {
-            let script = ["fixtures/torch/bench_train.py", "--shape", shape];
-            rival(root, python, &[&script, mode].concat())?;
-        }
-        example(root, "model", "bench_train", &[shape])?;
-    }
-    if args.torch_python.is_none() {
-        println!("(give --torch-python to see PyTorch on the same shapes)");
-    }
-    Ok(())
-}
-
-fn rival(root: &Path, program: &Path, args: &[&str]) -> Result<()> {
-    let status = Command::new(program).args(args).current_dir(root).status();
-    let status = status.with_context(|| format!("cannot start {}", program.display()))?;
-    ensure!(status.success(), "{}: {status}", program.display());
-    Ok(())
 }

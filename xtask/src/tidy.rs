@@ -18,8 +18,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("mpi", &[]),
     ("comm", &["mpi"]),
     ("model", &["tensor"]),
-    // The tokenizer: a run writes samples of text as it learns.
-    ("train", &["data", "model", "tensor", "comm", "store", "tokenizer"]),
+    // The tokenizer and tasks: a run writes samples of text as it learns, and is asked.
+    ("train", &["data", "model", "tensor", "comm", "store", "tokenizer", "eval"]),
     // Without the engine, so that training can use it, too.
     ("eval", &["model", "tensor", "tokenizer"]),
     ("engine", &["model", "tensor", "telemetry"]),

@@ -1,6 +1,5 @@
 //! Lines of JSON, plain or compressed, from a file that may be anything.
 
-use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
@@ -62,10 +61,9 @@ impl Line {
     }
 }
 
-/// All objects of a file, at least one. `.gz` is unpacked.
-pub(crate) fn read(path: &Path) -> Result<Vec<Line>> {
-    let failed = |source| Error::Read { path: path.to_owned(), line: 0, source };
-    let file = BufReader::new(File::open(path).map_err(failed)?);
+/// All objects of a file of this name, at least one. `.gz` is unpacked.
+pub(crate) fn read<'a>(path: &Path, file: impl Read + 'a) -> Result<Vec<Line>> {
+    let file = BufReader::new(file);
     let packed = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gz"));
     let mut bytes: Box<dyn BufRead> =
         if packed { Box::new(BufReader::new(MultiGzDecoder::new(file))) } else { Box::new(file) };

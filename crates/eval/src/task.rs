@@ -1,5 +1,7 @@
 //! A file's items with what is laid before them: examples, and what stands between question and answer.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use tokenizer::Tokenizer;
@@ -44,7 +46,16 @@ impl Task {
     /// # Errors
     /// If it cannot be read, or an item is wrong: by file, line and field.
     pub fn open(path: &Path, options: &Options) -> Result<Task> {
-        let lines = lines::read(path)?;
+        let failed = |source| Error::Read { path: path.to_owned(), line: 0, source };
+        Task::read(path, File::open(path).map_err(failed)?, options)
+    }
+
+    /// Reads what a file of this name holds.
+    ///
+    /// # Errors
+    /// As [`Task::open`].
+    pub fn read(path: &Path, file: impl Read, options: &Options) -> Result<Task> {
+        let lines = lines::read(path, file)?;
         let form = Form::of(&lines[0])?;
         let mut items = Vec::with_capacity(lines.len());
         for line in &lines {

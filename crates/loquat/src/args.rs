@@ -43,6 +43,11 @@ pub(crate) enum Command {
     Ingest(Ingest),
     /// Train a model on a dataset; a run that exists goes on where it was.
     Train(Box<Train>),
+    /// Datasets: look at what training sees of them.
+    Data {
+        #[command(subcommand)]
+        command: DataCommand,
+    },
     /// Serve models over the OpenAI API, without a control plane.
     Serve(Serve),
     /// Everything on one machine: control plane, jobs, models, API and console.
@@ -116,6 +121,27 @@ pub(crate) struct Ingest {
     /// Leave out rows that cannot be read, and count them, instead of stopping at the first.
     #[arg(long)]
     pub(crate) skip_bad_rows: bool,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum DataCommand {
+    /// Rows as training sees them, what is learned of them marked.
+    Show {
+        /// Name of the dataset.
+        dataset: String,
+        /// Tokens of one row.
+        #[arg(long, default_value_t = 256)]
+        context: usize,
+        /// Rows to print.
+        #[arg(long, default_value_t = 3)]
+        rows: u64,
+        /// Rows to pass over first.
+        #[arg(long, default_value_t = 0)]
+        skip: u64,
+        /// Of the documents that are held out.
+        #[arg(long)]
+        validation: bool,
+    },
 }
 
 /// Where and how to serve.

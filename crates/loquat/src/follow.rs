@@ -92,6 +92,11 @@ impl Recorder {
                 }
             }
             Event::Eval { bits_per_byte, .. } => self.metrics.validated(*bits_per_byte),
+            Event::Task { scores, .. } => {
+                for metric in &scores.metrics {
+                    self.metrics.scored(&scores.task, &metric.name, metric.value, metric.stderr);
+                }
+            }
             Event::Checkpoint { bytes, seconds, .. } => self.metrics.checkpointed(*bytes, *seconds),
             _ => {}
         }

@@ -53,6 +53,7 @@ fn run(loquat: &Loquat) -> Result<ExitCode> {
     let home = Home::open(&loquat.home, loquat.store.clone(), loquat.database.clone())?;
     match &loquat.command {
         Command::Ingest(args) => commands::ingest::run(&home, args),
+        Command::Data { command } => commands::data::run(&home, command),
         Command::Train(args) => commands::train::run(&home, args),
         Command::Serve(args) => commands::up::serve(&home, args),
         Command::Up(args) => commands::up::up(&home, args),

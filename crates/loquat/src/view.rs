@@ -1,9 +1,10 @@
 //! The live view of a training run: a block of lines redrawn in place on a terminal, plain lines elsewhere.
 
+use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use train::{Curve, Event, Ranks, Started, Step};
+use train::{Curve, Event, Ranks, Started, Step, TaskScores};
 
 use crate::lives::Lives;
 
@@ -21,6 +22,8 @@ pub(crate) struct View {
     bits_per_byte: Option<f64>,
     /// Tokens per second, smoothed over some steps.
     speed: Option<f64>,
+    /// Of every task the last scores, and of which step they are.
+    tasks: BTreeMap<String, (u64, TaskScores)>,
     sample: Option<(u64, String)>,
     notice: Option<String>,
     curve: Curve,
@@ -38,6 +41,7 @@ impl View {
             last: None,
             bits_per_byte: None,
             speed: None,
+            tasks: BTreeMap::new(),
             sample: None,
             notice: None,
             curve: Curve::default(),
@@ -64,6 +68,13 @@ impl View {
             Event::Started(started) => {
                 self.lives.begin(started);
                 self.started = Some(started.clone());
+                let Started { chats_cut: cut, chats_dropped: dropped, .. } = *started;
+                if cut + dropped > 0 {
+                    self.warn(&format!(
+                        "{cut} chats are longer than a row and end with it, {dropped} are left out: nothing to learn is in \
+                         their row (loquat data show prints rows)"
+                    ));
+                }
             }
             Event::Step(step) => {
                 let speed = self.speed.unwrap_or(step.tokens_per_second);
@@ -72,6 +83,12 @@ impl View {
                 self.last = Some(step.clone());
             }
             Event::Eval { bits_per_byte, .. } => self.bits_per_byte = Some(*bits_per_byte),
+            Event::Task { step, scores } => {
+                self.tasks.insert(scores.task.clone(), (*step, scores.clone()));
+                if !self.terminal {
+                    println!("step {step}: {}", score_text(scores));
+                }
+            }
             Event::Sample { step, text } => self.sample = Some((*step, text.clone())),
             Event::Checkpoint { step, write_seconds, .. } => {
                 self.notice =
@@ -85,6 +102,7 @@ impl View {
             Event::CheckpointFailed { step, why } => {
                 self.warn(&format!("no checkpoint at step {step}: {why}"))
             }
+            Event::TasksFailed { step, why } => self.warn(&format!("tasks not asked at step {step}: {why}")),
             Event::MetricsFailed { why, .. } => self.warn(&format!("metrics not written: {why}")),
             Event::Interrupted { step } => self.notice = Some(format!("stopped after step {step}, saved")),
             Event::Finished { .. } => self.notice = Some("finished".to_owned()),
@@ -125,6 +143,7 @@ impl View {
         }
         let mut lines = self.status();
         lines.extend(self.curve.terminal(CURVE_WIDTH, CURVE_HEIGHT));
+        lines.extend(self.tasks_line());
         lines.extend(self.sample_line());
         lines.extend(self.notice.clone());
         self.erase();
@@ -173,12 +192,25 @@ impl View {
         lines
     }
 
+    fn tasks_line(&self) -> Option<String> {
+        let (step, _) = self.tasks.values().next()?;
+        let scores: Vec<String> = self.tasks.values().map(|(_, scores)| score_text(scores)).collect();
+        Some(format!("step {step}: {}", scores.join("  ")))
+    }
+
     fn sample_line(&self) -> Option<String> {
         let (step, text) = self.sample.as_ref()?;
         let flat: String = text.split_whitespace().collect::<Vec<_>>().join(" ");
         let cut: String = flat.chars().take(SAMPLE_CHARS_MAX).collect();
         Some(format!("step {step} writes: {cut}"))
     }
+}
+
+/// The first metric is the usual one.
+fn score_text(scores: &TaskScores) -> String {
+    let metric = scores.metrics.first();
+    let text = metric.map_or(String::new(), |m| format!(" {} {:.3} ± {:.3}", m.name, m.value, m.stderr));
+    format!("{}{text}", scores.task)
 }
 
 fn rank_line(ranks: &Ranks, step: &Step) -> String {
@@ -240,6 +272,8 @@ mod tests {
             flops_per_token,
             peak_flops,
             n_ranks: 1,
+            chats_cut: 0,
+            chats_dropped: 0,
             began_unix: 0.0,
             after: None,
         }));

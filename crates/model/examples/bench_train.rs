@@ -1,6 +1,7 @@
 //! Training speed: tokens/s of whole steps (forward, backward, clipping, AdamW) and their share of the measured peak.
 //! `fixtures/torch/bench_train.py` prints the same for PyTorch. Usage: `bench_train [SHAPE] [f32|bf16] [SECONDS]`, the shapes
-//! being those of [`Case::all`]; one alone says what memory it needs.
+//! being those of [`Case::all`]; one alone, in one precision, says what memory it needs. Lines of JSON are for `cargo xtask
+//! bench train`, which prints ratios.
 //!
 //! Where other processes hold the cores, wall time says little; beside it stands the processor time this process used,
 //! divided by its threads: what the wall time would be without neighbours.
@@ -35,7 +36,7 @@ fn main() {
         {
             if !named(&["f32", "bf16"]) || named(&[label]) {
                 print!("{:12} {label:4} ", case.name);
-                case.bench(&pool, precision, peak, seconds);
+                case.bench(&pool, (label, precision, peak), seconds);
             }
         }
     }
@@ -141,7 +142,7 @@ impl Run {
 }
 
 impl Case {
-    fn bench(&self, pool: &Pool, precision: Precision, peak_per_s: f64, seconds: f64) {
+    fn bench(&self, pool: &Pool, (label, precision, peak_per_s): (&str, Precision, f64), seconds: f64) {
         let mut run = Run::new(self.trainable(pool), [self.rows, self.positions], precision);
         let vocab = self.config.vocab as u64;
         let ids = |salt: u32| -> Vec<u32> {
@@ -166,6 +167,7 @@ impl Case {
         let n = first.n_tokens as f64;
         let flops = run.model.trainable().flops_per_token(self.positions);
         let share = |s: f64| 100.0 * n * flops / s / peak_per_s;
+        let peak_mib = peak_mib();
         println!(
             "{:6.2} M of {:6.2} M parameters: {:6.0} tokens/s best ({:.1} % of peak), {:6.0} median, {:6.0} by processor time ({:.1} %), {} MiB",
             run.params.len() as f64 / 1e6,
@@ -175,8 +177,13 @@ impl Case {
             n / wall[wall.len() / 2],
             n / cpu[0],
             share(cpu[0]),
-            peak_mib()
+            peak_mib
         );
+        let line = serde_json::json!({
+            "shape": self.name, "precision": label, "mode": "loquat", "peak_mib": peak_mib,
+            "tokens_per_s": (n / wall[0]).round(), "tokens_per_s_by_cpu_time": (n / cpu[0]).round(),
+        });
+        println!("{line}");
     }
 }
 

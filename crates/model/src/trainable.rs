@@ -60,6 +60,17 @@ impl Trainable {
         Ok(Self { lora: Some(lora), ..Self::from_weights(weights)? })
     }
 
+    /// How many numbers are trained of a model of this shape: all, or what low-rank changes have.
+    ///
+    /// # Errors
+    /// If the settings do not fit the shape.
+    pub fn n_trained(config: &Config, lora: Option<&Lora>) -> Result<usize> {
+        Ok(match lora {
+            None => config.n_params(),
+            Some(settings) => n_params(LoraTable::new(config, settings)?.specs()),
+        })
+    }
+
     /// The model's shape.
     pub fn config(&self) -> &Config {
         &self.config

@@ -1,6 +1,8 @@
 //! Metrics of training runs.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -16,6 +18,13 @@ type GaugeFamily = Family<RunLabels, GaugeF64>;
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RunLabels {
     run: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, EncodeLabelSet)]
+struct TaskLabels {
+    run: String,
+    task: String,
+    metric: String,
 }
 
 /// One optimizer step in numbers.
@@ -90,6 +99,15 @@ impl TrainMetrics {
         self.families.validation_bits_per_byte.get_or_create_owned(&self.labels).set(bits_per_byte);
     }
 
+    /// A task was asked: what came out of it, and the standard error of that.
+    pub fn scored(&self, task: &str, metric: &str, value: f64, stderr: f64) {
+        let (task, metric) = (task.to_owned(), metric.to_owned());
+        let labels = TaskLabels { run: self.labels.run.clone(), task, metric };
+        self.families.task_score.get_or_create_owned(&labels).set(value);
+        self.families.task_stderr.get_or_create_owned(&labels).set(stderr);
+        self.families.tasks.lock().unwrap_or_else(PoisonError::into_inner).insert(labels);
+    }
+
     /// A checkpoint of `n_bytes` became visible after `seconds`.
     pub fn checkpointed(&self, n_bytes: u64, seconds: f64) {
         let families = &self.families;
@@ -113,6 +131,10 @@ pub(crate) struct TrainFamilies {
     checkpoints: Family<RunLabels, Counter>,
     checkpoint_bytes: GaugeFamily,
     checkpoint_seconds: GaugeFamily,
+    task_score: Family<TaskLabels, GaugeF64>,
+    task_stderr: Family<TaskLabels, GaugeF64>,
+    /// What the last two have members for.
+    tasks: Arc<Mutex<BTreeSet<TaskLabels>>>,
     slowest_rank: GaugeFamily,
     slowest_rank_seconds: GaugeFamily,
     median_rank_seconds: GaugeFamily,
@@ -144,6 +166,14 @@ impl TrainFamilies {
             ),
             checkpoint_bytes: gauge(r, "checkpoint_bytes", "Size of the last checkpoint"),
             checkpoint_seconds: gauge(r, "checkpoint_seconds", "Time the last checkpoint took"),
+            task_score: registered(r, "loquat_train_task_score", "Score of a task", Family::default()),
+            task_stderr: registered(
+                r,
+                "loquat_train_task_stderr",
+                "Standard error of a task's score",
+                Family::default(),
+            ),
+            tasks: Arc::default(),
             slowest_rank: gauge(r, "slowest_rank", "The rank that computed longest in the last step"),
             slowest_rank_seconds: gauge(r, "slowest_rank_seconds", "How long it computed"),
             median_rank_seconds: gauge(r, "median_rank_seconds", "How long the rank in the middle computed"),
@@ -194,6 +224,15 @@ impl TrainFamilies {
         ] {
             family.remove(&labels);
         }
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        tasks.retain(|labels| {
+            let goes = labels.run == run;
+            if goes {
+                self.task_score.remove(labels);
+                self.task_stderr.remove(labels);
+            }
+            !goes
+        });
     }
 }
 

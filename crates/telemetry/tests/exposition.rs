@@ -324,6 +324,7 @@ fn training_storage_and_jobs_have_names_with_units() {
     train.step(&TrainStep { step: 9, n_tokens: 4096, loss_nats: 3.5, learning_rate: 1e-3, grad_norm: 0.5 });
     train.speed(12_000.0, 0.4);
     train.validated(1.75);
+    train.scored("copa", "acc", 0.6, 0.05);
     train.checkpointed(1 << 20, 0.25);
     metrics.store().operation("put", 512, Duration::from_millis(3), true);
     metrics.store().operation("put", 512, Duration::from_millis(3), false);
@@ -347,6 +348,9 @@ fn training_storage_and_jobs_have_names_with_units() {
     ] {
         assert_eq!(exposition.value(&format!("loquat_train_{name}"), run), expected, "{name}");
     }
+    let score: &[(&str, &str)] = &[run[0], ("task", "copa"), ("metric", "acc")];
+    assert_eq!(exposition.value("loquat_train_task_score", score), 0.6);
+    assert_eq!(exposition.value("loquat_train_task_stderr", score), 0.05);
     let put: &[(&str, &str)] = &[("operation", "put")];
     assert_eq!(exposition.value("loquat_store_bytes_total", put), 512.0);
     let failed = [("operation", "put"), ("outcome", "error")];

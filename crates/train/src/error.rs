@@ -43,6 +43,19 @@ pub enum Error {
         "the run {run} has no model to start from, or another than its plan names; start a run of another name"
     )]
     StartChanged { run: String },
+    #[error(
+        "the run {run} lacks the task {name}, or has another than its plan names; start a run of another name"
+    )]
+    TaskChanged { run: String, name: String },
+    #[error("the model {model} has a weight that is not a number: {tensor}, element {at}")]
+    StartNotANumber { model: String, tensor: String, at: usize },
+    #[error("cannot read {tensor} of the model {model}")]
+    StartRead {
+        model: String,
+        tensor: String,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("the dataset {name} holds {found}, the objective needs {needed}")]
     Pairs { name: String, found: &'static str, needed: &'static str },
     #[error("checkpoint {prefix}: {what}")]
@@ -59,6 +72,8 @@ pub enum Error {
     Config(#[from] model::ConfigError),
     #[error(transparent)]
     Model(#[from] model::Error),
+    #[error(transparent)]
+    Eval(#[from] eval::Error),
     #[error(transparent)]
     Comm(#[from] comm::CommError),
     #[error(transparent)]

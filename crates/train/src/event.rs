@@ -34,12 +34,19 @@ pub enum Event {
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         parts: Vec<EvalPart>,
     },
+    /// What the model as it is now scores on a task.
+    Task {
+        step: u64,
+        #[serde(flatten)]
+        scores: TaskScores,
+    },
     /// A continuation written by the model as it is now.
     Sample {
         step: u64,
         text: String,
     },
-    /// A checkpoint of `step` is published; `seconds` is how long training stood still for it.
+    /// A checkpoint of `step` is published; `seconds` is how long training stood still for it: 0 where it was copied by
+    /// the next step's update.
     Checkpoint {
         step: u64,
         bytes: u64,
@@ -60,6 +67,11 @@ pub enum Event {
     },
     /// Metrics or a sample could not be written; training goes on.
     MetricsFailed {
+        step: u64,
+        why: String,
+    },
+    /// Not all tasks could be asked; training goes on.
+    TasksFailed {
         step: u64,
         why: String,
     },
@@ -87,6 +99,11 @@ pub struct Started {
     /// What this machine can do at most, measured: floating-point operations a second.
     pub peak_flops: f64,
     pub n_ranks: u64,
+    /// Chats that are longer than a row and end with it, and those of which nothing to learn is left.
+    #[serde(default)]
+    pub chats_cut: u64,
+    #[serde(default)]
+    pub chats_dropped: u64,
     /// When this life of the run began; 0 in runs of older builds.
     #[serde(default)]
     pub began_unix: f64,
@@ -156,6 +173,25 @@ pub struct EvalPart {
     pub bits_per_byte: f64,
 }
 
+/// What came out of a task, the usual metric first.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TaskScores {
+    pub task: String,
+    pub items: usize,
+    /// Sequences that were too long for the model and lost their beginning.
+    pub truncated: usize,
+    pub metrics: Vec<Score>,
+}
+
+/// A mean over items.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Score {
+    pub name: String,
+    pub value: f64,
+    /// Of the mean.
+    pub stderr: f64,
+}
+
 /// The micro-batch that made a step go wrong, or lost most in it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BadBatch {
@@ -183,11 +219,13 @@ impl Event {
             Event::Started(s) => s.step,
             Event::Eval { step, .. }
             | Event::Skipped { step, .. }
+            | Event::Task { step, .. }
             | Event::Sample { step, .. }
             | Event::Checkpoint { step, .. }
             | Event::CheckpointRefused { step, .. }
             | Event::CheckpointFailed { step, .. }
             | Event::MetricsFailed { step, .. }
+            | Event::TasksFailed { step, .. }
             | Event::Interrupted { step }
             | Event::Finished { step, .. } => *step,
         }

@@ -27,16 +27,19 @@ mod schedule;
 mod sources;
 mod start;
 mod state;
+mod tasks;
 mod tensorboard;
 
 pub use curve::Curve;
 pub use error::{Error, Result};
-pub use event::{BadBatch, EvalPart, Event, Ranks, Started, Step};
+pub use event::{BadBatch, EvalPart, Event, Ranks, Score, Started, Step, TaskScores};
 pub use guard::Wrong;
 pub use metrics_log::read_metrics;
 pub use plan::{
     AdamW, CheckpointPolicy, DataPart, Evaluate, Guard, Method, Muon, PLAN_VERSION, Plan, Sample, Start,
+    TaskFile, Tasks,
 };
 pub use run::{Context, Outcome, create, plan_sha256, read_plan, run, run_rank};
 pub use schedule::{Decay, Schedule};
 pub use start::start_files;
+pub use tasks::keep_tasks;

@@ -10,10 +10,13 @@ use tensor::{Pool, Precision};
 
 use crate::Plan;
 use crate::plan;
-use crate::state::State;
+use crate::state::{Snapshot, State};
 
 /// Parts of names of matrices that are no map between hidden states: rows of tables, looked up or compared with.
 const TABLES: [&str; 4] = ["embed", "wte", "wpe", "lm_head"];
+
+/// Elements that are copied and then updated while they are in caches: 3 vectors · 4 B · 256 Ki = 3 MiB.
+const COPIED_AT_ONCE: usize = 256 << 10;
 
 /// Which parameters are updated how.
 pub(crate) struct Optimizer {
@@ -68,26 +71,41 @@ impl Optimizer {
         }
     }
 
-    /// Moves the parameters that the state owns and what is remembered of their gradients; counts nothing.
-    pub(crate) fn update(&mut self, pool: &Pool, state: &mut State, grads: &[f32], rate: Rate) {
+    /// Moves the parameters that the state owns and what is remembered of their gradients; counts nothing. `before` gets
+    /// the vectors as they were: each part is copied just before it is updated, when it has to come from memory anyway.
+    ///
+    /// # Panics
+    /// If `before` is given and something of the state is another rank's.
+    pub(crate) fn update(
+        &mut self,
+        pool: &Pool,
+        state: &mut State,
+        (grads, rate): (&[f32], Rate),
+        mut before: Option<&mut Snapshot>,
+    ) {
         let Rate { lr_share, grad_scale } = rate;
         let plan::AdamW { beta1, beta2, epsilon: eps, weight_decay } = self.adamw;
         let lr = (f64::from(self.lr_peak) * lr_share) as f32;
         let adamw = AdamW { lr, beta1, beta2, eps, weight_decay, step: state.n_updates() + 1, grad_scale };
-        let State { params, owned, adam_m, adam_v, .. } = state;
+        let owned = state.owned.clone();
         for (range, decayed) in &self.plain {
-            let at = range.start.max(owned.start)..range.end.min(owned.end);
-            if at.is_empty() {
-                continue;
+            let mine = range.start.max(owned.start)..range.end.min(owned.end);
+            let part_len = if before.is_some() { COPIED_AT_ONCE } else { mine.len() };
+            for start in mine.clone().step_by(part_len.max(1)) {
+                let at = start..(start + part_len).min(mine.end);
+                if let Some(before) = &mut before {
+                    state.copy_to(pool, before, at.clone());
+                }
+                let State { params, adam_m, adam_v, .. } = &mut *state;
+                let decayed = within(&(at.start - range.start..at.end - range.start), decayed);
+                let means = at.start - owned.start..at.end - owned.start;
+                let state = AdamWState {
+                    params: &mut params[at.clone()],
+                    m: &mut adam_m[means.clone()],
+                    v: &mut adam_v[means],
+                };
+                tensor::adamw::adamw(pool, state, &grads[at], &decayed, &adamw);
             }
-            let decayed = within(&(at.start - range.start..at.end - range.start), decayed);
-            let means = at.start - owned.start..at.end - owned.start;
-            let state = AdamWState {
-                params: &mut params[at.clone()],
-                m: &mut adam_m[means.clone()],
-                v: &mut adam_v[means],
-            };
-            tensor::adamw::adamw(pool, state, &grads[at], &decayed, &adamw);
         }
         let Some(plan) = self.muon else { return };
         let settings = Muon {
@@ -99,6 +117,10 @@ impl Optimizer {
         };
         for (range, dims) in &self.matrices {
             let at = range.clone();
+            if let Some(before) = &mut before {
+                state.copy_to(pool, before, at.clone());
+            }
+            let State { params, adam_m, .. } = &mut *state;
             let of = [&mut params[at.clone()], &mut adam_m[at.clone()]];
             muon(pool, of, &grads[at], *dims, (&settings, &mut self.scratch));
         }
@@ -126,7 +148,59 @@ fn within(range: &Range<usize>, decayed: &[Range<usize>]) -> Vec<Range<usize>> {
 
 #[cfg(test)]
 mod tests {
+    use tensor::Buf;
+
     use super::*;
+    use crate::guard::Health;
+
+    fn state(n: usize) -> State {
+        let vector = |salt: usize| {
+            let mut values = Buf::zeroed(n);
+            values.iter_mut().enumerate().for_each(|(i, x)| *x = ((i * 31 + salt) % 97) as f32 * 0.01);
+            values
+        };
+        State {
+            params: vector(1),
+            owned: 0..n,
+            adam_m: vector(2),
+            adam_v: vector(3),
+            step: 4,
+            tokens: 5,
+            elapsed_seconds: 6.0,
+            health: Health::default(),
+        }
+    }
+
+    #[test]
+    fn what_was_before_an_update_is_copied_and_changes_nothing() {
+        // Several parts, a border of decay inside of one, and a matrix for Muon.
+        let n = 2 * COPIED_AT_ONCE + 777;
+        let matrix = n - 12..n;
+        let optimizer = || Optimizer {
+            adamw: plan::AdamW { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 },
+            lr_peak: 0.1,
+            muon: Some(plan::Muon::default()),
+            precision: Precision::F32,
+            plain: vec![
+                (0..10, vec![]),
+                (10..n - 12, vec![100..COPIED_AT_ONCE, COPIED_AT_ONCE + 5..COPIED_AT_ONCE + 500]),
+            ],
+            matrices: vec![(matrix.clone(), [3, 4])],
+            scratch: MuonScratch::default(),
+        };
+        let (pool, start) = (Pool::new(2), state(n));
+        let (grads, rate) = (start.adam_m.clone(), Rate { lr_share: 0.5, grad_scale: 0.25 });
+        let [mut plain, mut copied] = [start.clone(), start.clone()];
+        optimizer().update(&pool, &mut plain, (&grads, rate), None);
+        let mut before = Snapshot::new(n);
+        start.count_to(&mut before);
+        optimizer().update(&pool, &mut copied, (&grads, rate), Some(&mut before));
+        let vectors = |s: &State| [&s.params, &s.adam_m, &s.adam_v].map(|v| v.to_vec());
+        assert!(vectors(&copied) == vectors(&plain) && vectors(&plain) != vectors(&start));
+        let before = State::from_snapshot(&before);
+        assert!(vectors(&before) == vectors(&start));
+        assert_eq!((before.step, before.tokens, before.elapsed_seconds), (4, 5, 6.0));
+    }
 
     #[test]
     fn ranges_are_cut_around_matrices() {

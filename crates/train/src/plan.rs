@@ -17,6 +17,7 @@ pub const PLAN_VERSION: u64 = 2;
 /// The most tokens one micro-batch may hold. 2^20 tokens * 1 KiB of activations and more a token: GiBs.
 const MICRO_BATCH_TOKENS_MAX: usize = 1 << 20;
 const MICRO_BATCHES_MAX: usize = 1 << 16;
+const TASKS_MAX: usize = 64;
 
 /// What is trained, on what, and how.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -66,6 +67,9 @@ pub struct Plan {
     pub evaluate: Evaluate,
     pub checkpoint: CheckpointPolicy,
     pub sample: Sample,
+    /// What the model is asked as it learns, if anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tasks: Option<Tasks>,
 }
 
 /// A dataset and its share of the rows.
@@ -180,6 +184,25 @@ pub struct Sample {
     pub n_tokens: usize,
 }
 
+/// Tasks whose files are kept in the run, see [`crate::keep_tasks`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tasks {
+    pub every_steps: u64,
+    /// Worked examples before each item.
+    pub shots: usize,
+    /// The first so many items of each are asked.
+    pub items_max: usize,
+    pub files: Vec<TaskFile>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TaskFile {
+    pub name: String,
+    pub sha256: String,
+}
+
 impl Plan {
     /// Reads a plan as it stands in a run.
     pub fn from_json(bytes: &[u8]) -> Result<Plan> {
@@ -246,7 +269,11 @@ impl Plan {
         check(self.evaluate.rows_max >= 1, "evaluate.rows_max", "must be at least 1")?;
         check(self.checkpoint.every_steps >= 1, "checkpoint.every_steps", "must be at least 1")?;
         check(self.checkpoint.keep >= 1, "checkpoint.keep", "must be at least 1")?;
-        check(self.sample.every_steps >= 1, "sample.every_steps", "must be at least 1")
+        check(self.sample.every_steps >= 1, "sample.every_steps", "must be at least 1")?;
+        let Some(tasks) = &self.tasks else { return Ok(()) };
+        check(tasks.every_steps >= 1, "tasks.every_steps", "must be at least 1")?;
+        check(tasks.items_max >= 1, "tasks.items_max", "must be at least 1")?;
+        check((1..=TASKS_MAX).contains(&tasks.files.len()), "tasks.files", "must be 1 to 64")
     }
 
     fn check_data(&self) -> Result<()> {

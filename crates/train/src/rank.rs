@@ -12,7 +12,7 @@ use tensor::{Buf, Pool};
 use crate::guard::Wrong;
 use crate::loader::{Loader, Order, Rows};
 use crate::optimizer::{Optimizer, Rate};
-use crate::state::State;
+use crate::state::{Snapshot, State};
 use crate::{BadBatch, Error, EvalPart, Event, Plan, Ranks, Result, Step};
 
 /// What a rank needs beyond the plan.
@@ -56,9 +56,17 @@ pub(crate) trait Lead {
     fn can_save(&mut self) -> bool;
     /// Begins a checkpoint beside the next steps.
     fn begin_save(&mut self, pool: &Pool, state: &State);
+    /// Prepares one whose vectors the next update copies.
+    fn prepare_save(&mut self, state: &State);
+    /// Where the vectors of a prepared checkpoint are to be copied before they change.
+    fn due_snapshot(&mut self) -> Option<&mut Snapshot>;
+    /// They are copied.
+    fn begin_prepared(&mut self);
     /// Returns once the checkpoint is there or has failed, and whether it is there; why not has been told as an event.
     fn save(&mut self, pool: &Pool, state: &State) -> bool;
     fn sample(&mut self, pool: &Pool, trainable: &Trainable, state: &State) -> Result<()>;
+    /// Asks the plan's tasks.
+    fn ask(&mut self, pool: &Pool, trainable: &Trainable, state: &State);
 }
 
 /// What micro-batches lost, three numbers each, in their order: nats, what counts (tokens with a target, or pairs),
@@ -118,10 +126,13 @@ impl Rank<'_> {
                 is_save_due = false;
                 let whole = self.whole_state()?;
                 if let Some(lead) = &mut lead {
-                    lead.begin_save(&self.pool, whole.as_ref().unwrap_or(&self.state));
+                    match &whole {
+                        Some(whole) => lead.begin_save(&self.pool, whole),
+                        None => lead.prepare_save(&self.state),
+                    }
                 }
             }
-            let event = self.step(&loader)?;
+            let event = self.step(&loader, &mut lead)?;
             if let Some(lead) = &mut lead {
                 lead.event(event);
             }
@@ -187,7 +198,7 @@ impl Rank<'_> {
         }
     }
 
-    /// Evaluates and samples where the plan says so, or where it must.
+    /// Evaluates, samples and asks where the plan says so, or where it must.
     fn look(&mut self, lead: &mut Option<&mut dyn Lead>, must: bool) -> Result<()> {
         let step = self.state.step;
         if (must || step.is_multiple_of(self.plan.evaluate.every_steps))
@@ -201,11 +212,17 @@ impl Rank<'_> {
         {
             lead.sample(&self.pool, &self.trainable, &self.state)?;
         }
+        let tasks = self.plan.tasks.as_ref();
+        if let Some(lead) = lead
+            && tasks.is_some_and(|tasks| must || step.is_multiple_of(tasks.every_steps))
+        {
+            lead.ask(&self.pool, &self.trainable, &self.state);
+        }
         Ok(())
     }
 
     /// One optimizer step over the micro-batches of all ranks.
-    fn step(&mut self, loader: &Loader) -> Result<Event> {
+    fn step(&mut self, loader: &Loader, lead: &mut Option<&mut dyn Lead>) -> Result<Event> {
         let start = (self.seconds)();
         let plan = self.plan;
         self.record.work(self.state.step, "gradients");
@@ -227,13 +244,20 @@ impl Rank<'_> {
         let wrong = self.state.health.judge(loss, grad_norm, plan.guard);
         let lr_share = plan.schedule.share(self.state.step, plan.steps);
         if let Some(wrong) = wrong {
+            // There may be no update for long.
+            if let Some(snapshot) = lead.as_mut().and_then(|lead| lead.due_snapshot()) {
+                self.state.copy_to(&self.pool, snapshot, 0..self.state.params.len());
+            }
+            begin_prepared(lead);
             let micro_batch = worst(&sums, &times);
             let rank = (times.len() > 1).then(|| micro_batch / (plan.micro_batches / times.len()));
             return self.skip(wrong, [loss, grad_norm], (self.bad_batch(micro_batch), rank));
         }
         let clip = (f64::from(plan.clip_norm) / grad_norm).min(1.0);
         let rate = Rate { lr_share, grad_scale: (clip / n_counted) as f32 };
-        self.optimizer.update(&self.pool, &mut self.state, &self.grads, rate);
+        let before = lead.as_mut().and_then(|lead| lead.due_snapshot());
+        self.optimizer.update(&self.pool, &mut self.state, (&self.grads, rate), before);
+        begin_prepared(lead);
         if self.is_divided() {
             self.comm.all_gather_shards(&mut self.state.params)?;
         }
@@ -413,6 +437,12 @@ fn worst(sums: &Sums, times: &[[f64; 4]]) -> usize {
             let own = &sums.0[3 * rank * per_rank..3 * (rank + 1) * per_rank];
             rank * per_rank + Sums(own.to_vec()).worst()
         }
+    }
+}
+
+fn begin_prepared(lead: &mut Option<&mut dyn Lead>) {
+    if let Some(lead) = lead {
+        lead.begin_prepared();
     }
 }
 

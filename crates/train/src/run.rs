@@ -23,7 +23,8 @@ use crate::rank::{Lead, Rank};
 use crate::sample::Sampler;
 use crate::saver::Saver;
 use crate::sources::Sources;
-use crate::state::State;
+use crate::state::{Snapshot, State};
+use crate::tasks::Asker;
 use crate::tensorboard::TensorBoard;
 use crate::{Curve, Error, Event, Plan, Result, Started, read_metrics, start};
 
@@ -41,6 +42,8 @@ pub struct Context<'a> {
     pub divided: bool,
     /// Threads of all ranks together.
     pub n_threads: usize,
+    /// Layers are computed again in the backward pass, which takes less memory and more time.
+    pub recompute: bool,
     /// What the machine can do at most, for those who look: floating-point operations a second.
     pub peak_flops: f64,
     /// Set from outside: stop after the current step, with a checkpoint.
@@ -49,6 +52,12 @@ pub struct Context<'a> {
     pub seconds: &'a (dyn Fn() -> f64 + Sync),
     /// Seconds since 1970 when `seconds` was 0: for those who draw curves over time.
     pub started_unix: f64,
+}
+
+impl Context<'_> {
+    fn threads_of_a_rank(&self) -> usize {
+        (self.n_threads / self.n_ranks).max(1)
+    }
 }
 
 /// How a run ended.
@@ -154,7 +163,7 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
     states.extend((1..context.n_ranks).map(|_| states[0].clone()).collect::<Vec<_>>());
     opened.forget_start();
     let mut leader = Leader::new(context, &opened, step, on_event)?;
-    leader.begin(refused, step, &opened.trainable);
+    leader.begin(refused, step, &opened);
     let parts = RankParts::new(context, &opened)?;
     let group = comm::threads(context.n_ranks)?;
     let ranks = group
@@ -188,7 +197,7 @@ pub fn run_rank(
     opened.forget_start();
     let mut leader = if is_first { Some(Leader::new(context, &opened, step, on_event)?) } else { None };
     if let Some(leader) = &mut leader {
-        leader.begin(refused, step, &opened.trainable);
+        leader.begin(refused, step, &opened);
     }
     let mut rank = RankParts::new(context, &opened)?.rank(comm, state, record);
     let lead = leader.as_mut().map(|leader| leader as &mut dyn Lead);
@@ -232,9 +241,10 @@ impl<'a> RankParts<'a> {
         Rank {
             plan,
             comm,
-            pool: Pool::new((context.n_threads / context.n_ranks).max(1)),
+            pool: Pool::new(context.threads_of_a_rank()),
             model: TrainModel::new(trainable.clone(), plan.rows, plan.context, precision)
-                .with_z_loss(plan.z_loss),
+                .with_z_loss(plan.z_loss)
+                .with_recompute(context.recompute),
             optimizer: Optimizer::new(plan, trainable.specs(), &trainable.decayed(), precision),
             trainable: trainable.clone(),
             mixture: sources.mixture.clone(),
@@ -286,6 +296,7 @@ struct Leader<'a, 'b> {
     log: MetricsLog,
     board: TensorBoard,
     sampler: Sampler,
+    asker: Asker,
     on_event: &'b mut dyn FnMut(&Event),
     flushed: f64,
 }
@@ -302,7 +313,8 @@ impl<'a, 'b> Leader<'a, 'b> {
             log: MetricsLog::open(store.clone(), run, step)?,
             board: TensorBoard::open(store.clone(), run, step, context.started_unix)?,
             sampler: Sampler::new(plan, opened.sources.voice.tokenizer())?,
-            saver: Saver::new(opened.checkpoints.clone(), plan.checkpoint.keep),
+            asker: Asker::open((store, run), plan, opened.sources.voice.tokenizer())?,
+            saver: Saver::new(opened.checkpoints.clone(), plan.checkpoint.keep, context.threads_of_a_rank()),
             context,
             plan,
             on_event,
@@ -310,9 +322,9 @@ impl<'a, 'b> Leader<'a, 'b> {
         })
     }
 
-    fn begin(&mut self, refused: Vec<Event>, step: u64, trainable: &Trainable) {
+    fn begin(&mut self, refused: Vec<Event>, step: u64, opened: &Opened) {
         refused.into_iter().for_each(|event| self.event(event));
-        self.started(step, trainable);
+        self.started(step, opened);
     }
 
     fn end(mut self, finished: bool, opened: &Opened, params: &[f32]) -> Result<Outcome> {
@@ -324,7 +336,7 @@ impl<'a, 'b> Leader<'a, 'b> {
         Ok(if finished { Outcome::Finished } else { Outcome::Interrupted })
     }
 
-    fn started(&mut self, step: u64, trainable: &Trainable) {
+    fn started(&mut self, step: u64, Opened { trainable, sources, .. }: &Opened) {
         self.event(Event::Started(Started {
             run: self.context.run.clone(),
             step,
@@ -335,6 +347,8 @@ impl<'a, 'b> Leader<'a, 'b> {
             n_ranks: self.context.n_ranks as u64,
             began_unix: self.context.started_unix,
             after: self.context.after.clone(),
+            chats_cut: sources.n_cut,
+            chats_dropped: sources.n_dropped,
         }));
     }
 
@@ -396,12 +410,24 @@ impl Lead for Leader<'_, '_> {
     }
 
     fn begin_save(&mut self, pool: &Pool, state: &State) {
-        self.saver.begin(pool, state, self.context.seconds);
+        self.saver.begin_at_once(pool, state, self.context.seconds);
+    }
+
+    fn prepare_save(&mut self, state: &State) {
+        self.saver.prepare(state);
+    }
+
+    fn due_snapshot(&mut self) -> Option<&mut Snapshot> {
+        self.saver.due()
+    }
+
+    fn begin_prepared(&mut self) {
+        self.saver.begin(self.context.seconds);
     }
 
     fn save(&mut self, pool: &Pool, state: &State) -> bool {
         self.tell_saved(true);
-        self.saver.begin(pool, state, self.context.seconds);
+        self.saver.begin_at_once(pool, state, self.context.seconds);
         self.tell_saved(true)
     }
 
@@ -413,6 +439,16 @@ impl Lead for Leader<'_, '_> {
         }
         self.event(Event::Sample { step: state.step, text });
         Ok(())
+    }
+
+    fn ask(&mut self, pool: &Pool, trainable: &Trainable, state: &State) {
+        let (step, mut all) = (state.step, Vec::new());
+        let asked = self.asker.ask(pool, trainable, state, &mut |scores| all.push(scores));
+        all.into_iter().for_each(|scores| self.event(Event::Task { step, scores }));
+        // A task that the model has no room for is told; what is trained does not depend on it.
+        if let Err(error) = asked {
+            self.event(Event::TasksFailed { step, why: chain(&error) });
+        }
     }
 }
 

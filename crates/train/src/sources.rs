@@ -18,6 +18,10 @@ pub(crate) struct Sources {
     pub(crate) validation: Arc<[Validation]>,
     /// Whose tokenizer and chat template the trained model is published with.
     pub(crate) voice: Dataset,
+    /// Of the chats that are trained on: those that a row's end cuts off, and those left out, see
+    /// [`Batches::n_cut_and_dropped`].
+    pub(crate) n_cut: u64,
+    pub(crate) n_dropped: u64,
 }
 
 impl Sources {
@@ -37,10 +41,13 @@ impl Sources {
         }
         check_tokenizers(plan, &datasets)?;
         let (mut parts, mut validation) = (Vec::new(), Vec::new());
+        let (mut n_cut, mut n_dropped) = (0, 0);
         for (part, dataset) in plan.data.iter().zip(&datasets) {
             check_pairs(plan, dataset)?;
             if part.weight > 0.0 {
                 let batches = Batches::new(dataset, Split::Train, plan.seed, plan.context)?;
+                let (cut, dropped) = batches.n_cut_and_dropped();
+                (n_cut, n_dropped) = (n_cut + cut, n_dropped + dropped);
                 parts.push((batches.isolated(plan.isolated), part.weight));
             }
             if dataset.info().validation.n_documents > 0 {
@@ -52,7 +59,7 @@ impl Sources {
         let mixture = Mixture::new(parts, plan.seed).ok_or(Error::Mixture)?;
         let speaks = |dataset: &&Dataset| dataset.info().chats.is_some();
         let voice = datasets.iter().find(speaks).or(datasets.first()).cloned().ok_or(Error::Mixture)?;
-        Ok(Sources { mixture, validation: weighted(validation).into(), voice })
+        Ok(Sources { mixture, validation: weighted(validation).into(), voice, n_cut, n_dropped })
     }
 }
 

@@ -15,9 +15,18 @@ const KIND: &str = "model";
 
 /// The files of a model to start from, and what the plan says of them. Weights keep their bits where training can begin
 /// from them exactly; quantized ones become f32.
+///
+/// # Errors
+/// If a weight is no number: every loss would be none.
 pub fn start_files(pool: &Arc<Pool>, name: &str, mut weights: Weights) -> Result<(Start, model::Files)> {
     for tensor in weights.tensors.values_mut().filter(|tensor| tensor.kind.is_quantized()) {
         *tensor = tensor.clone().converted(WeightKind::F32, pool.clone());
+    }
+    for (tensor, weight) in &weights.tensors {
+        let read = |source| Error::StartRead { model: name.to_owned(), tensor: tensor.clone(), source };
+        if let Some(at) = weight.to_f32().map_err(read)?.iter().position(|x| !x.is_finite()) {
+            return Err(Error::StartNotANumber { model: name.to_owned(), tensor: tensor.clone(), at });
+        }
     }
     let files = hf::files(&weights)?;
     let tensors =

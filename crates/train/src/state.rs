@@ -35,8 +35,18 @@ pub(crate) struct Snapshot {
     pub(crate) health: Health,
 }
 
-/// Elements of a vector that a thread copies at a time: 256 KiB.
-const COPY_LEN: usize = 64 << 10;
+/// Elements of a vector that a thread copies at a time: 64 KiB, as the update takes them.
+const COPY_LEN: usize = 16 << 10;
+
+impl Snapshot {
+    /// With memory for vectors of `n` numbers, all of it touched: a page that is touched for the first time takes longer
+    /// than copying does.
+    pub(crate) fn new(n: usize) -> Snapshot {
+        let mut snapshot = Snapshot::default();
+        snapshot.vectors.iter_mut().for_each(|bytes| bytes.resize(4 * n, 0));
+        snapshot
+    }
+}
 
 impl State {
     pub(crate) fn initial(trainable: &Trainable, seed: u64) -> State {
@@ -67,14 +77,19 @@ impl State {
         }
     }
 
-    /// Fills `snapshot` with the state as it is now, of which nothing is another rank's, as fast as memory is.
-    pub(crate) fn copy_to(&self, pool: &Pool, snapshot: &mut Snapshot) {
+    /// Sets all of `snapshot` but the vectors.
+    pub(crate) fn count_to(&self, snapshot: &mut Snapshot) {
         snapshot.step = self.step;
         snapshot.tokens = self.tokens;
         snapshot.elapsed_seconds = self.elapsed_seconds;
         snapshot.health = self.health;
-        for (bytes, values) in snapshot.vectors.iter_mut().zip([&self.params, &self.adam_m, &self.adam_v]) {
-            bytes.resize(values.len() * 4, 0);
+    }
+
+    /// Copies a part of the vectors as it is now, of which nothing is another rank's, as fast as memory is.
+    pub(crate) fn copy_to(&self, pool: &Pool, snapshot: &mut Snapshot, range: Range<usize>) {
+        let vectors = [&self.params, &self.adam_m, &self.adam_v];
+        for (bytes, values) in snapshot.vectors.iter_mut().zip(vectors) {
+            let (bytes, values) = (&mut bytes[4 * range.start..4 * range.end], &values[range.clone()]);
             pool.run_chunks(bytes, 4 * COPY_LEN, |i, part| {
                 let values = &values[i * COPY_LEN..];
                 for (four, value) in part.as_chunks_mut::<4>().0.iter_mut().zip(values) {

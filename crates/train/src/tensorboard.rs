@@ -81,6 +81,13 @@ impl TensorBoard {
                 self.scalar(seconds, step, "checkpoint/stalled_seconds", *stalled);
                 self.scalar(seconds, step, "checkpoint/write_seconds", *write_seconds);
             }
+            Event::Task { scores, .. } => {
+                for metric in &scores.metrics {
+                    let tag = format!("tasks/{}/{}", scores.task, metric.name);
+                    self.scalar(seconds, step, &tag, metric.value);
+                    self.scalar(seconds, step, &format!("{tag}_stderr"), metric.stderr);
+                }
+            }
             Event::Sample { text, .. } => self.text(seconds, step, "sample", text),
             _ => {}
         }

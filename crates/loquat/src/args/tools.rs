@@ -207,7 +207,7 @@ pub(crate) enum ExportFormat {
 
 #[derive(Args)]
 pub(crate) struct Export {
-    /// A .gguf file, a Hugging Face directory or the name of a model kept here.
+    /// A .gguf file, a Hugging Face directory or the name of a model or adapter kept here.
     pub(crate) model: String,
     /// The file or directory to write; it must not be there yet.
     pub(crate) out: PathBuf,

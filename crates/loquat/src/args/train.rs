@@ -78,6 +78,22 @@ pub(crate) struct Train {
     /// Text that the model is asked to continue as it learns.
     #[arg(long, default_value = "My fellow Americans")]
     pub(crate) prompt: String,
+    /// Keep of every layer only what goes in, and compute it again for its gradient: less memory, a third more work, the
+    /// same result.
+    #[arg(long)]
+    pub(crate) recompute: bool,
+    /// Tasks to ask the model as it learns: files as `loquat eval tasks` takes them. They are kept in the run.
+    #[arg(long, value_name = "FILES", value_delimiter = ',')]
+    pub(crate) eval_tasks: Vec<PathBuf>,
+    /// Steps between two times of asking. Default: a sixth of all.
+    #[arg(long, value_name = "STEPS", requires = "eval_tasks")]
+    pub(crate) eval_every: Option<u64>,
+    /// Worked examples before each item.
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "eval_tasks")]
+    pub(crate) eval_shots: usize,
+    /// The first so many items of each file are asked.
+    #[arg(long, value_name = "ITEMS", default_value_t = 500, requires = "eval_tasks")]
+    pub(crate) eval_limit: usize,
     /// Ranks: threads that each train on their share of a step. The result does not depend on it.
     #[arg(long, default_value_t = 1)]
     pub(crate) ranks: usize,

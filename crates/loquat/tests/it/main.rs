@@ -19,3 +19,4 @@ mod support;
 mod tiny;
 mod tools;
 mod train;
+mod tune;

@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::support::{output, speeches, succeed};
+use crate::tiny;
 
 const SMALL: &[&str] = &["--rows", "2", "--micro-batches", "2", "--context", "64"];
 
@@ -87,6 +88,59 @@ fn bad_chats_and_weights_are_named() {
     refused(home, &["train", "--run", "r", "--dataset", "d", "d", "--steps", "1"], &["twice"]);
 }
 
+/// What people change between two starts of one run, and what is wrong with a model they start from.
+#[test]
+fn changed_flags_and_broken_models_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let home = &dir.path().join("home");
+    ingest_text(home, "d", "512");
+    let run = ["train", "--run", "r", "--dataset", "d", "--steps", "2", "--json"];
+    succeed(home, &[&run[..], SMALL].concat());
+    succeed(home, &[&run[..], SMALL, &["--threads", "1", "--recompute"]].concat());
+    for (changed, field) in [
+        (&["--lr", "0.5"][..], "schedule.lr_peak"),
+        (&["--seed", "7"], "seed"),
+        (&["--preset", "small"], "model."),
+        (&["--muon"], "muon"),
+    ] {
+        refused(home, &[&run[..], SMALL, changed].concat(), &["the run r was planned with another", field]);
+    }
+    refused(home, &[&run[..], &SMALL[2..]].concat(), &["rows"]);
+
+    // Out of memory is refused on resume, too, with the numbers.
+    let plan = home.join("store/runs/r/plan.json");
+    let text = fs::read_to_string(&plan).unwrap();
+    let mut huge: Value = serde_json::from_str(&text).unwrap();
+    huge["model"]["num_hidden_layers"] = 1000.into();
+    huge["model"]["intermediate_size"] = 65_536.into();
+    fs::create_dir_all(home.join("store/runs/huge")).unwrap();
+    fs::write(home.join("store/runs/huge/plan.json"), huge.to_string()).unwrap();
+    refused(home, &["train", "--resume", "huge"], &["the run needs", "are free", "optimizer"]);
+
+    // A weight that is no number.
+    let base = tiny::directory(dir.path(), "broken");
+    let tensors = base.join("model.safetensors");
+    let mut bytes = fs::read(&tensors).unwrap();
+    let n = bytes.len();
+    bytes[n - 2..].copy_from_slice(&[0xc0, 0x7f]);
+    fs::write(&tensors, bytes).unwrap();
+    let ingest = ["ingest", "--name", "own", "--tokenizer", base.to_str().unwrap(), "--validation", "0.2"];
+    succeed(home, &[&ingest[..], &[speeches().to_str().unwrap()]].concat());
+    let start =
+        ["train", "--run", "nan", "--dataset", "own", "--steps", "1", "--init", base.to_str().unwrap()];
+    refused(home, &[&start[..], SMALL].concat(), &["broken", "not a number", "model."]);
+
+    // Data of one line, and chats that teach nothing.
+    let one = dir.path().join("one.txt");
+    fs::write(&one, "One line.").unwrap();
+    succeed(home, &["ingest", "--name", "one", "--vocab", "260", "--validation", "0", one.to_str().unwrap()]);
+    refused(home, &["train", "--run", "one", "--dataset", "one", "--steps", "1"], &["one", "tokens"]);
+    let mute = dir.path().join("mute.jsonl");
+    fs::write(&mute, "{\"messages\": [{\"role\": \"user\", \"content\": \"Anybody?\"}]}\n").unwrap();
+    let ingest = ["ingest", "--name", "mute", "--tokenizer", base.to_str().unwrap(), "--validation", "0"];
+    refused(home, &[&ingest[..], &["--chats", mute.to_str().unwrap()]].concat(), &["mute", "learn"]);
+}
+
 #[test]
 fn a_dry_run_tells_what_a_run_would_take() {
     let dir = tempfile::tempdir().unwrap();
@@ -100,8 +154,16 @@ fn a_dry_run_tells_what_a_run_would_take() {
         assert!(told.contains(word), "no '{word}': {told}");
     }
     assert!(!home.join("store/runs").exists(), "a dry run leaves nothing");
+    let line = |told: &str, of: &str| {
+        let line = told.lines().find(|line| line.starts_with("memory") && line.ends_with(of));
+        line.unwrap_or_else(|| panic!("no memory of {of}: {told}")).to_owned()
+    };
+    let less = succeed(home, &[&dry[..], SMALL, &["--recompute"]].concat());
+    let recomputed = line(&told, "activations with --recompute");
+    assert_eq!(line(&less, "activations"), recomputed.replace(" with --recompute", ""));
+    assert_ne!(line(&told, "activations"), line(&less, "activations"));
     let huge = ["--preset", "llama-70b", "--rows", "1"];
-    refused(home, &[&dry[..], &huge].concat(), &["the run needs", "optimizer", "are free"]);
+    refused(home, &[&dry[..], &huge].concat(), &["the run needs", "optimizer", "are free", "--recompute"]);
     let run = ["train", "--run", "r", "--dataset", "d", "--steps", "1"];
     refused(home, &[&run[..], &huge].concat(), &["the run needs", "parameters", "are free"]);
     assert!(!home.join("store/runs").exists(), "refused before anything was written");

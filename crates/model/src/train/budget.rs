@@ -23,8 +23,8 @@ impl ActivationBytes {
 }
 
 impl TrainModel {
-    /// For micro-batches of `b` rows of `t` tokens.
-    pub fn activation_bytes(config: &Config, b: usize, t: usize) -> ActivationBytes {
+    /// For micro-batches of `b` rows of `t` tokens; `recompute`: see [`TrainModel::with_recompute`].
+    pub fn activation_bytes(config: &Config, [b, t]: [usize; 2], recompute: bool) -> ActivationBytes {
         let shape = Shape::new(config, [b, t], Precision::F32);
         let Shape { n, c, f, block, attention, rope, .. } = shape;
         let when = |there: bool, floats: usize| if there { floats } else { 0 };
@@ -44,8 +44,12 @@ impl TrainModel {
             + 1
             + when(!block.rotary, 1);
         let chunk = shape.chunks().next().map_or(0, |rows| rows.len());
+        let (n_layers, n_streams) = match recompute {
+            true => (1, config.n_layers + 2),
+            false => (config.n_layers, 2 * config.n_layers + 1),
+        };
         ActivationBytes {
-            layers: 4 * n * (config.n_layers * layer + (2 * config.n_layers + 1) * stream),
+            layers: 4 * n * (n_layers * layer + n_streams * stream),
             scratch: 4 * (n * scratch + 2 * c.max(attention.head_width)),
             logits: 4 * chunk * shape.v,
         }
@@ -73,9 +77,16 @@ mod tests {
     }
 
     fn check(config: &Config) {
+        [false, true].into_iter().for_each(|recompute| check_memory(config, recompute));
+        let [all, some] =
+            [false, true].map(|recompute| TrainModel::activation_bytes(config, [3, 8], recompute));
+        assert!(some.layers < all.layers);
+    }
+
+    fn check_memory(config: &Config, recompute: bool) {
         let (b, t) = (3, 8);
-        let found = TrainModel::activation_bytes(config, b, t);
-        let model = TrainModel::new(Trainable::new(config), b, t, Precision::F32);
+        let found = TrainModel::activation_bytes(config, [b, t], recompute);
+        let model = TrainModel::new(Trainable::new(config), b, t, Precision::F32).with_recompute(recompute);
         let layers =
             model.layers.iter().map(layer).sum::<usize>() + model.streams.iter().map(stream).sum::<usize>();
         assert_eq!(found.layers, 4 * layers);

@@ -31,6 +31,20 @@ impl<'a> Pass<'a> {
         self.add_and_norm(2 * l + 1, next_norm);
     }
 
+    /// What the backward pass reads of a layer, from the layer's input.
+    pub(super) fn layer_again(&mut self, l: usize) {
+        let ranges = &self.matrices.values.table.layers[l];
+        let norm = Norm::of(self.matrices.values, &ranges.attention_norm, self.shape.norm_eps);
+        norm.again(self.pool, &mut self.scratch.normed_nc, &self.streams[2 * l]);
+        self.attention_forward(l);
+        self.add_and_norm(2 * l, &ranges.ff_norm);
+        match ranges.ff_post_norm {
+            // Its backward pass reads what the sub-layer leaves.
+            Some(_) => self.feed_forward_forward(l),
+            None => self.up_forward(l),
+        }
+    }
+
     /// From `normed_nc` to `delta_nc`.
     fn attention_forward(&mut self, l: usize) {
         let (pool, shape, mask) = (self.pool, self.shape, self.mask(l));
@@ -53,10 +67,10 @@ impl<'a> Pass<'a> {
 
     /// From `normed_nc` to `delta_nc`.
     fn feed_forward_forward(&mut self, l: usize) {
+        self.up_forward(l);
         let (pool, f) = (self.pool, self.shape.f);
-        let up_no = &mut self.layers[l].up_no;
-        let Scratch { normed_nc, act_nf, delta_nc, .. } = &mut *self.scratch;
-        self.matrices.forward((l, Site::Up), up_no, normed_nc);
+        let up_no = &self.layers[l].up_no;
+        let Scratch { act_nf, delta_nc, .. } = &mut *self.scratch;
         match self.shape.block.activation {
             Activation::SwiGlu => swiglu_forward(pool, act_nf, up_no, f),
             Activation::GeGlu => geglu_forward(pool, act_nf, up_no, f),
@@ -66,6 +80,10 @@ impl<'a> Pass<'a> {
         self.matrices.forward((l, Site::Down), delta_nc, act_nf);
         let post_norm = self.matrices.values.table.layers[l].ff_post_norm.as_ref();
         self.post_norm((l, FEED_FORWARD), post_norm);
+    }
+
+    fn up_forward(&mut self, l: usize) {
+        self.matrices.forward((l, Site::Up), &mut self.layers[l].up_no, &self.scratch.normed_nc);
     }
 
     /// Norms what a sub-layer leaves, in models that do.
@@ -80,9 +98,9 @@ impl<'a> Pass<'a> {
     /// The stream after `streams[at]`, with `scratch.delta_nc` added, and its norm.
     fn add_and_norm(&mut self, at: usize, range: &NormRange) {
         let norm = Norm::of(self.matrices.values, range, self.shape.norm_eps);
-        let (before, after) = self.streams.split_at_mut(at + 1);
-        let input = Residual { x_nc: &before[at].x_nc, delta_nc: &self.scratch.delta_nc };
-        norm.residual_forward(self.pool, &mut self.scratch.normed_nc, &mut after[0], input);
+        let (before, after) = self.streams.before_and_after(at);
+        let input = Residual { x_nc: &before.x_nc, delta_nc: &self.scratch.delta_nc };
+        norm.residual_forward(self.pool, &mut self.scratch.normed_nc, after, input);
     }
 
     /// Adds what came through the feed-forward sub-layer to the gradient of the stream.

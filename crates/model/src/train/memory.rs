@@ -1,6 +1,6 @@
 //! Sizes, and the memory that passes work in.
 
-use std::ops::Range;
+use std::ops::{Index, IndexMut, Range};
 
 use tensor::attention::AttentionDims;
 use tensor::rope::RopeDims;
@@ -52,6 +52,16 @@ pub(super) struct LayerMemory {
     pub(super) up_no: Buf<f32>,
     /// What attention and feed-forward leave, in models that norm it.
     pub(super) post: Option<[Stream; 2]>,
+}
+
+/// The memory of every layer; where layers are computed again, one that all of them use in turn.
+pub(super) struct Layers(Vec<LayerMemory>);
+
+/// The residual stream before every norm: two per layer, and the last. Where layers are computed again, the second of
+/// every layer is the same.
+pub(super) struct Streams {
+    memory: Vec<Stream>,
+    recompute: bool,
 }
 
 /// Memory whose contents live within one sub-layer.
@@ -122,6 +132,79 @@ impl Stream {
     pub(super) fn new(shape: Shape) -> Self {
         let n_rstd = if shape.block.layer_norm { 0 } else { shape.n };
         Self { x_nc: Buf::zeroed(shape.n * shape.c), rstd_n: Buf::zeroed(n_rstd) }
+    }
+}
+
+impl Layers {
+    pub(super) fn new(shape: Shape, n_layers: usize, recompute: bool) -> Self {
+        let n = if recompute { 1 } else { n_layers };
+        Self((0..n).map(|_| LayerMemory::new(shape)).collect())
+    }
+
+    #[cfg(test)]
+    pub(super) fn iter(&self) -> impl Iterator<Item = &LayerMemory> {
+        self.0.iter()
+    }
+
+    fn place(&self, l: usize) -> usize {
+        l.min(self.0.len() - 1)
+    }
+}
+
+impl Index<usize> for Layers {
+    type Output = LayerMemory;
+
+    fn index(&self, l: usize) -> &LayerMemory {
+        &self.0[self.place(l)]
+    }
+}
+
+impl IndexMut<usize> for Layers {
+    fn index_mut(&mut self, l: usize) -> &mut LayerMemory {
+        let place = self.place(l);
+        &mut self.0[place]
+    }
+}
+
+impl Streams {
+    pub(super) fn new(shape: Shape, n_layers: usize, recompute: bool) -> Self {
+        let n = if recompute { n_layers + 2 } else { 2 * n_layers + 1 };
+        Self { memory: (0..n).map(|_| Stream::new(shape)).collect(), recompute }
+    }
+
+    /// A reading and the one after it.
+    pub(super) fn before_and_after(&mut self, at: usize) -> (&Stream, &mut Stream) {
+        let places = [self.place(at), self.place(at + 1)];
+        let [before, after] = self.memory.get_disjoint_mut(places).expect("two readings");
+        (before, after)
+    }
+
+    #[cfg(test)]
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Stream> {
+        self.memory.iter()
+    }
+
+    fn place(&self, at: usize) -> usize {
+        match (self.recompute, at % 2) {
+            (false, _) => at,
+            (true, 0) => at / 2,
+            (true, _) => self.memory.len() - 1,
+        }
+    }
+}
+
+impl Index<usize> for Streams {
+    type Output = Stream;
+
+    fn index(&self, at: usize) -> &Stream {
+        &self.memory[self.place(at)]
+    }
+}
+
+impl IndexMut<usize> for Streams {
+    fn index_mut(&mut self, at: usize) -> &mut Stream {
+        let place = self.place(at);
+        &mut self.memory[place]
     }
 }
 

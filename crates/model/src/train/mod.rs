@@ -9,7 +9,9 @@
 //! say, as they do for inference; no architecture is known by name.
 //!
 //! The streams x and x' before every norm are kept, and what each sub-layer's backward needs; normed rows and
-//! activations are computed again. Logits exist for a chunk of tokens at a time.
+//! activations are computed again. With [`TrainModel::with_recompute`] only the streams x are kept, and each layer is
+//! computed again before its backward: the same bits, a third more operations, a fraction of the memory. Logits exist
+//! for a chunk of tokens at a time.
 //!
 //! `matrices` multiplies (with the parameters, or with frozen ones and what LoRA adds to them), `layer` is the block,
 //! `head` the logits, `objective` what is minimized.
@@ -31,7 +33,7 @@ use tensor::{Accumulate, Buf, Mat, Pool, Precision, matmul};
 pub use batch::MicroBatch;
 pub use budget::ActivationBytes;
 use matrices::{Grads, Matrices, MatrixScratch, Values};
-use memory::{LayerMemory, Scratch, Shape, Stream};
+use memory::{Layers, Scratch, Shape, Streams};
 use norm::Norm;
 pub use objective::{LossSum, Objective};
 
@@ -45,9 +47,10 @@ pub struct TrainModel {
     shape: Shape,
     /// Angles of layers without and with a window; `None` where positions are learned.
     ropes: [Option<RopeTable>; 2],
-    layers: Vec<LayerMemory>,
-    /// The residual stream before every norm: two per layer, and the last.
-    streams: Vec<Stream>,
+    layers: Layers,
+    streams: Streams,
+    /// Layers are computed again in the backward pass.
+    recompute: bool,
     scratch: Scratch,
     matrix_scratch: MatrixScratch,
     z_loss: f32,
@@ -73,12 +76,13 @@ impl TrainModel {
         let block = config.block();
         assert!(block.rotary || t <= config.context_max, "{t} positions of {}", config.context_max);
         let shape = Shape::new(config, [b, t], precision);
-        let n_streams = 2 * config.n_layers + 1;
+        let n_layers = config.n_layers;
         Self {
             shape,
             ropes: config.rope_tables(t),
-            layers: (0..config.n_layers).map(|_| LayerMemory::new(shape)).collect(),
-            streams: (0..n_streams).map(|_| Stream::new(shape)).collect(),
+            layers: Layers::new(shape, n_layers, false),
+            streams: Streams::new(shape, n_layers, false),
+            recompute: false,
             scratch: Scratch::new(shape),
             matrix_scratch: MatrixScratch::default(),
             z_loss: 0.0,
@@ -89,6 +93,14 @@ impl TrainModel {
     /// Gradients also keep logits from drifting, with this weight on the square of their logarithmic sum.
     pub fn with_z_loss(self, z_loss: f32) -> Self {
         Self { z_loss, ..self }
+    }
+
+    /// Whether only the input of every layer is kept, and the layer computed again before its backward pass. To be said
+    /// before the first pass; it changes no bit.
+    pub fn with_recompute(self, recompute: bool) -> Self {
+        let n_layers = self.trainable.config().n_layers;
+        let layers = Layers::new(self.shape, n_layers, recompute);
+        Self { layers, streams: Streams::new(self.shape, n_layers, recompute), recompute, ..self }
     }
 
     /// What is trained: the layout of `params` and `dparams`.
@@ -131,7 +143,8 @@ impl TrainModel {
         let pass = self.pass(pool, Params::Trained(params), MicroBatch::default());
         let values = pass.matrices.values;
         let norm = Norm::of(values, &values.table.final_norm, pass.shape.norm_eps);
-        norm.again(pool, &mut pass.scratch.normed_nc, &pass.streams[pass.streams.len() - 1]);
+        let last = 2 * values.table.layers.len();
+        norm.again(pool, &mut pass.scratch.normed_nc, &pass.streams[last]);
         let mut logits = Buf::zeroed(n * v);
         let head = Mat::new(values.of(&values.table.head), v, c);
         let rows = Mat::new(&pass.scratch.normed_nc[..n * c], n, c);
@@ -140,7 +153,8 @@ impl TrainModel {
     }
 
     fn pass<'a>(&'a mut self, pool: &'a Pool, params: Params<'a>, batch: MicroBatch<'a>) -> Pass<'a> {
-        let Self { trainable, shape, ropes, layers, streams, scratch, matrix_scratch, z_loss } = self;
+        let Self { trainable, shape, ropes, layers, streams, recompute, scratch, matrix_scratch, z_loss } =
+            self;
         let values = trainable.values(params);
         let matrices = Matrices { pool, values, shape: *shape, scratch: matrix_scratch };
         let config = trainable.config();
@@ -153,6 +167,7 @@ impl TrainModel {
             matrices,
             layers,
             streams,
+            recompute: *recompute,
             scratch,
             z_loss: *z_loss,
         }
@@ -190,8 +205,9 @@ struct Pass<'a> {
     batch: MicroBatch<'a>,
     ropes: &'a [Option<RopeTable>; 2],
     matrices: Matrices<'a>,
-    layers: &'a mut [LayerMemory],
-    streams: &'a mut [Stream],
+    layers: &'a mut Layers,
+    streams: &'a mut Streams,
+    recompute: bool,
     scratch: &'a mut Scratch,
     z_loss: f32,
 }
@@ -204,7 +220,7 @@ impl Pass<'_> {
         let (pool, values, first) = (self.pool, self.matrices.values, &mut self.streams[0]);
         let norm = Norm::of(values, &values.table.layers[0].attention_norm, self.shape.norm_eps);
         norm.forward(pool, &mut self.scratch.normed_nc, first);
-        for l in 0..self.layers.len() {
+        for l in 0..self.config.n_layers {
             self.layer_forward(l);
         }
     }
@@ -225,7 +241,12 @@ impl Pass<'_> {
     /// From the gradient of the last normed rows (in `scratch.delta_nc`) to that of all parameters.
     fn backward(&mut self, grads: &mut Grads) {
         self.final_norm_backward(grads);
-        for l in (0..self.layers.len()).rev() {
+        let n_layers = self.config.n_layers;
+        for l in (0..n_layers).rev() {
+            // The last one is still there from the forward pass.
+            if self.recompute && l + 1 < n_layers {
+                self.layer_again(l);
+            }
             self.feed_forward_backward(grads, l);
             self.attention_backward(grads, l);
         }

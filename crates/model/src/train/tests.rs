@@ -217,6 +217,65 @@ fn bits_do_not_depend_on_threads_or_earlier_calls() {
     }
 }
 
+/// Of one layer at a time: two calls, so that nothing lives on from the one before.
+#[test]
+fn layers_computed_again_give_the_same_bits() {
+    let starts = starts();
+    for config in configs() {
+        let three = Config { n_layers: 3, ..config };
+        let three = match three.window.clone() {
+            Some(window) => {
+                let layers = vec![true, false, true];
+                Config { window: Some(Window { layers, ..window }), ..three }
+            }
+            None => three,
+        };
+        for has_lora in [false, true] {
+            let run = |recompute: bool, n_calls: u32| {
+                let pool = Pool::new(2);
+                let trainable = match has_lora {
+                    true => Trainable::lora(weights(&three), &lora()).unwrap(),
+                    false => Trainable::new(&three),
+                };
+                let mut params = changed(&trainable);
+                if !has_lora {
+                    params = self::params(&trainable);
+                }
+                let mut model = TrainModel::new(trainable, B, T, Precision::F32).with_recompute(recompute);
+                let mut dparams = vec![0.0; params.len()];
+                let mut loss = LossSum::default();
+                for call in 0..n_calls {
+                    let (tokens, targets) = (tokens(&three, n_calls - call), tokens(&three, 5));
+                    let batch =
+                        MicroBatch { starts_bt: Some(&starts), ..MicroBatch::plain(&tokens, &targets) };
+                    let of = (batch, Objective::CrossEntropy);
+                    loss = model.loss_and_grads(&pool, &params, of, &mut dparams);
+                }
+                (loss, dparams.iter().map(|x| x.to_bits()).collect::<Vec<_>>())
+            };
+            let kept = run(false, 1);
+            assert!(kept == run(true, 1) && kept == run(true, 2), "{:?}", three.architecture);
+        }
+    }
+}
+
+/// The policy's layers are those that are computed again, not its start's.
+#[test]
+fn preferences_computed_again_give_the_same_bits() {
+    let (b, config) = (2, tiny());
+    let (tokens, targets) = (tokens(&config, 0), tokens(&config, 5));
+    let of = (MicroBatch::plain(&tokens[..b * T], &targets[..b * T]), Objective::Dpo { beta: 0.2 });
+    let [kept, again] = [false, true].map(|recompute| {
+        let trainable = Trainable::lora(weights(&config), &lora()).unwrap();
+        let mut params = changed(&trainable);
+        params.iter_mut().for_each(|x| *x += 0.01);
+        let mut model = TrainModel::new(trainable, b, T, Precision::F32).with_recompute(recompute);
+        let mut dparams = vec![0.0; params.len()];
+        (model.loss_and_grads(&Pool::new(2), &params, of, &mut dparams), dparams)
+    });
+    assert!(kept == again && kept.0.margin != 0.0);
+}
+
 #[test]
 fn ignored_targets_leave_no_trace() {
     for config in configs() {

@@ -60,6 +60,7 @@ fn muon_is_not_divided() {
         after: None,
         divided: true,
         n_threads: 1,
+        recompute: false,
         peak_flops: 1.0,
         stop: &stop,
         seconds: &|| 0.0,

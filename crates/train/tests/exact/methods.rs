@@ -155,6 +155,7 @@ fn what_does_not_fit_is_refused_by_name() {
             after: None,
             divided: false,
             n_threads: 1,
+            recompute: false,
             peak_flops: 1.0,
             stop: &stop,
             seconds: &seconds,

@@ -8,9 +8,9 @@ use std::sync::atomic::AtomicBool;
 
 use data::{Dataset, IngestPlan, TokenizerSource};
 use store::{ObjectMeta, ObjectName, Put, Store};
-use train::{Context, DataPart, Error, Event, Guard, Muon, Outcome, Plan};
+use train::{Context, DataPart, Error, Event, Guard, Muon, Outcome, Plan, Tasks};
 
-use crate::{carry_out, prepared, results, whole_run};
+use crate::{STEPS, carry_out, prepared, results, whole_run};
 
 /// The speeches, and a second dataset of the same tokenizer.
 fn two_datasets() -> (Arc<dyn Store>, Plan) {
@@ -120,6 +120,7 @@ fn carry_out_with(
         after: None,
         divided: false,
         n_threads: n_ranks,
+        recompute: false,
         peak_flops: 1.0,
         stop: &AtomicBool::new(false),
         seconds: &|| 0.0,
@@ -140,16 +141,17 @@ fn steps_that_are_no_number_end_a_run_with_their_rows() {
         train::create(&store, &run, &plan, None).unwrap();
         let mut skipped = Vec::new();
         let error = carry_out_with(&store, &run, n_ranks, &mut |event| {
-            if let Event::Skipped { .. } = event {
-                skipped.push(event.to_line());
+            if let Event::Skipped { step, wrong, loss, .. } = event {
+                skipped.push((*step, *wrong, loss.map(f64::to_bits)));
             }
         });
         let error = error.unwrap_err().to_string();
         assert!(error.contains("step 4") && error.contains("3 in a row"), "{error}");
         assert!(error.contains("not a number") && error.contains("speeches"), "{error}");
         assert_eq!(skipped.len(), 2, "{skipped:?}");
-        told.push((error, skipped));
+        told.push(skipped);
     }
+    // (Which micro-batch is named differs: of several ranks it is known whose gradient it was.)
     assert_eq!(told[0], told[1], "ranks decide alike");
     plan.guard = Guard::default();
     train::create(&store, "strict", &plan, None).unwrap();
@@ -265,6 +267,84 @@ fn plans_of_version_1_are_read_and_go_on() {
     let (_, events) = carry_out(&store, "old", [2, 1], None);
     assert!(matches!(&events[0], Event::Started(s) if s.step == 3), "{:?}", events[0]);
     assert!(results(&store, "old") == uninterrupted);
+}
+
+const CHOICES: &str = r#"{"query": "Fellow citizens of the", "choices": ["Senate", "qqq zzz"], "gold": 0}
+{"query": "We the", "choices": ["people", "xylophone"], "gold": 0}
+{"query": "The state of the", "choices": ["jkvw", "union"], "gold": 1}
+"#;
+
+/// The plan with tasks, whose files are in the run.
+fn with_tasks(store: &Arc<dyn Store>, plan: &Plan, run: &str, files: &[(String, Vec<u8>)]) -> Plan {
+    train::keep_tasks(store, run, files).unwrap();
+    let plan = Plan { tasks: Some(Tasks::new(4, 1, 2, files).unwrap()), ..plan.clone() };
+    train::create(store, run, &plan, None).unwrap();
+    plan
+}
+
+fn asked(store: &Arc<dyn Store>, run: &str) -> Vec<Event> {
+    let events = train::read_metrics(store.as_ref(), run).unwrap();
+    events.into_iter().filter(|e| matches!(e, Event::Task { .. } | Event::TasksFailed { .. })).collect()
+}
+
+#[test]
+fn tasks_are_asked_and_change_no_bit() {
+    let (store, plan) = prepared();
+    let unasked = whole_run(&store, &plan, "unasked", [1, 1]);
+    let files = [("words.jsonl".to_owned(), CHOICES.as_bytes().to_vec())];
+    with_tasks(&store, &plan, "one", &files);
+    carry_out(&store, "one", [1, 1], None);
+    assert!(results(&store, "one") == unasked);
+    let one = asked(&store, "one");
+    assert_eq!(one.iter().map(Event::step).collect::<Vec<_>>(), [0, 4, STEPS]);
+    for event in &one {
+        let Event::Task { scores, .. } = event else { panic!("{event:?}") };
+        assert_eq!(
+            (scores.task.as_str(), scores.items, scores.metrics[0].name.as_str()),
+            ("words", 2, "acc")
+        );
+        assert!((0.0..=1.0).contains(&scores.metrics[0].value) && scores.metrics[0].stderr <= 0.5);
+    }
+    assert_ne!(one[0].to_line().replace("\"step\":0", ""), one[2].to_line().replace("\"step\":6", ""));
+    let board = store.list("runs/one/tensorboard").unwrap();
+    let bytes = store.get(&board[0].name).unwrap();
+    for tag in ["tasks/words/acc", "tasks/words/acc_stderr"] {
+        assert!(bytes.windows(tag.len()).any(|w| w == tag.as_bytes()), "{tag}");
+    }
+
+    with_tasks(&store, &plan, "parts", &files);
+    carry_out(&store, "parts", [4, 4], Some(3));
+    carry_out(&store, "parts", [2, 2], None);
+    assert!(results(&store, "parts") == unasked);
+    assert_eq!(asked(&store, "parts"), one, "on other ranks, stopped and resumed");
+}
+
+#[test]
+fn tasks_that_cannot_be_asked_are_told() {
+    let (store, plan) = prepared();
+    let files = |text: &str| [("words.jsonl".to_owned(), text.as_bytes().to_vec())];
+    let error = Tasks::new(1, 0, 5, &files("{\"query\": 3}")).unwrap_err().to_string();
+    assert!(error.contains("words.jsonl, line 1"), "{error}");
+
+    // Answers that are longer than the model's context: the run goes on, and says so.
+    let sum = r#"{"question": "What is 1 + 1?", "answer": "One and one.\n#### 2"}"#;
+    let unasked = whole_run(&store, &plan, "unasked", [1, 1]);
+    let of_one = Plan { tasks: Some(Tasks::new(9, 0, 2, &files(sum)).unwrap()), ..plan.clone() };
+    train::keep_tasks(&store, "sums", &files(sum)).unwrap();
+    train::create(&store, "sums", &of_one, None).unwrap();
+    carry_out(&store, "sums", [1, 1], None);
+    assert!(results(&store, "sums") == unasked);
+    let told = asked(&store, "sums");
+    let [Event::TasksFailed { step: 0, why }, Event::TasksFailed { .. }] = &told[..] else {
+        panic!("{told:?}")
+    };
+    assert!(why.contains("the model failed"), "{why}");
+
+    // Another file in the run than was planned.
+    with_tasks(&store, &plan, "changed", &files(CHOICES));
+    train::keep_tasks(&store, "changed", &files(&CHOICES.replace("people", "person"))).unwrap();
+    let error = start(&store, "changed").unwrap_err().to_string();
+    assert!(error.contains("words.jsonl") && error.contains("changed"), "{error}");
 }
 
 #[test]

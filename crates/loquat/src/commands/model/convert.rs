@@ -8,6 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use model::gguf::{self, Extras, Vocab};
 use model::{Conversion, Loaded, TokenizerFiles, Weights, hf};
+use store::{Bundle, ObjectName};
 use tensor::Pool;
 use tensor::packed::WeightKind;
 
@@ -23,6 +24,14 @@ pub(super) fn export(home: &Home, args: &Export) -> Result<()> {
     let is_gguf = args.out.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
     let format = args.format.unwrap_or(if is_gguf { ExportFormat::Gguf } else { ExportFormat::Safetensors });
     refuse_existing(&args.out)?;
+    if let Some(adapter) = adapter(home, &args.model)? {
+        if args.kind.is_some() || format == ExportFormat::Gguf {
+            bail!("{} is an adapter: it is written as PEFT reads it, in no other format or type", args.model);
+        }
+        adapter.download_to(&args.out)?;
+        println!("{}: an adapter, as PEFT reads it", args.out.display());
+        return Ok(());
+    }
     let mut loaded = load(home, &args.model)?;
     let has_quantized = loaded.weights.tensors.values().any(|t| t.kind.is_quantized());
     let conversion = match (kind, format) {
@@ -41,6 +50,19 @@ pub(super) fn export(home: &Home, args: &Export) -> Result<()> {
     };
     println!("{}: {}", args.out.display(), bytes_text(bytes));
     Ok(())
+}
+
+/// An adapter that a run published; a model of that name comes first.
+fn adapter(home: &Home, name: &str) -> Result<Option<Bundle>> {
+    let prefix = format!("adapters/{name}");
+    if Path::new(name).exists() || ObjectName::parse(&prefix).is_err() {
+        return Ok(None);
+    }
+    let store = home.store()?;
+    match Bundle::open(&store, &format!("models/{name}"))? {
+        Some(_) => Ok(None),
+        None => Ok(Bundle::open(&store, &prefix)?),
+    }
 }
 
 pub(super) fn quantize(home: &Home, args: &Quantize) -> Result<()> {

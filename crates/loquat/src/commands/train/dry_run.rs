@@ -21,25 +21,25 @@ const SHARE_ASSUMED: f64 = 0.5;
 /// Prints the plan, for this machine or a described one.
 pub(super) fn run(args: &args::Train, mut planned: Planned, (pool, peak): (&Pool, f64)) -> Result<()> {
     let config = planned.plan.config()?;
-    let counts = plan::n_trained_and_frozen(&planned.plan, planned.weights.clone())?;
-    tell_model(&config, counts);
-    let needs = Needs::new(&planned.plan, counts, args.ranks)?;
+    let needs = Needs::new(&planned.plan, args.ranks, args.recompute)?;
+    tell_model(&config, &needs);
     if let Some(path) = &args.cluster {
         tell_run(&planned)?;
         return tell_cluster(&Cluster::read(path)?, &planned.plan, &config);
     }
-    let step_seconds = step_seconds(&planned, &needs, pool, peak)?;
+    let step_seconds = step_seconds(&planned, &needs, (pool, peak), args.recompute)?;
     if let (None, Some(minutes)) = (args.steps, args.minutes) {
         let steps = plan::steps_in(minutes, step_seconds.0)?;
         plan::set_steps(&mut planned.plan, args, steps)?;
     }
     tell_run(&planned)?;
-    tell_here(&planned.plan, &needs, args.ranks);
+    tell_here(&planned.plan, &needs, args);
     tell_time(&planned.plan, &config, step_seconds, peak);
     needs.check(memory_available())
 }
 
-fn tell_model(config: &Config, (n_trained, n_frozen): (usize, usize)) {
+fn tell_model(config: &Config, needs: &Needs) {
+    let Needs { n_trained, n_frozen, .. } = *needs;
     let n = config.n_params();
     let tables = config.vocab * config.width * if config.tied_embeddings { 1 } else { 2 };
     println!(
@@ -87,12 +87,16 @@ fn tell_run(planned: &Planned) -> Result<()> {
     Ok(())
 }
 
-fn tell_here(plan: &Plan, needs: &Needs, n_ranks: usize) {
+fn tell_here(plan: &Plan, needs: &Needs, args: &args::Train) {
+    let n_ranks = args.ranks;
     for (kind, bytes) in needs.kinds.iter().filter(|(_, bytes)| *bytes > 0) {
         println!("memory     {:>9} {kind}", bytes_text(*bytes));
     }
     let free = memory_available().map_or("unknown".to_owned(), bytes_text);
     println!("memory     {:>9} in all, {free} free", bytes_text(needs.total()));
+    if !args.recompute {
+        println!("memory     {:>9} activations with --recompute", bytes_text(needs.recomputed));
+    }
     println!(
         "layout     data parallel on {n_ranks} rank(s) of this machine, each with all parameters; {}",
         if plan.bf16 { "products in bf16, sums and weights in f32" } else { "f32" }
@@ -100,7 +104,12 @@ fn tell_here(plan: &Plan, needs: &Needs, n_ranks: usize) {
 }
 
 /// Seconds of a step, and whether they were measured.
-fn step_seconds(planned: &Planned, needs: &Needs, pool: &Pool, peak: f64) -> Result<(f64, bool)> {
+fn step_seconds(
+    planned: &Planned,
+    needs: &Needs,
+    (pool, peak): (&Pool, f64),
+    recompute: bool,
+) -> Result<(f64, bool)> {
     let plan = &planned.plan;
     let flops = plan.config()?.flops_per_token_train(plan.context) * plan.tokens_per_step() as f64;
     let assumed = flops / (SHARE_ASSUMED * peak);
@@ -108,7 +117,7 @@ fn step_seconds(planned: &Planned, needs: &Needs, pool: &Pool, peak: f64) -> Res
     if !fits || assumed / plan.micro_batches as f64 > TRIAL_SECONDS_MAX {
         return Ok((assumed, false));
     }
-    Ok((plan::step_seconds(plan, planned.weights.clone(), pool, 2)?, true))
+    Ok((plan::step_seconds(plan, planned.weights.clone(), pool, (2, recompute))?, true))
 }
 
 fn tell_time(plan: &Plan, config: &Config, (step_seconds, is_measured): (f64, bool), peak: f64) {

@@ -17,7 +17,7 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use tensor::Pool;
-use train::{Event, Outcome};
+use train::{Event, Outcome, Plan};
 
 use self::launch::Launched;
 
@@ -77,6 +77,7 @@ pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
         after: std::env::var(AFTER).ok(),
         divided: args.distributed.zero > 0,
         n_threads,
+        recompute: args.recompute,
         peak_flops,
         stop: &stop,
         seconds: &|| start.elapsed().as_secs_f64(),
@@ -100,27 +101,39 @@ pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
     })
 }
 
+/// Plans a run that does not exist; one that does is refused where the flags ask for another, or memory does not suffice.
 fn plan_if_new(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<()> {
-    let run = args.run_name();
-    if train::read_plan(&home.store()?, run)?.is_some() {
-        return Ok(());
+    let (store, run) = (home.store()?, args.run_name());
+    match train::read_plan(&store, run)? {
+        Some(plan) => {
+            if args.resume.is_none() {
+                train::create(&store, run, &plan::as_asked(&store, &plan, args)?, None)?;
+            }
+            check_memory(&plan, args)
+        }
+        None if args.resume.is_some() => bail!("{}", train::Error::NoRun { run: run.to_owned() }),
+        None => create(home, args, pool),
     }
-    if args.resume.is_some() {
-        bail!("{}", train::Error::NoRun { run: run.to_owned() });
-    }
-    create(home, args, pool)
 }
 
 /// Plans the run: refused where it does not fit in memory, and of as many steps as were asked for.
 fn create(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<()> {
     let mut planned = plan::plan(home, args, pool)?;
-    let counts = plan::n_trained_and_frozen(&planned.plan, planned.weights.clone())?;
-    memory::Needs::new(&planned.plan, counts, args.ranks)?.check(memory_available())?;
+    check_memory(&planned.plan, args)?;
     if let (None, Some(minutes)) = (args.steps, args.minutes) {
-        let seconds = plan::step_seconds(&planned.plan, planned.weights.take(), pool, TRIALS)?;
+        let seconds =
+            plan::step_seconds(&planned.plan, planned.weights.take(), pool, (TRIALS, args.recompute))?;
         plan::set_steps(&mut planned.plan, args, plan::steps_in(minutes, seconds)?)?;
     }
-    Ok(train::create(&home.store()?, args.run_name(), &planned.plan, planned.files.as_ref())?)
+    let store = home.store()?;
+    if planned.plan.tasks.is_some() {
+        train::keep_tasks(&store, args.run_name(), &planned.task_files)?;
+    }
+    Ok(train::create(&store, args.run_name(), &planned.plan, planned.files.as_ref())?)
+}
+
+fn check_memory(plan: &Plan, args: &args::Train) -> Result<()> {
+    memory::Needs::new(plan, args.ranks, args.recompute)?.check(memory_available())
 }
 
 fn print_line(line: &str) {

@@ -1,15 +1,17 @@
 //! From flags to a plan.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use data::Dataset;
 use model::{Config, Lora, MicroBatch, Objective, TrainModel, Trainable, Weights};
+use store::Store;
 use tensor::{Buf, Pool, Precision};
 use train::{
     AdamW, CheckpointPolicy, DataPart, Decay, Evaluate, Guard, Method, Muon, PLAN_VERSION, Plan, Sample,
-    Schedule,
+    Schedule, Tasks,
 };
 
 use crate::args::{self, DecayName};
@@ -24,12 +26,17 @@ const SKIPS_MAX: u64 = 10;
 /// Share of `--minutes` that goes to steps; the rest is evaluation, samples and checkpoints.
 const STEP_SHARE: f64 = 0.93;
 
+/// Of the file of a task.
+const TASK_BYTES_MAX: u64 = 256 << 20;
+
 /// A plan and what it was made of.
 pub(super) struct Planned {
     pub(super) plan: Plan,
     /// The model it starts from, and its files.
     pub(super) weights: Option<Weights>,
     pub(super) files: Option<model::Files>,
+    /// Of tasks, by name.
+    pub(super) task_files: Vec<(String, Vec<u8>)>,
     pub(super) datasets: Vec<Dataset>,
 }
 
@@ -47,6 +54,8 @@ pub(super) fn plan(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<
     };
     let model_name = args.method.init.as_deref().map(name_of).unwrap_or_default();
     let start = weights.clone().map(|weights| train::start_files(pool, &model_name, weights)).transpose()?;
+    let task_files = args.eval_tasks.iter().map(|path| task_file(path)).collect::<Result<Vec<_>>>()?;
+    let tasks = Tasks::new(args.eval_every.unwrap_or(1), args.eval_shots, args.eval_limit, &task_files)?;
     let part = |(choice, dataset): (args::DataChoice, &Dataset)| DataPart {
         dataset: choice.name,
         sha256: dataset.info().plan_sha256.clone(),
@@ -67,7 +76,7 @@ pub(super) fn plan(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<
         steps: args.steps.unwrap_or(STEPS_DEFAULT),
         schedule: schedule(args),
         adamw: AdamW { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 },
-        muon: args.muon.map(|lr_peak| Muon { lr_peak, ..Muon::default() }),
+        muon: muon(args),
         z_loss: args.z_loss,
         guard: Guard { skips_max: SKIPS_MAX, spike_sigmas: args.skip_spikes },
         clip_norm: 1.0,
@@ -76,11 +85,63 @@ pub(super) fn plan(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<
         evaluate: Evaluate { every_steps: 1, rows_max: 64 },
         checkpoint: CheckpointPolicy { every_steps: args.checkpoint_every, keep: 2 },
         sample: Sample { every_steps: 1, prompt: args.prompt.clone(), n_tokens: 48 },
+        tasks: Some(tasks).filter(|tasks| !tasks.files.is_empty()),
     };
     spread(&mut plan, args);
     plan.check()?;
     plan.check_ranks(args.ranks)?;
-    Ok(Planned { plan, weights, files: start.map(|(_, files)| files), datasets })
+    Ok(Planned { plan, weights, files: start.map(|(_, files)| files), task_files, datasets })
+}
+
+/// The plan of a run that exists with all that the flags say by themselves: where it differs, something else is asked for
+/// than was planned. What comes of measurements, datasets and models is left as it is.
+pub(super) fn as_asked(store: &Arc<dyn Store>, old: &Plan, args: &args::Train) -> Result<Plan> {
+    let sha256 =
+        |name: &str| old.data.iter().find(|part| part.dataset == name).map(|part| part.sha256.clone());
+    let part = |choice: args::DataChoice| DataPart {
+        sha256: sha256(&choice.name).unwrap_or_default(),
+        dataset: choice.name,
+        weight: choice.weight,
+    };
+    let start = args.method.init.as_deref().map(|init| {
+        let sha256 = old.start.as_ref().map_or(String::new(), |start| start.sha256.clone());
+        train::Start { model: name_of(init), sha256 }
+    });
+    let mut plan = Plan {
+        data: args.datasets().map_err(anyhow::Error::msg)?.into_iter().map(part).collect(),
+        isolated: args.isolate,
+        publish: args.publish.clone(),
+        start,
+        method: args.method.method(),
+        objective: args.method.objective(),
+        context: args.context,
+        rows: args.rows,
+        micro_batches: args.micro_batches,
+        steps: args.steps.unwrap_or(old.steps),
+        muon: muon(args),
+        z_loss: args.z_loss,
+        seed: args.seed,
+        ..old.clone()
+    };
+    if args.method.init.is_none()
+        && let Some(first) = plan.data.first()
+    {
+        let asked = shape(args, &Dataset::open(store, &first.dataset)?)?;
+        if asked != old.config()? {
+            plan.model = serde_json::from_str(&asked.to_json("float32"))?;
+        }
+    }
+    let planned = schedule(args);
+    (plan.schedule.decay, plan.schedule.lr_peak) = (planned.decay, planned.lr_peak);
+    plan.schedule.warmup_steps = args.warmup.unwrap_or(old.schedule.warmup_steps);
+    plan.guard.spike_sigmas = args.skip_spikes;
+    plan.checkpoint.every_steps = args.checkpoint_every;
+    plan.sample.prompt = args.prompt.clone();
+    Ok(plan)
+}
+
+fn muon(args: &args::Train) -> Option<Muon> {
+    args.muon.map(|lr_peak| Muon { lr_peak, ..Muon::default() })
 }
 
 /// Sets the number of steps, and what is derived from it.
@@ -94,6 +155,18 @@ fn spread(plan: &mut Plan, args: &args::Train) {
     plan.schedule.warmup_steps = args.warmup.unwrap_or((plan.steps / 20).clamp(1, 200));
     plan.evaluate.every_steps = (plan.steps / 12).max(1);
     plan.sample.every_steps = (plan.steps / 6).max(1);
+    if let Some(tasks) = &mut plan.tasks {
+        tasks.every_steps = args.eval_every.unwrap_or((plan.steps / 6).max(1));
+    }
+}
+
+fn task_file(path: &Path) -> Result<(String, Vec<u8>)> {
+    let name = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+    let size = std::fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?.len();
+    if size > TASK_BYTES_MAX {
+        bail!("{} has {size} bytes, at most {TASK_BYTES_MAX} are kept in a run", path.display());
+    }
+    Ok((name, std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?))
 }
 
 fn schedule(args: &args::Train) -> Schedule {
@@ -178,12 +251,13 @@ pub(super) fn step_seconds(
     plan: &Plan,
     weights: Option<Weights>,
     pool: &Pool,
-    n_trials: usize,
+    (n_trials, recompute): (usize, bool),
 ) -> Result<f64> {
     let trainable = trainable(plan, weights)?;
     let precision = if plan.bf16 { Precision::Bf16 } else { Precision::F32 };
     let vocab = trainable.config().vocab;
-    let mut model = TrainModel::new(trainable, plan.rows, plan.context, precision);
+    let model = TrainModel::new(trainable, plan.rows, plan.context, precision);
+    let mut model = model.with_recompute(recompute);
     let params = model.trainable().init(plan.seed);
     let mut dparams = Buf::zeroed(params.len());
     let n = plan.rows * plan.context;
@@ -196,16 +270,4 @@ pub(super) fn step_seconds(
         best = best.min(start.elapsed().as_secs_f64());
     }
     Ok(best * plan.micro_batches as f64)
-}
-
-/// Trained numbers, and those of a model that stays as it was.
-pub(super) fn n_trained_and_frozen(plan: &Plan, weights: Option<Weights>) -> Result<(usize, usize)> {
-    // A model that is trained in full is not kept as it was, unless preferences compare with it.
-    let is_kept = plan.method != Method::Full || plan.objective.is_of_pairs();
-    let n_frozen = if weights.is_some() && is_kept { plan.config()?.n_params() } else { 0 };
-    let n_trained = match &plan.method {
-        Method::Full => plan.config()?.n_params(),
-        Method::Lora { .. } => trainable(plan, weights)?.n_params(),
-    };
-    Ok((n_trained, n_frozen))
 }
