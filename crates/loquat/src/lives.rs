@@ -70,6 +70,8 @@ mod tests {
             n_ranks: 2,
             began_unix,
             after,
+            chats_cut: 0,
+            chats_dropped: 0,
         }
     }
 
