@@ -99,6 +99,8 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    #[error("Slurm's {program} refuses: {why}")]
+    Slurm { program: String, why: String },
     #[error("cannot observe process {pid}")]
     ObserveProcess {
         pid: u32,

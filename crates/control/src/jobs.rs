@@ -65,6 +65,11 @@ impl Control {
         })
     }
 
+    /// All jobs that are not over, oldest first.
+    pub fn unfinished_jobs(&self) -> Result<Vec<Job>> {
+        Ok(self.survey_jobs()?.unfinished)
+    }
+
     /// Asks for a job to end. Its process is stopped by the reconciler; a job that is over stays as it is.
     pub fn cancel_job(&self, id: JobId) -> Result<Job> {
         let job = self.write("cancel a job", |transaction| cancel(transaction, id))?;

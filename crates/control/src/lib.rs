@@ -1,15 +1,15 @@
 //! State of the cluster and its reconciler: models, jobs, keys, leases.
 //!
-//! **What it is.** [`Control`] keeps what was asked for and what was seen in one SQLite database that survives kill −9 at any
-//! instant. [`Reconciler`] holds the lease, compares the two and starts, stops and restarts jobs through a [`Launcher`].
+//! **What it is.** [`Control`] keeps what was asked for and what was seen in one database, SQLite's or PostgreSQL's, that survives
+//! kill −9 at any instant. [`Reconciler`] holds the lease, compares the two and starts, stops and restarts jobs through a [`Launcher`].
 //! A job *is* a command line of this binary, so whatever the reconciler runs, a person can run by hand.
 //!
 //! **What it is not.** It knows no HTTP and no tensors, and it is synchronous: calls are short, an async caller wraps them
 //! in `spawn_blocking`.
 //!
 //! **Where to start.** `reconcile.rs` decides and is pure; `reconciler.rs` does what was decided; `local.rs` starts child
-//! processes; `database.rs` opens, checks and migrates the file; `keys.rs`, `models.rs`, `jobs.rs` and `leases.rs` are
-//! one table each, `deployments.rs` two. `rollout.rs` decides about the replicas of a model and is pure, too.
+//! processes, `slurm.rs` batch jobs; `database.rs` opens, checks and migrates the file; `keys.rs`, `models.rs`, `jobs.rs` and `leases.rs` are
+//! one table each, `deployments.rs` two; `nodes.rs` says who looks after what. `rollout.rs` decides about the replicas of a model and is pure, too.
 //!
 //! Exit codes of a job: 0 is success, [`EXIT_INTERRUPTED`] (75) means "stopped cleanly, run me again to go on", everything
 //! else is a failure and counts against the job's `max_restarts`.
@@ -27,10 +27,12 @@ mod leases;
 mod local;
 mod log;
 mod models;
+mod nodes;
 mod process;
 mod reconcile;
 mod reconciler;
 mod rollout;
+mod slurm;
 mod sql;
 
 pub use clock::{Clock, UnixMs};
@@ -44,8 +46,10 @@ pub use launcher::{Launcher, Observed, Prepared, StopHow};
 pub use leases::{Lease, LeaseInfo};
 pub use local::LocalLauncher;
 pub use models::{Model, ModelKind};
+pub use nodes::{NODE_SILENT_MAX, Node, NodeMode, NodeSpec};
 pub use process::ProcessRef;
 pub use reconcile::{Action, EXIT_INTERRUPTED, Policy, reconcile};
 pub use reconciler::{Reconciler, ReconcilerOptions, Shutdown};
 pub use rollout::{Running, Step, rollout};
+pub use slurm::{SlurmLauncher, SlurmOptions};
 pub use sql::Fault;

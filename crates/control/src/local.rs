@@ -31,6 +31,7 @@ pub struct LocalLauncher {
     /// For every job, beside its own.
     env: Vec<(&'static str, String)>,
     boot_id: String,
+    node: String,
     /// Children of this very process, by pid. Until one is waited for, its pid cannot be recycled.
     children: HashMap<u32, Held>,
 }
@@ -53,6 +54,7 @@ impl LocalLauncher {
                     program: program.to_owned(),
                     log_dir,
                     env: Vec::new(),
+                    node: String::new(),
                     boot_id: process::boot_id()?,
                     children: HashMap::new(),
                 })
@@ -65,6 +67,12 @@ impl LocalLauncher {
     pub fn with_env(mut self, variable: Option<(&'static str, String)>) -> Self {
         self.env.extend(variable);
         self
+    }
+
+    /// The machine's name, where there are several.
+    #[must_use]
+    pub fn on_node(self, node: &str) -> Self {
+        Self { node: node.to_owned(), ..self }
     }
 
     fn log_path(&self, id: JobId) -> PathBuf {
@@ -154,7 +162,8 @@ impl Launcher for LocalLauncher {
                 });
             }
         };
-        let process = ProcessRef { pid, start_ticks, boot_id: self.boot_id.clone(), mark };
+        let process =
+            ProcessRef { pid, start_ticks, boot_id: self.boot_id.clone(), mark, node: self.node.clone() };
         let held = Held { process: process.clone(), child, gate };
         self.children.insert(pid, held);
         let log_path = Some(self.log_path(job.id));

@@ -19,6 +19,9 @@ pub struct ProcessRef {
     pub boot_id: String,
     /// Random; in the environment of the process and of whatever it starts.
     pub mark: String,
+    /// The machine; empty where there is only one.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub node: String,
 }
 
 /// What `/proc/PID/stat` says that matters here.

@@ -24,6 +24,8 @@ pub struct Policy {
     pub short_attempt: Duration,
     /// From being asked to stop to being killed.
     pub stop_grace: Duration,
+    /// Start nothing; what runs goes on.
+    pub cordoned: bool,
     /// The controller is about to exit: stop what runs, start nothing.
     pub draining: bool,
 }
@@ -36,6 +38,7 @@ impl Default for Policy {
             backoff_max: Duration::from_secs(60),
             short_attempt: Duration::from_secs(60),
             stop_grace: Duration::from_secs(30),
+            cordoned: false,
             draining: false,
         }
     }
@@ -125,7 +128,7 @@ fn start(job: &Job, n_running: usize, now: UnixMs, policy: &Policy) -> Option<Ac
         Some(at) => at <= now || at > now.plus(policy.backoff_max),
     };
     let has_room = job.spec.is_service() || n_running < policy.max_running;
-    (due && has_room && !policy.draining).then_some(Action::Start { id: job.id })
+    (due && has_room && !policy.draining && !policy.cordoned).then_some(Action::Start { id: job.id })
 }
 
 /// What becomes of a job whose attempt ended like this.

@@ -16,8 +16,12 @@ use crate::job::{Ending, Job, JobId};
 use crate::jobs::Survey;
 use crate::launcher::{Launcher, StopHow};
 use crate::leases::Lease;
+use crate::nodes::{self, NodeMode, NodeSpec};
 use crate::process::ProcessRef;
 use crate::reconcile::{Action, Policy, ended, reconcile};
+
+/// How often a machine says that it is there, and hears what it may do.
+const NODE_EVERY: Duration = Duration::from_secs(1);
 
 /// The lease every controller competes for.
 const LEASE: &str = "reconciler";
@@ -29,6 +33,8 @@ pub struct ReconcilerOptions {
     pub lease_ttl: Duration,
     /// The longest pause between two looks at the processes; changes made in this process are seen at once.
     pub tick: Duration,
+    /// This machine, where several share the database: each looks after the processes that run on it.
+    pub node: Option<NodeSpec>,
 }
 
 impl Default for ReconcilerOptions {
@@ -37,6 +43,7 @@ impl Default for ReconcilerOptions {
             policy: Policy::default(),
             lease_ttl: Duration::from_secs(5),
             tick: Duration::from_millis(250),
+            node: None,
         }
     }
 }
@@ -80,6 +87,7 @@ impl Reconciler {
             holder: format!("pid {} {}", std::process::id(), random_hex::<4>()?),
             options,
             order: Arc::clone(&order),
+            node_seen: None,
             lease: None,
         };
         let thread = std::thread::Builder::new()
@@ -123,6 +131,8 @@ struct Worker {
     holder: String,
     options: ReconcilerOptions,
     order: Arc<AtomicU8>,
+    /// When this machine last said that it is there, and what it may do.
+    node_seen: Option<(UnixMs, NodeMode)>,
     /// The lease, and when it was last extended.
     lease: Option<(Lease, UnixMs)>,
 }
@@ -163,8 +173,10 @@ impl Worker {
         let started = monotonic_now();
         let outcome = self.hold_lease().and_then(|lease| match lease {
             Some(lease) => {
+                let policy = self.policy()?;
+                let node = self.options.node.as_ref().map(|node| node.name.as_str());
                 let launcher = self.launcher.as_mut();
-                pass(&self.control, launcher, &lease, &self.options.policy, &self.metrics)
+                pass(&self.control, launcher, &lease, (&policy, node), &self.metrics)
             }
             None => Ok(0),
         });
@@ -184,6 +196,24 @@ impl Worker {
         }
     }
 
+    /// The policy, under what this machine may do at present.
+    fn policy(&mut self) -> Result<Policy> {
+        let mut policy = self.options.policy.clone();
+        let Some(node) = &self.options.node else { return Ok(policy) };
+        let now = self.control.now();
+        let mode = match self.node_seen {
+            Some((at, mode)) if now >= at && now.since(at) < NODE_EVERY => mode,
+            _ => {
+                let mode = self.control.put_node(node)?;
+                self.node_seen = Some((now, mode));
+                mode
+            }
+        };
+        policy.cordoned = mode != NodeMode::Open;
+        policy.draining |= mode == NodeMode::Draining;
+        Ok(policy)
+    }
+
     /// The lease, taken or extended as needed; `None` while another controller holds it.
     fn hold_lease(&mut self) -> Result<Option<Lease>> {
         let ttl = self.options.lease_ttl;
@@ -196,7 +226,11 @@ impl Worker {
                 }
             }
             None => {
-                let lease = self.control.acquire(LEASE, &self.holder, ttl)?;
+                let name = match &self.options.node {
+                    Some(node) => format!("{LEASE}@{}", node.name),
+                    None => LEASE.to_owned(),
+                };
+                let lease = self.control.acquire(&name, &self.holder, ttl)?;
                 self.lease = lease.map(|lease| (lease, now));
             }
         }
@@ -211,10 +245,11 @@ fn pass(
     control: &Control,
     launcher: &mut dyn Launcher,
     lease: &Lease,
-    policy: &Policy,
+    (policy, node): (&Policy, Option<&str>),
     metrics: &JobMetrics,
 ) -> Result<usize> {
-    let Survey { unfinished: jobs, counts } = control.survey_jobs()?;
+    let Survey { unfinished: mut jobs, counts } = control.survey_jobs()?;
+    jobs.retain(|job| nodes::is_of(job, node));
     let mut observed = BTreeMap::new();
     let running: Vec<&Job> = jobs.iter().filter(|job| job.process.is_some()).collect();
     for job in &running {

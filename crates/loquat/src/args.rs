@@ -73,6 +73,11 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: JobCommand,
     },
+    /// The machines that run jobs, where several share a database.
+    Node {
+        #[command(subcommand)]
+        command: NodeCommand,
+    },
     /// What training or serving would take on a cluster that is described in a file.
     Plan(Plan),
     /// Models that replicas serve: how many, which version, canaries, engines elsewhere.
@@ -196,6 +201,18 @@ impl Listen {
 pub(crate) struct Up {
     #[command(flatten)]
     pub(crate) listen: Listen,
+    /// What runs jobs: processes of this machine, or a Slurm cluster whose nodes see this home and this program.
+    #[arg(long, value_enum, default_value_t = LauncherName::Local)]
+    pub(crate) launcher: LauncherName,
+    /// More arguments of sbatch, each one: --sbatch=--partition=gpu
+    #[arg(long, value_name = "ARGUMENT", allow_hyphen_values = true)]
+    pub(crate) sbatch: Vec<String>,
+}
+
+#[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
+pub(crate) enum LauncherName {
+    Local,
+    Slurm,
 }
 
 #[derive(Args)]
@@ -227,8 +244,32 @@ pub(crate) enum JobCommand {
     /// The end of a job's log.
     Logs {
         name: String,
+        /// Go on with what is written, until the job is over.
+        #[arg(long, short = 'f')]
+        follow: bool,
     },
     Cancel {
+        name: String,
+    },
+    /// Run a job again that is over.
+    Retry {
+        name: String,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum NodeCommand {
+    List,
+    /// Start nothing new there; what runs goes on.
+    Cordon {
+        name: String,
+    },
+    /// Start nothing new there, and ask what runs to save and go on elsewhere.
+    Drain {
+        name: String,
+    },
+    /// Let it start jobs again.
+    Open {
         name: String,
     },
 }

@@ -9,15 +9,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use api::{Replicas, RouteStatus, Target, TargetKey};
-use control::{Control, Deployment, Job, JobSpec, JobState, Lease, Replica, Running, Step};
+use control::{Control, Deployment, Job, JobSpec, JobState, Lease, Replica, Running, Step, UnixMs};
 use gateway::{CanaryPolicy, Endpoint, Load, ScalePolicy, Verdict};
 
 /// How often it looks.
 const EVERY: Duration = Duration::from_millis(250);
 const LEASE: &str = "deployer";
 const LEASE_TTL: Duration = Duration::from_secs(5);
-/// Jobs looked through for replicas.
-const JOBS_SEEN: usize = 2_000;
 /// Share of the newest look in the mean load: the last two seconds or so count.
 const LOAD_SHARE: f64 = 0.1;
 
@@ -30,6 +28,8 @@ pub(crate) struct Deployer {
     /// What tells this process from others.
     holder: String,
     lease: Option<Lease>,
+    /// When the lease was last extended.
+    extended_at: UnixMs,
     /// Mean load by model.
     loads: BTreeMap<String, f64>,
 }
@@ -43,6 +43,7 @@ impl Deployer {
             replica_key: control.replica_key()?,
             holder: format!("pid {}", std::process::id()),
             lease: None,
+            extended_at: UnixMs(0),
             loads: BTreeMap::new(),
         })
     }
@@ -73,14 +74,21 @@ impl Deployer {
         for deployment in &deployments {
             self.judge(deployment)?;
         }
+        let mut jobs = self.control.unfinished_jobs()?;
+        jobs.retain(|job| model_of(&job.spec).is_some());
+        if deployments.is_empty() && replicas.is_empty() && jobs.is_empty() {
+            return Ok(());
+        }
         let Some(lease) = self.hold_lease()? else { return Ok(()) };
-        self.control.forget_replicas(&lease)?;
-        let jobs = self.control.list_jobs(JOBS_SEEN)?;
+        let is_gone = |replica: &Replica| replica.own && jobs.iter().all(|job| job.spec.name != replica.name);
+        if replicas.iter().any(is_gone) {
+            self.control.forget_replicas(&lease)?;
+        }
         for deployment in &deployments {
             self.scale(&lease, deployment)?;
         }
         let deployed = deployments.iter().map(|d| d.model.as_str());
-        let running = jobs.iter().filter(|job| !job.state.is_over()).filter_map(|job| model_of(&job.spec));
+        let running = jobs.iter().filter_map(|job| model_of(&job.spec));
         let models: BTreeSet<&str> = deployed.chain(running).collect();
         for model in models {
             let wanted = deployments.iter().find(|d| d.model == model);
@@ -170,7 +178,7 @@ impl Deployer {
         (jobs, replicas): (&[Job], &[Replica]),
     ) -> Result<()> {
         let status = self.replicas.status(model);
-        let ours = |job: &&Job| !job.state.is_over() && model_of(&job.spec) == Some(model);
+        let ours = |job: &&Job| model_of(&job.spec) == Some(model);
         let jobs: Vec<&Job> = jobs.iter().filter(ours).collect();
         let running: Vec<Running> = jobs.iter().map(|job| running(job, replicas, status.as_ref())).collect();
         for step in control::rollout(wanted, &running) {
@@ -212,13 +220,18 @@ impl Deployer {
     }
 
     fn hold_lease(&mut self) -> Result<Option<Lease>> {
+        let now = self.control.now();
         match &self.lease {
+            Some(_) if now >= self.extended_at && now.since(self.extended_at) < LEASE_TTL / 3 => {}
             Some(lease) => match self.control.renew(lease, LEASE_TTL) {
-                Ok(()) => {}
+                Ok(()) => self.extended_at = now,
                 Err(control::Error::StaleLease { .. }) => self.lease = None,
                 Err(error) => return Err(error.into()),
             },
-            None => self.lease = self.control.acquire(LEASE, &self.holder, LEASE_TTL)?,
+            None => {
+                self.lease = self.control.acquire(LEASE, &self.holder, LEASE_TTL)?;
+                self.extended_at = now;
+            }
         }
         Ok(self.lease.clone())
     }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use control::Control;
+use control::{Control, NodeSpec};
 use store::{ObjectName, Put, S3Options, Store};
 
 pub(crate) struct Home {
@@ -43,6 +43,16 @@ impl Home {
             }
             Some(path) => Control::open(Path::new(path))?,
             None => Control::open(&self.path.join("loquat.db"))?,
+        })
+    }
+
+    /// This machine, if others may share the database.
+    pub(crate) fn node(&self) -> Option<NodeSpec> {
+        let is_shared = self.database_url.as_ref().is_some_and(|url| url.starts_with("postgres"));
+        is_shared.then(|| NodeSpec {
+            name: crate::machine::host_name(),
+            cores: crate::n_threads() as u32,
+            memory_bytes: crate::machine::memory_available().unwrap_or(0),
         })
     }
 

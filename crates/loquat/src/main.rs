@@ -63,6 +63,7 @@ fn run(loquat: &Loquat) -> Result<ExitCode> {
         Command::Eval { command } => commands::eval::run(&home, command),
         Command::Model { command } => commands::model::run(&home, command),
         Command::Job { command } => commands::job::run(&home, command),
+        Command::Node { command } => commands::node::run(&home, command),
         Command::Plan(args) => commands::plan::run(args),
         Command::Deploy { command } => commands::deploy::run(&home, command),
         Command::Key { command } => commands::key::run(&home, command),

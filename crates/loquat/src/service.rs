@@ -10,7 +10,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use api::{AppState, Limits, Parts};
-use control::{Control, LocalLauncher, ModelKind, Reconciler, ReconcilerOptions, Shutdown};
+use control::{
+    Control, Launcher, LocalLauncher, ModelKind, NodeSpec, Reconciler, ReconcilerOptions, Shutdown,
+    SlurmLauncher, SlurmOptions,
+};
 use store::{Bundle, Store};
 use telemetry::Metrics;
 
@@ -36,7 +39,7 @@ pub(crate) struct Service {
 
 impl Service {
     /// Opens the state, binds the port and starts everything; models are loaded as [`ModelKeeper`] finds them.
-    pub(crate) fn start(home: &Home, listen: &Listen) -> Result<Service> {
+    pub(crate) fn start(home: &Home, listen: &Listen, runs_on: &RunsOn) -> Result<Service> {
         let control = home.control()?;
         let store = home.store()?;
         home.check_cluster(&control, store.as_ref())?;
@@ -49,10 +52,9 @@ impl Service {
             now_unix_s: crate::now_unix_s,
         });
         let http = Http::start(&state, listen)?;
-        let launcher =
-            LocalLauncher::new(&std::env::current_exe()?, &home.job_logs())?.with_env(home.as_env());
-        let options = ReconcilerOptions::default();
-        let reconciler = Reconciler::start(&control, Box::new(launcher), state.metrics.job(), options)?;
+        let (launcher, node) = launcher(home, runs_on)?;
+        let options = ReconcilerOptions { node, ..ReconcilerOptions::default() };
+        let reconciler = Reconciler::start(&control, launcher, state.metrics.job(), options)?;
         let stop = Arc::new(AtomicBool::new(false));
         let keeper = Arc::new(ModelKeeper {
             control: control.clone(),
@@ -90,6 +92,36 @@ impl Service {
             }
         }
         served
+    }
+}
+
+/// What runs this machine's jobs.
+pub(crate) enum RunsOn {
+    ThisMachine,
+    /// With more arguments of sbatch.
+    Slurm(Vec<String>),
+}
+
+type AnyLauncher = Box<dyn Launcher + Send>;
+
+/// The launcher, and this machine's name where its processes are its own to look after: a batch system's jobs are anybody's.
+fn launcher(home: &Home, runs_on: &RunsOn) -> Result<(AnyLauncher, Option<NodeSpec>)> {
+    let (program, logs) = (std::env::current_exe()?, home.job_logs());
+    match runs_on {
+        RunsOn::ThisMachine => {
+            let (launcher, node) =
+                (LocalLauncher::new(&program, &logs)?.with_env(home.as_env()), home.node());
+            let launcher = match &node {
+                Some(node) => launcher.on_node(&node.name),
+                None => launcher,
+            };
+            Ok((Box::new(launcher), node))
+        }
+        RunsOn::Slurm(sbatch) => {
+            let options = SlurmOptions { conf: None, sbatch: sbatch.clone() };
+            let launcher = SlurmLauncher::new(&program, &logs, options)?.with_env(home.as_env());
+            Ok((Box::new(launcher), None))
+        }
     }
 }
 

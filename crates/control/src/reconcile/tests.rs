@@ -25,7 +25,13 @@ fn job() -> Job {
 }
 
 fn process() -> ProcessRef {
-    ProcessRef { pid: 7, start_ticks: 1, boot_id: "boot".to_owned(), mark: "mark".to_owned() }
+    ProcessRef {
+        pid: 7,
+        start_ticks: 1,
+        boot_id: "boot".to_owned(),
+        mark: "mark".to_owned(),
+        node: String::new(),
+    }
 }
 
 /// Runs since ten seconds before now.

@@ -266,6 +266,7 @@ impl<'a> Simulation<'a> {
             holder: incarnation.to_string(),
             options: ReconcilerOptions::default(),
             order: Arc::default(),
+            node_seen: None,
             lease: None,
         });
     }

@@ -31,6 +31,7 @@ fn controller_process() {
         },
         lease_ttl: Duration::from_millis(200),
         tick: Duration::from_millis(5),
+        node: None,
     };
     let metrics = Metrics::new();
     let _reconciler = Reconciler::start(&control, Box::new(launcher), metrics.job(), options).unwrap();
@@ -108,7 +109,7 @@ fn a_controller_killed_leaves_its_job_to_the_next_one() {
 
 #[test]
 fn controllers_killed_at_any_instant_never_run_a_job_twice_at_once() {
-    kill_controllers(&tempfile::tempdir().unwrap());
+    kill_controllers(&tempfile::tempdir().unwrap(), 250);
 }
 
 #[test]
@@ -116,10 +117,11 @@ fn nor_do_they_over_postgresql() {
     let Some(server) = crate::postgres::Postgres::start() else { return };
     let place = tempfile::tempdir().unwrap();
     fs::write(place.path().join("url"), server.new_database()).unwrap();
-    kill_controllers(&place);
+    // Connecting takes longer than opening a file.
+    kill_controllers(&place, 800);
 }
 
-fn kill_controllers(place: &tempfile::TempDir) {
+fn kill_controllers(place: &tempfile::TempDir, life_ms: u64) {
     let control = open(place.path());
     // The directory is a lock that only one instance can hold; its owner's end is told from a second instance's start by
     // asking whether the recorded pid is alive. Every attempt is short, so that starts are many.
@@ -132,7 +134,7 @@ fn kill_controllers(place: &tempfile::TempDir) {
     // Pauses from nothing to a few starts, so that the kill falls into every part of a turn.
     for round in 0..12_u64 {
         let controllers = [Controller::start(place.path()), Controller::start(place.path())];
-        std::thread::sleep(Duration::from_millis(250 + round * 37 % 200));
+        std::thread::sleep(Duration::from_millis(life_ms + round * 37 % 200));
         for controller in controllers {
             controller.kill_9();
         }

@@ -7,9 +7,11 @@ mod keys;
 mod launcher;
 mod leases;
 mod models;
+mod nodes;
 mod outage;
 #[path = "../support/postgres.rs"]
 mod postgres;
+mod slurm;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -88,6 +90,7 @@ macro_rules! suite {
 }
 
 suite! {
+    nodes::jobs_are_shared_by_nodes_and_each_runs_once,
     deployments::a_deployment_is_asked_for_changed_and_forgotten,
     deployments::a_trial_ends_once_and_only_the_one_that_was_on,
     deployments::a_stale_deployer_changes_nothing,

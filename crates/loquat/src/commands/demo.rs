@@ -14,7 +14,7 @@ use crate::args;
 use crate::commands::{ingest, up};
 use crate::follow::{Follow, Recorder};
 use crate::home::Home;
-use crate::service::Service;
+use crate::service::{RunsOn, Service};
 use crate::signals::Stop;
 use crate::view::View;
 
@@ -27,7 +27,7 @@ const POLL: Duration = Duration::from_millis(100);
 pub(crate) fn run(home: &Home, args: &args::Demo) -> Result<ExitCode> {
     let stop = Stop::on_signals()?;
     println!("{}", tensor::cpu::describe());
-    let service = Service::start(home, &args.listen)?;
+    let service = Service::start(home, &args.listen, &RunsOn::ThisMachine)?;
     let key = up::console_key(home, &service.control)?;
     println!("console   http://{}/#key={key}", service.address());
     if let Some(path) = &args.chat_model {

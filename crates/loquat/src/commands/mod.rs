@@ -11,6 +11,7 @@ pub(crate) mod ingest;
 pub(crate) mod job;
 pub(crate) mod key;
 pub(crate) mod model;
+pub(crate) mod node;
 pub(crate) mod plan;
 pub(crate) mod presets;
 pub(crate) mod train;

@@ -16,13 +16,17 @@ use crate::args;
 use crate::home::Home;
 use crate::http::Http;
 use crate::runs::StoredRuns;
-use crate::service::Service;
+use crate::service::{RunsOn, Service};
 use crate::serving::{self, Share};
 use crate::signals::Stop;
 
 pub(crate) fn up(home: &Home, args: &args::Up) -> Result<ExitCode> {
     let stop = Stop::on_signals()?;
-    let service = Service::start(home, &args.listen)?;
+    let runs_on = match args.launcher {
+        args::LauncherName::Local => RunsOn::ThisMachine,
+        args::LauncherName::Slurm => RunsOn::Slurm(args.sbatch.clone()),
+    };
+    let service = Service::start(home, &args.listen, &runs_on)?;
     let key = console_key(home, &service.control)?;
     service.refresh_models()?;
     tell(&service.state, service.address(), Some(&key));

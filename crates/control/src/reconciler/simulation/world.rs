@@ -216,6 +216,7 @@ impl World {
             start_ticks: self.next_ticks,
             boot_id: self.boot.to_string(),
             mark: self.next_ticks.to_string(),
+            node: String::new(),
         };
         self.instances.push(Instance { job, process: process.clone(), parent, life: Life::Gated });
         process

@@ -1,0 +1,137 @@
+//! A real Slurm for tests: munge, a controller and three nodes on loopback, in a directory of their own.
+
+use std::fs;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+pub(crate) struct Slurm {
+    directory: tempfile::TempDir,
+    processes: Vec<Child>,
+}
+
+const NODES: [&str; 3] = ["n1", "n2", "n3"];
+
+impl Slurm {
+    /// `None`, said loudly, where Slurm is not installed or may not be started.
+    pub(crate) fn start() -> Option<Slurm> {
+        let is_root =
+            fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0);
+        let has =
+            |program: &str| ["/usr/sbin", "/usr/bin"].iter().any(|dir| Path::new(dir).join(program).exists());
+        if !is_root || !["munged", "slurmctld", "slurmd", "sbatch"].iter().all(|program| has(program)) {
+            eprintln!("SKIPPED: there is no Slurm here, or this is not root (./test --long installs it)");
+            return None;
+        }
+        let mut slurm = Slurm { directory: tempfile::tempdir().unwrap(), processes: Vec::new() };
+        for dir in ["munge", "state", "tmp", "log", "spool/n1", "spool/n2", "spool/n3"] {
+            fs::create_dir_all(slurm.path(dir)).unwrap();
+        }
+        // munged looks at every directory above its socket.
+        sh(&format!("chmod 755 {}", slurm.directory.path().display()));
+        fs::write(slurm.conf(), slurm.configuration()).unwrap();
+        slurm.start_munge();
+        slurm.spawn("slurmctld", &["-D"]);
+        for node in NODES {
+            slurm.spawn("slurmd", &["-D", "-N", node]);
+        }
+        slurm.wait_for("n[1-3]");
+        Some(slurm)
+    }
+
+    pub(crate) fn conf(&self) -> PathBuf {
+        self.path("slurm.conf")
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn start_munge(&mut self) {
+        let (dir, key) = (self.path("munge"), self.path("munge/key"));
+        fs::write(&key, [7; 1024]).unwrap();
+        sh(&format!("chown -R munge {0}; chmod 400 {1}", dir.display(), key.display()));
+        let file = |option: &str, name: &str| format!("--{option}={}", dir.join(name).display());
+        let child = Command::new("setpriv")
+            .args(["--reuid=munge", "--regid=munge", "--clear-groups", "munged", "--foreground", "--force"])
+            .args([file("key-file", "key"), file("socket", "socket"), file("pid-file", "pid")])
+            .args([file("seed-file", "seed"), file("log-file", "log")])
+            .stderr(Stdio::null())
+            .spawn();
+        self.processes.push(child.unwrap());
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !dir.join("socket").exists() {
+            assert!(Instant::now() < deadline, "munged does not start");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn spawn(&mut self, program: &str, args: &[&str]) {
+        let log = fs::File::create(self.path(&format!("log/{program}{}", args.last().unwrap()))).unwrap();
+        let mut command = Command::new(program);
+        command
+            .args(args)
+            .env("SLURM_CONF", self.conf())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        self.processes.push(command.spawn().unwrap());
+    }
+
+    /// Waits until these nodes are idle.
+    fn wait_for(&self, nodes: &str) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let seen = Command::new("sinfo")
+                .args(["-h", "-t", "idle", "-o", "%N"])
+                .env("SLURM_CONF", self.conf())
+                .output();
+            let seen = String::from_utf8_lossy(&seen.unwrap().stdout).trim().to_owned();
+            if seen == nodes {
+                return;
+            }
+            assert!(Instant::now() < deadline, "nodes are {seen:?}, not {nodes}");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    fn configuration(&self) -> String {
+        let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+        let (host, dir) = (host.trim().split('.').next().unwrap(), self.directory.path().display());
+        let ports: Vec<TcpListener> = (0..4).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+        let port = |i: usize| ports[i].local_addr().unwrap().port();
+        let node = |(i, name): (usize, &&str)| {
+            format!("NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={} CPUs=4\n", port(i + 1))
+        };
+        let nodes: String = NODES.iter().enumerate().map(node).collect();
+        format!(
+            "ClusterName=loquat-test\nSlurmctldHost={host}(127.0.0.1)\nSlurmctldPort={}\nSlurmUser=root\n\
+             AuthType=auth/munge\nAuthInfo=socket={dir}/munge/socket\nCredType=cred/munge\n\
+             ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nJobAcctGatherType=jobacct_gather/none\n\
+             AccountingStorageType=accounting_storage/none\nMpiDefault=none\nReturnToService=2\nSlurmdTimeout=5\n\
+             KillWait=2\nMinJobAge=300\nSchedulerParameters=batch_sched_delay=1,sched_interval=2\n\
+             SelectType=select/cons_tres\nSelectTypeParameters=CR_Core\nStateSaveLocation={dir}/state\n\
+             SlurmdSpoolDir={dir}/spool/%n\nSlurmctldPidFile={dir}/ctld.pid\nSlurmdPidFile={dir}/slurmd.%n.pid\n\
+             SlurmctldLogFile={dir}/log/ctld\nSlurmdLogFile={dir}/log/%n\nSlurmdParameters=config_overrides\n\
+             TmpFS={dir}/tmp\n{nodes}PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n",
+            port(0)
+        )
+    }
+}
+
+impl Drop for Slurm {
+    fn drop(&mut self) {
+        // Jobs first, while somebody is there to end them.
+        drop(Command::new("scancel").args(["-u", "root"]).env("SLURM_CONF", self.conf()).status());
+        std::thread::sleep(Duration::from_millis(500));
+        for mut process in self.processes.drain(..).rev() {
+            drop(process.kill());
+            drop(process.wait());
+        }
+    }
+}
+
+fn sh(line: &str) {
+    assert!(Command::new("/bin/sh").args(["-c", line]).status().unwrap().success(), "{line}");
+}
