@@ -68,6 +68,8 @@ mod tests {
             flops_per_token,
             peak_flops,
             n_ranks: 2,
+            chats_cut: 0,
+            chats_dropped: 0,
             began_unix,
             after,
             chats_cut: 0,
