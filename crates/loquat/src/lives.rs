@@ -72,8 +72,6 @@ mod tests {
             chats_dropped: 0,
             began_unix,
             after,
-            chats_cut: 0,
-            chats_dropped: 0,
         }
     }
 
