@@ -3,6 +3,7 @@
 //! Nothing here waits inside MPI, which on a cut link is for ever: messages are started, asked after, and given up.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -111,9 +112,7 @@ impl Post {
         values: &mut dyn FnMut(usize, Box<[f32]>),
     ) -> Result<(), CommError> {
         let (rank, n_ranks) = (self.world.rank(), self.world.n_ranks());
-        let shards: Vec<Vec<_>> =
-            (0..n_ranks).map(|r| pieces(tree::shard(len, r, n_ranks), PIECE_LEN).collect()).collect();
-        let n_steps = shards.iter().map(Vec::len).max().unwrap_or(0);
+        let (shards, n_steps) = shards(len, n_ranks);
         let others = self.others();
         let operation = "reduce_scatter";
         let start = &mut |post: &mut Post, step: usize| {
@@ -148,9 +147,7 @@ impl Post {
         values: &mut dyn FnMut(usize, Box<[f32]>),
     ) -> Result<(), CommError> {
         let (rank, n_ranks) = (self.world.rank(), self.world.n_ranks());
-        let shards: Vec<Vec<_>> =
-            (0..n_ranks).map(|r| pieces(tree::shard(len, r, n_ranks), PIECE_LEN).collect()).collect();
-        let n_steps = shards.iter().map(Vec::len).max().unwrap_or(0);
+        let (shards, n_steps) = shards(len, n_ranks);
         let (others, first) = (self.others(), tree::shard(len, rank, n_ranks).start);
         let operation = "all_gather_shards";
         let start = &mut |post: &mut Post, step: usize| {
@@ -245,7 +242,7 @@ impl Post {
         &mut self,
         peer: usize,
         (operation, tag): (&'static str, u16),
-        (values, part): (&Arc<[f32]>, std::ops::Range<usize>),
+        (values, part): (&Arc<[f32]>, Range<usize>),
     ) -> Result<Flight, CommError> {
         self.bytes_sent.fetch_add(4 * part.len() as u64, Ordering::Relaxed);
         let request = self.world.send(peer, tag, (values.clone(), part)).map_err(failed(operation))?;
@@ -330,6 +327,14 @@ impl Post {
             missing,
         })
     }
+}
+
+/// Every rank's shard of `len` values in pieces, and in how many steps the longest is sent.
+fn shards(len: usize, n_ranks: usize) -> (Vec<Vec<Range<usize>>>, usize) {
+    let shard = |rank| pieces(tree::shard(len, rank, n_ranks), PIECE_LEN).collect();
+    let shards: Vec<Vec<_>> = (0..n_ranks).map(shard).collect();
+    let n_steps = shards.iter().map(Vec::len).max().unwrap_or(0);
+    (shards, n_steps)
 }
 
 const LENGTHS: u16 = 1;

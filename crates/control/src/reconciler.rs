@@ -1,13 +1,12 @@
 //! The doer: holds the lease, observes, has [`reconcile`] decide, and obeys.
 
 use std::collections::BTreeMap;
-use std::error::Error as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use telemetry::JobMetrics;
+use telemetry::{JobMetrics, chain};
 
 use crate::clock::UnixMs;
 use crate::database::{Control, random_hex};
@@ -351,18 +350,6 @@ fn monotonic_now() -> Instant {
 
 fn warn(what: &str, error: &Error) {
     tracing::warn!(error = chain(error), "{what}");
-}
-
-/// The error and what caused it, in one line.
-fn chain(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ use gateway::{Outcome, Prefix, Ticket};
 use http_body::{Body as HttpBody, Frame};
 use hyper::body::Incoming;
 use serde::Deserialize;
+use telemetry::chain;
 use tokio::time::Instant;
 
 use super::{Known, Replicas, Route};
@@ -215,18 +216,6 @@ fn is_event_stream(headers: &HeaderMap) -> bool {
 
 async fn next_frame(body: &mut Incoming) -> Option<std::result::Result<Frame<Bytes>, hyper::Error>> {
     std::future::poll_fn(|context| Pin::new(&mut *body).poll_frame(context)).await
-}
-
-/// The error and what caused it, in one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }
 
 /// Counts a request that waits.

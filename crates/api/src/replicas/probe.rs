@@ -7,9 +7,9 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::http::{Request, StatusCode, header};
 use serde_json::json;
+use telemetry::chain;
 use tokio::time::{sleep, timeout};
 
-use super::forward::chain;
 use super::{Known, Replicas, Route};
 
 const LOOK_EVERY: Duration = Duration::from_millis(100);

@@ -4,7 +4,7 @@ use std::sync::atomic::AtomicBool;
 
 use train::{Context, Error, Event, Muon, Outcome, Plan};
 
-use crate::{carry_out_as, prepared, results};
+use crate::{carry_out_as, context, prepared, results};
 
 /// A model of several shards.
 fn wider(plan: Plan) -> Plan {
@@ -53,18 +53,6 @@ fn muon_is_not_divided() {
     let plan = Plan { muon: Some(Muon::default()), ..plan };
     train::create(&store, "muon", &plan, None).unwrap();
     let stop = AtomicBool::new(false);
-    let context = Context {
-        store,
-        run: "muon".into(),
-        n_ranks: 2,
-        after: None,
-        divided: true,
-        n_threads: 1,
-        recompute: false,
-        peak_flops: 1.0,
-        stop: &stop,
-        seconds: &|| 0.0,
-        started_unix: 0.0,
-    };
+    let context = Context { n_ranks: 2, divided: true, ..context(&store, "muon", &stop) };
     assert!(matches!(train::run(&context, &mut |_| {}), Err(Error::MuonDivided)));
 }

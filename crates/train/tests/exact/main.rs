@@ -65,6 +65,23 @@ fn prepared() -> (Arc<dyn Store>, Plan) {
     (store, plan)
 }
 
+/// On one rank, all state on each, by a clock that stands.
+fn context<'a>(store: &Arc<dyn Store>, run: &str, stop: &'a AtomicBool) -> Context<'a> {
+    Context {
+        store: store.clone(),
+        run: run.into(),
+        n_ranks: 1,
+        after: None,
+        divided: false,
+        n_threads: 1,
+        recompute: false,
+        peak_flops: 1.0,
+        stop,
+        seconds: &|| 0.0,
+        started_unix: 0.0,
+    }
+}
+
 /// Carries `run` out on so many ranks; stops it after step `stop_after` if that is `Some`.
 fn carry_out(
     store: &Arc<dyn Store>,
@@ -82,20 +99,9 @@ fn carry_out_as(
     stop_after: Option<u64>,
 ) -> (Outcome, Vec<Event>) {
     let stop = AtomicBool::new(false);
-    let context = Context {
-        store: store.clone(),
-        run: run.into(),
-        n_ranks,
-        after: None,
-        divided,
-        n_threads,
-        // Some layouts compute layers again, and change no bit either.
-        recompute: n_ranks == 4,
-        peak_flops: 1.0,
-        stop: &stop,
-        seconds: &|| 0.0,
-        started_unix: 0.0,
-    };
+    // Some layouts compute layers again, and change no bit either.
+    let recompute = n_ranks == 4;
+    let context = Context { n_ranks, divided, n_threads, recompute, ..context(store, run, &stop) };
     let mut events = Vec::new();
     let outcome = train::run(&context, &mut |event| {
         if matches!(event, Event::Step(s) if Some(s.step) == stop_after) {
@@ -185,21 +191,7 @@ fn a_damaged_checkpoint_falls_back_to_the_one_before() {
         }
     }
     let stop = AtomicBool::new(false);
-    let run = "hurt".to_owned();
-    let seconds = || 0.0;
-    let context = Context {
-        store,
-        run,
-        n_ranks: 1,
-        after: None,
-        divided: false,
-        n_threads: 1,
-        recompute: false,
-        peak_flops: 1.0,
-        stop: &stop,
-        seconds: &seconds,
-        started_unix: 0.0,
-    };
+    let context = context(&store, "hurt", &stop);
     assert!(matches!(train::run(&context, &mut |_| {}), Err(Error::NoCheckpoint { .. })));
 }
 
@@ -216,20 +208,7 @@ fn a_changed_plan_and_other_data_are_refused_by_name() {
     let moved = Plan { data: vec![DataPart { sha256: "00".into(), ..plan.data[0].clone() }], ..plan.clone() };
     train::create(&store, "moved", &moved, None).unwrap();
     let stop = AtomicBool::new(false);
-    let seconds = || 0.0;
-    let context = |run: &str, n_ranks| Context {
-        store: store.clone(),
-        run: run.to_owned(),
-        n_ranks,
-        after: None,
-        divided: false,
-        n_threads: 1,
-        recompute: false,
-        peak_flops: 1.0,
-        stop: &stop,
-        seconds: &seconds,
-        started_unix: 0.0,
-    };
+    let context = |run: &str, n_ranks| Context { n_ranks, ..context(&store, run, &stop) };
     assert!(matches!(train::run(&context("moved", 1), &mut |_| {}), Err(Error::DatasetChanged { .. })));
     assert!(matches!(train::run(&context("fixed", 3), &mut |_| {}), Err(Error::Ranks { .. })));
     assert!(matches!(train::run(&context("absent", 1), &mut |_| {}), Err(Error::NoRun { .. })));

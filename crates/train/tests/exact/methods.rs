@@ -10,9 +10,9 @@ use store::{Bundle, Store};
 use tensor::Pool;
 use tensor::packed::WeightKind;
 use tokenizer::{BpeTrainer, ChatTemplate};
-use train::{Context, Error, Event, Method, Outcome, Plan};
+use train::{Error, Event, Method, Outcome, Plan};
 
-use crate::{carry_out, prepared};
+use crate::{carry_out, context, prepared};
 
 const TEMPLATE: &str = "{% for m in messages %}{{ m.role + ':' + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}";
 
@@ -146,22 +146,7 @@ fn what_does_not_fit_is_refused_by_name() {
     let start = |run: &FineTune, name: &str| {
         train::create(&run.store, name, &run.plan, Some(&run.files))?;
         let stop = AtomicBool::new(false);
-        let (store, seconds) = (run.store.clone(), || 0.0);
-        let name = name.to_owned();
-        let context = Context {
-            store,
-            run: name,
-            n_ranks: 1,
-            after: None,
-            divided: false,
-            n_threads: 1,
-            recompute: false,
-            peak_flops: 1.0,
-            stop: &stop,
-            seconds: &seconds,
-            started_unix: 0.0,
-        };
-        train::run(&context, &mut |_| {})
+        train::run(&context(&run.store, name, &stop), &mut |_| {})
     };
     let mut run = FineTune::new(chat);
     run.plan.objective = Objective::Dpo { beta: 0.5 };

@@ -10,7 +10,7 @@ use data::{Dataset, IngestPlan, TokenizerSource};
 use store::{ObjectMeta, ObjectName, Put, Store};
 use train::{Context, DataPart, Error, Event, Guard, Muon, Outcome, Plan, Tasks};
 
-use crate::{STEPS, carry_out, prepared, results, whole_run};
+use crate::{STEPS, carry_out, context, prepared, results, whole_run};
 
 /// The speeches, and a second dataset of the same tokenizer.
 fn two_datasets() -> (Arc<dyn Store>, Plan) {
@@ -113,19 +113,8 @@ fn carry_out_with(
     n_ranks: usize,
     on_event: &mut dyn FnMut(&Event),
 ) -> Result<Outcome, Error> {
-    let context = Context {
-        store: store.clone(),
-        run: run.into(),
-        n_ranks,
-        after: None,
-        divided: false,
-        n_threads: n_ranks,
-        recompute: false,
-        peak_flops: 1.0,
-        stop: &AtomicBool::new(false),
-        seconds: &|| 0.0,
-        started_unix: 0.0,
-    };
+    let stop = AtomicBool::new(false);
+    let context = Context { n_ranks, n_threads: n_ranks, ..context(store, run, &stop) };
     train::run(&context, on_event)
 }
 
