@@ -45,7 +45,9 @@ impl MetricsLog {
 
     /// Takes an event; it reaches the store with the next [`MetricsLog::flush`].
     pub(crate) fn push(&mut self, event: &Event) -> Result<()> {
-        let chunk = event.step() / CHUNK_STEPS;
+        // A checkpoint is there some steps after the one it is of: it is told among the lines of that later time, since an
+        // object that is complete is not opened again.
+        let chunk = self.chunk.max(event.step() / CHUNK_STEPS);
         if chunk != self.chunk {
             self.flush()?;
             self.lines.clear();
@@ -117,6 +119,23 @@ mod tests {
         }
         log.flush().unwrap();
         assert_eq!(steps(&store), (0..=230).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn what_is_told_late_costs_no_line() {
+        let store = store::open("mem:").unwrap();
+        let mut log = MetricsLog::open(store.clone(), "r", 0).unwrap();
+        let checkpoint = Event::Checkpoint { step: 190, bytes: 1, seconds: 0.0, write_seconds: 1.0 };
+        for step in 1..=450 {
+            log.push(&eval(step)).unwrap();
+            if step == 205 {
+                log.push(&checkpoint).unwrap();
+            }
+        }
+        log.flush().unwrap();
+        let mut expected: Vec<u64> = (1..=450).collect();
+        expected.insert(205, 190);
+        assert_eq!(steps(&store), expected);
     }
 
     #[test]
