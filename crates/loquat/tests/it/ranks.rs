@@ -95,6 +95,21 @@ impl Runs {
         begun
     }
 
+    /// Starts a supervised run that has a checkpoint and at least half of its steps before it, and says of how many steps and
+    /// under what name: of more and more, since a checkpoint takes seconds and a quick machine's step a few milliseconds.
+    fn begin_midway(&self, run: &str, command: impl Fn(&str, u64) -> Command) -> (Begun, u64, String) {
+        for steps in [300, 1200, 4800, 19_200] {
+            let name = format!("{run}-{steps}");
+            let begun = self.begin(command(&name, steps), &name);
+            let n_done = begun.text().matches("\"event\":\"step\"").count() as u64;
+            if 2 * n_done < steps {
+                return (begun, steps, name);
+            }
+            begun.end();
+        }
+        panic!("19,200 steps are half over before a checkpoint is there");
+    }
+
     /// Processes that are a rank of the run, not what started them.
     fn ranks(&self, run: &str) -> Vec<u32> {
         let entries = std::fs::read_dir("/proc").unwrap();
@@ -203,11 +218,10 @@ fn ranks_that_differ_are_refused_on_every_rank() {
 #[test]
 fn a_killed_rank_costs_the_steps_since_the_last_checkpoint() {
     let Some(runs) = Runs::prepared() else { return };
-    let steps = 300;
-    runs.must_run("whole", steps, "");
-    let command = runs.command(runs.words("killed", steps, "--launch mpi --ranks 4 --rank-limit 30"));
-    let begun = runs.begin(command, "killed");
-    let ranks = runs.ranks("killed");
+    let command =
+        |run: &str, steps| runs.command(runs.words(run, steps, "--launch mpi --ranks 4 --rank-limit 30"));
+    let (begun, steps, run) = runs.begin_midway("killed", command);
+    let ranks = runs.ranks(&run);
     assert_eq!(ranks.len(), 4, "{}", begun.text());
     let random = Instant::now().elapsed().subsec_nanos() as usize + std::process::id() as usize;
     let victim = ranks[random % 4].to_string();
@@ -216,17 +230,17 @@ fn a_killed_rank_costs_the_steps_since_the_last_checkpoint() {
     let told = begun.end();
     assert!(recovery < Duration::from_secs(30), "{recovery:?}: {told}");
     assert!(told.contains("3 restarts left") && told.contains("\"after\":"), "{told}");
-    assert!(runs.weights("killed") == runs.weights("whole"), "{told}");
+    runs.must_run("whole", steps, "");
+    assert!(runs.weights(&run) == runs.weights("whole"), "{told}");
 }
 
 #[test]
 fn a_rank_that_hangs_is_named_and_replaced() {
     let Some(runs) = Runs::prepared() else { return };
-    let steps = 300;
-    runs.must_run("whole", steps, "");
-    let command = runs.command(runs.words("hung", steps, "--launch mpi --ranks 2 --rank-limit 3"));
-    let begun = runs.begin(command, "hung");
-    let victim = runs.ranks("hung")[1].to_string();
+    let command =
+        |run: &str, steps| runs.command(runs.words(run, steps, "--launch mpi --ranks 2 --rank-limit 3"));
+    let (begun, steps, run) = runs.begin_midway("hung", command);
+    let victim = runs.ranks(&run)[1].to_string();
     assert!(Command::new("kill").args(["-STOP", &victim]).status().unwrap().success());
     let recovery = begun.recovery();
     let told = begun.end();
@@ -236,7 +250,8 @@ fn a_rank_that_hangs_is_named_and_replaced() {
     {
         assert!(told.contains(word), "no '{word}': {told}");
     }
-    assert!(runs.weights("hung") == runs.weights("whole"), "{told}");
+    runs.must_run("whole", steps, "");
+    assert!(runs.weights(&run) == runs.weights("whole"), "{told}");
 }
 
 /// Three machines: network namespaces on one switch, which nothing else is tied to.
@@ -341,8 +356,8 @@ fn a_cut_link_is_explained_and_the_run_goes_on_without_that_host() {
         "4 ranks on 3 hosts: {status}"
     );
 
-    let command = hosts.command(&runs, "cut", steps, "--ranks 4 --rank-limit 3");
-    let begun = runs.begin(command, "cut");
+    let command = |run: &str, steps| hosts.command(&runs, run, steps, "--ranks 4 --rank-limit 3");
+    let (begun, steps, run) = runs.begin_midway("cut", command);
     hosts.set_link(2, "down");
     let recovery = begun.recovery();
     hosts.set_link(2, "up");
@@ -352,7 +367,8 @@ fn a_cut_link_is_explained_and_the_run_goes_on_without_that_host() {
     {
         assert!(told.contains(word), "no '{word}': {told}");
     }
-    assert!(runs.weights("cut") == runs.weights("whole"), "{told}");
+    runs.must_run("undisturbed", steps, "");
+    assert!(runs.weights(&run) == runs.weights("undisturbed"), "{told}");
 }
 
 /// `./test --long`: 8 ranks with divided state on three hosts whose links are slow, two of which lose ranks on the way.
