@@ -120,6 +120,14 @@ impl ParamTable {
         n_params(&self.specs)
     }
 
+    /// What comes before the layers, every layer, and what comes after them.
+    pub(crate) fn units(&self) -> Vec<Range<usize>> {
+        let mut borders = vec![0];
+        borders.extend(self.layers.iter().map(|layer| layer.attention_norm.weight.start));
+        borders.extend([self.final_norm.weight.start, self.n_params()]);
+        borders.windows(2).map(|pair| pair[0]..pair[1]).collect()
+    }
+
     /// Ranges with weight decay, sorted, adjacent ones joined.
     pub fn decayed(&self) -> Vec<Range<usize>> {
         decayed(&self.specs)

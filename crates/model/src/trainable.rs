@@ -86,6 +86,14 @@ impl Trainable {
         n_params(self.specs())
     }
 
+    /// The flat vector in units, as a [`crate::Keeper`] is told of them.
+    pub fn units(&self) -> Vec<Range<usize>> {
+        match &self.lora {
+            None => self.table.units(),
+            Some(_) => std::iter::once(0..self.n_params()).collect(),
+        }
+    }
+
     /// Ranges with weight decay, sorted, adjacent ones joined.
     pub fn decayed(&self) -> Vec<Range<usize>> {
         decayed(self.specs())
