@@ -28,7 +28,7 @@ impl Beside {
     }
 }
 
-/// To be finished in the order in which they were begun. One that is dropped goes on all the same.
+/// May be finished in any order. One that is dropped goes on all the same.
 pub struct Pending(State);
 
 enum State {

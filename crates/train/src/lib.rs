@@ -13,8 +13,11 @@
 mod checkpoint;
 mod curve;
 mod error;
+mod evaluate;
 mod event;
+mod exchange;
 mod guard;
+mod layout;
 mod loader;
 mod metrics_log;
 mod optimizer;
@@ -34,6 +37,7 @@ pub use curve::Curve;
 pub use error::{Error, Result};
 pub use event::{BadBatch, EvalPart, Event, Ranks, Score, Started, Step, TaskScores};
 pub use guard::Wrong;
+pub use layout::Zero;
 pub use metrics_log::read_metrics;
 pub use plan::{
     AdamW, CheckpointPolicy, DataPart, Evaluate, Guard, Method, Muon, PLAN_VERSION, Plan, Sample, Start,
