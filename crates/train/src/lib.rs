@@ -10,6 +10,7 @@
 //! and the numbers of ranks and threads change no bit (held by `tests/exact/`).
 #![forbid(unsafe_code)]
 
+mod budget;
 mod checkpoint;
 mod curve;
 mod error;
@@ -33,6 +34,7 @@ mod state;
 mod tasks;
 mod tensorboard;
 
+pub use budget::RankBytes;
 pub use curve::Curve;
 pub use error::{Error, Result};
 pub use event::{BadBatch, EvalPart, Event, Ranks, Score, Started, Step, TaskScores};
