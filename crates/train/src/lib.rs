@@ -13,6 +13,7 @@
 mod budget;
 mod checkpoint;
 mod curve;
+mod early;
 mod error;
 mod evaluate;
 mod event;
@@ -23,6 +24,7 @@ mod loader;
 mod metrics_log;
 mod optimizer;
 mod plan;
+mod publish;
 mod rank;
 mod run;
 mod sample;
