@@ -316,6 +316,10 @@ impl Doer<'_> {
         let job = self.jobs[&id];
         let prepared = match self.launcher.prepare(job) {
             Ok(prepared) => prepared,
+            Err(error) if error.is_of_the_launcher() => {
+                warn("cannot start a job yet", &error);
+                return Ok(());
+            }
             Err(error) => {
                 let mut end = ended(job, Ending::NotStarted, self.control.now(), self.policy);
                 end.message = Some(chain(&error));

@@ -14,6 +14,8 @@ mod http;
 mod hub;
 mod lives;
 mod machine;
+mod pods;
+mod promoter;
 mod runs;
 mod service;
 mod serving;
@@ -66,6 +68,7 @@ fn run(loquat: &Loquat) -> Result<ExitCode> {
         Command::Node { command } => commands::node::run(&home, command),
         Command::Plan(args) => commands::plan::run(args),
         Command::Deploy { command } => commands::deploy::run(&home, command),
+        Command::Promote { command } => commands::promote::run(&home, command),
         Command::Key { command } => commands::key::run(&home, command),
         Command::Doctor => commands::doctor::run(&home),
     }

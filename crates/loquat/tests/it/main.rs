@@ -13,6 +13,7 @@ mod kill;
 mod peers;
 #[path = "../../../control/tests/support/postgres.rs"]
 mod postgres;
+mod promote;
 mod ranks;
 mod serve;
 mod support;
