@@ -3,7 +3,7 @@
 //! after the other killed with signal 9, as a seed has it.
 //!
 //! `./test` does this for a short while on child processes; `./test --long` for half an hour on Slurm. Both can be changed:
-//! `LOQUAT_CHAOS_SECONDS`, `LOQUAT_CHAOS_SEED`.
+//! `LOQUAT_CHAOS_SECONDS`, `LOQUAT_CHAOS_BETWEEN` (seconds from fault to fault), `LOQUAT_CHAOS_SEED`.
 
 mod place;
 mod traffic;
@@ -32,7 +32,7 @@ const QUIET: Duration = Duration::from_secs(5);
 
 #[test]
 fn a_cluster_outlives_any_of_its_parts() {
-    disturb(&Plan { seconds: 40, between: Duration::from_secs(6), on_slurm: false });
+    disturb(&Plan { seconds: 30, between: Duration::from_secs(5), on_slurm: false });
 }
 
 #[cfg(feature = "long")]
@@ -48,6 +48,7 @@ fn number(name: &str) -> Option<u64> {
 
 fn disturb(plan: &Plan) {
     let seconds = number("LOQUAT_CHAOS_SECONDS").unwrap_or(plan.seconds);
+    let between = number("LOQUAT_CHAOS_BETWEEN").map_or(plan.between, Duration::from_secs);
     let seed = number("LOQUAT_CHAOS_SEED").unwrap_or(1);
     let Some(mut place) = Place::start(plan.on_slurm) else { return };
     println!("chaos for {seconds} s with seed {seed}");
@@ -62,17 +63,21 @@ fn disturb(plan: &Plan) {
     let deadline = started + Duration::from_secs(seconds);
     let mut faults = Vec::new();
     let mut runs = vec![place.submit(0)];
-    let mut next_fault = started + plan.between / 2;
+    let mut next_fault = started + between / 2;
     let mut order = Order { random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1, left: Vec::new() };
     while Instant::now() < deadline || !place.is_over(*runs.last().unwrap()) {
-        assert!(Instant::now() < deadline + crate::support::PATIENCE, "the last run does not end: {}", place.state());
+        assert!(
+            Instant::now() < deadline + crate::support::PATIENCE,
+            "the last run does not end: {}",
+            place.state()
+        );
         std::thread::sleep(Duration::from_millis(100));
         if Instant::now() < deadline && Instant::now() >= next_fault {
             let fault = order.next(place.faults());
             println!("{:>7.1?} {fault:?}", started.elapsed());
             faults.push((Instant::now(), fault));
             place.break_down(fault);
-            next_fault = Instant::now() + plan.between;
+            next_fault = Instant::now() + between;
         }
         place.mend();
         if place.is_over(*runs.last().unwrap()) && Instant::now() < deadline {
@@ -89,7 +94,10 @@ fn disturb(plan: &Plan) {
     for (n, id) in runs.iter().enumerate() {
         let job = place.job(*id);
         assert_eq!(job.state, JobState::Succeeded, "{job:?}");
-        assert!(place.weights(&place::run_name(n)) == whole, "seed {seed}: run {n} has other weights after {job:?}");
+        assert!(
+            place.weights(&place::run_name(n)) == whole,
+            "seed {seed}: run {n} has other weights after {job:?}"
+        );
     }
     let n_starts: u32 = runs.iter().map(|id| place.job(*id).n_starts).sum();
     let goodput = 100.0 * runs.len() as f64 * calm.as_secs_f64() / elapsed.as_secs_f64();

@@ -3,8 +3,9 @@
 
 use std::fs;
 use std::net::{TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::support::root;
@@ -24,25 +25,43 @@ pub(super) struct Weed {
 }
 
 impl Weed {
+    pub(super) const URL: &str = "s3://chaos/store";
+
     /// `None`, said loudly, where the program is missing.
     pub(super) fn start() -> Option<Weed> {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let in_path = std::env::split_paths(&path).map(|dir| dir.join("weed"));
-        let found = std::iter::once(root().join("var/venv/bin/weed")).chain(in_path).find(|weed| weed.is_file());
+        let found =
+            std::iter::once(root().join("var/venv/bin/weed")).chain(in_path).find(|weed| weed.is_file());
         let Some(program) = found else {
-            eprintln!("SKIPPED IN PART: no SeaweedFS (./test installs it): objects lie in a directory, no storage node dies");
+            eprintln!(
+                "SKIPPED IN PART: no SeaweedFS (./test installs it): objects lie in a directory, no storage node dies"
+            );
             return None;
         };
         let directory = tempfile::tempdir().unwrap();
         let [master0, master1, master2, s3_port] = free_ports();
-        let volume_ports = { let [a, b, c] = free_ports(); [a, b, c] };
+        let volume_ports = {
+            let [a, b, c] = free_ports();
+            [a, b, c]
+        };
         let peers = [master0, master1, master2].map(|port| format!("127.0.0.1:{port}")).join(",");
-        let mut weed = Weed { directory, program, peers, volume_ports, s3_port, volumes: [None, None, None], others: Vec::new() };
+        let mut weed = Weed {
+            directory,
+            program,
+            peers,
+            volume_ports,
+            s3_port,
+            volumes: [None, None, None],
+            others: Vec::new(),
+        };
         for (i, port) in [master0, master1, master2].into_iter().enumerate() {
             let args = format!(
                 "master -ip=127.0.0.1 -port={port} -port.grpc={} -peers={} -mdir={} -telemetry=false -defaultReplication=010 \
                  -volumeSizeLimitMB=64 -electionTimeout=2s",
-                port + 10_000, weed.peers, weed.dir(&format!("m{i}"))
+                port + 10_000,
+                weed.peers,
+                weed.dir(&format!("m{i}"))
             );
             let child = weed.spawn(&args, &format!("master{i}"));
             weed.others.push(child);
@@ -75,7 +94,9 @@ impl Weed {
         let port = self.volume_ports[i];
         let args = format!(
             "volume -ip=127.0.0.1 -port={port} -port.grpc={} -dir={} -max=12 -mserver={} -dataCenter=dc1 -rack=r{i}",
-            port + 10_000, self.dir(&format!("v{i}")), self.peers
+            port + 10_000,
+            self.dir(&format!("v{i}")),
+            self.peers
         );
         self.volumes[i] = Some(self.spawn(&args, &format!("volume{i}")));
     }
@@ -93,14 +114,17 @@ impl Weed {
         let args = format!(
             "filer -ip=127.0.0.1 -port={filer_port} -port.grpc={} -master={} -defaultReplicaPlacement=010 -defaultStoreDir={dir}/f \
              -localSocket={dir}/filer.sock",
-            filer_port + 10_000, self.peers
+            filer_port + 10_000,
+            self.peers
         );
         let child = self.spawn(&args, "filer");
         self.others.push(child);
         let args = format!(
             "s3 -ip.bind=127.0.0.1 -port={s3} -port.grpc={} -filer=127.0.0.1:{filer_port}.{} -config={} -port.iceberg=0 \
              -localSocket={dir}/s3.sock",
-            s3 + 10_000, filer_port + 10_000, path.display()
+            s3 + 10_000,
+            filer_port + 10_000,
+            path.display()
         );
         let child = self.spawn(&args, "s3");
         self.others.push(child);
@@ -109,28 +133,36 @@ impl Weed {
     fn wait_ready(&self) {
         let deadline = Instant::now() + READY_MAX;
         while !self.takes_objects() {
-            assert!(Instant::now() < deadline, "SeaweedFS does not start: see {}", self.directory.path().display());
+            assert!(
+                Instant::now() < deadline,
+                "SeaweedFS does not start: see {}",
+                self.directory.path().display()
+            );
             std::thread::sleep(Duration::from_millis(200));
         }
     }
 
     fn takes_objects(&self) -> bool {
-        if TcpStream::connect(("127.0.0.1", self.s3_port)).is_err() {
-            return false;
-        }
-        let options = store::S3Options {
+        let is_there = TcpStream::connect(("127.0.0.1", self.s3_port)).is_ok();
+        let name = store::ObjectName::parse("ready").unwrap();
+        is_there
+            && store::open_with(Self::URL, &self.options())
+                .and_then(|store| store.put(&name, b"ready"))
+                .is_ok()
+    }
+
+    fn options(&self) -> store::S3Options {
+        store::S3Options {
             endpoint: format!("http://127.0.0.1:{}", self.s3_port),
             access_key: ACCESS_KEY.to_owned(),
             secret_key: SECRET_KEY.to_owned(),
             allow_http: true,
             ..store::S3Options::default()
-        };
-        let name = store::ObjectName::parse("ready").unwrap();
-        store::open_with(self.url(), &options).and_then(|store| store.put(&name, b"ready")).is_ok()
+        }
     }
 
-    pub(super) fn url(&self) -> &'static str {
-        "s3://chaos/store"
+    pub(super) fn open(&self) -> Arc<dyn store::Store> {
+        store::open_with(Self::URL, &self.options()).unwrap()
     }
 
     /// What every S3 client knows it by.
@@ -161,7 +193,7 @@ impl Drop for Weed {
 }
 
 /// Ports that are free, and so are those 10,000 above them, where SeaweedFS speaks gRPC.
-fn free_ports<const N: usize>() -> [u16; N] {
+pub(super) fn free_ports<const N: usize>() -> [u16; N] {
     let mut held: Vec<(TcpListener, TcpListener)> = Vec::new();
     while held.len() < N {
         let Ok(low) = TcpListener::bind("127.0.0.1:0") else { continue };
@@ -173,26 +205,4 @@ fn free_ports<const N: usize>() -> [u16; N] {
     }
     let ports: Vec<u16> = held.iter().map(|(low, _)| low.local_addr().unwrap().port()).collect();
     ports.try_into().unwrap()
-}
-
-/// The weights of a published model, wherever they are.
-pub(super) fn weights(store: &std::sync::Arc<dyn store::Store>, model: &str) -> Vec<u8> {
-    let bundle = store::Bundle::open(store, &format!("models/{model}")).unwrap().expect("no model was published");
-    bundle.read("model.safetensors").unwrap()
-}
-
-pub(super) fn open(url: &str, weed: Option<&Weed>) -> std::sync::Arc<dyn store::Store> {
-    let options = weed.map_or_else(store::S3Options::default, |weed| store::S3Options {
-        endpoint: format!("http://127.0.0.1:{}", weed.s3_port),
-        access_key: ACCESS_KEY.to_owned(),
-        secret_key: SECRET_KEY.to_owned(),
-        allow_http: true,
-        ..store::S3Options::default()
-    });
-    store::open_with(url, &options).unwrap()
-}
-
-/// A directory in the place of a bucket.
-pub(super) fn directory(path: &Path) -> String {
-    path.join("store").display().to_string()
 }
