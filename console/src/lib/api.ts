@@ -13,6 +13,7 @@ export type Job = {
   waits_for: string | null;
   restarts: number;
   message: string | null;
+  created: number;
   priority: number;
   project: string;
   needs: Needs;

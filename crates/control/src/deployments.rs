@@ -82,22 +82,8 @@ pub struct Replica {
 impl Control {
     /// Makes `model` one that replicas serve, or changes how.
     pub fn deploy(&self, model: &str, ask: &Ask) -> Result<Deployment> {
-        check_name("model name", model)?;
         let now = self.now();
-        self.write("deploy a model", |transaction| {
-            let found = find(transaction, model)?;
-            if found.is_none() {
-                let n = transaction.number("SELECT count(*) FROM deployments", &[])?;
-                if usize::try_from(n).is_ok_and(|n| n >= DEPLOYMENTS_MAX) {
-                    return Err(Error::TooMany { what: "deployments", max: DEPLOYMENTS_MAX }.into());
-                }
-            }
-            let wanted = changed(found, model, ask, now)?;
-            let replica = JobSpec { needs: wanted.needs, max_restarts: u32::MAX, ..JobSpec::default() };
-            check_exists(&replica, &nodes::all(transaction)?, &projects::all(transaction)?)?;
-            put(transaction, &wanted)?;
-            Ok(wanted)
-        })
+        self.write("deploy a model", |transaction| deploy(transaction, model, ask, now))
     }
 
     pub fn list_deployments(&self) -> Result<Vec<Deployment>> {
@@ -121,25 +107,8 @@ impl Control {
 
     /// Puts `source` on trial with a share of the model's requests.
     pub fn start_canary(&self, model: &str, source: &str, percent: u32) -> Result<Deployment> {
-        let invalid = |why: &str| Err(Error::Invalid { what: "canary", why: why.to_owned() });
-        if !(1..=99).contains(&percent) {
-            return invalid("its share must be 1 to 99 percent");
-        }
-        let now = self.now();
-        self.write("start a canary", |transaction| {
-            let found = find(transaction, model)?;
-            let mut wanted = found.ok_or(Error::NoDeployment { model: model.to_owned() })?;
-            if wanted.live == source {
-                let why = format!("{source} is live already");
-                return Err(Error::Invalid { what: "canary", why }.into());
-            }
-            check_source(source)?;
-            wanted.canary = Some(Canary { source: source.to_owned(), percent });
-            wanted.message = Some(format!("{source} on trial with {percent} % of the requests"));
-            wanted.changed_at = now;
-            put(transaction, &wanted)?;
-            Ok(wanted)
-        })
+        let (now, canary) = (self.now(), Canary { source: source.to_owned(), percent });
+        self.write("start a canary", |transaction| start_canary(transaction, model, canary, now))
     }
 
     /// A person ends the trial of a model, whatever is on trial; returns what was done, in words.
@@ -158,25 +127,7 @@ impl Control {
     pub fn end_canary(&self, model: &str, source: &str, promote: bool, message: &str) -> Result<bool> {
         let now = self.now();
         self.write("end a canary", |transaction| {
-            let Some(mut wanted) = find(transaction, model)? else { return Ok(false) };
-            match wanted.canary.take() {
-                Some(canary) if canary.source == source => {}
-                _ => return Ok(false),
-            }
-            if promote {
-                wanted.live = source.to_owned();
-            } else {
-                // No gateway asks it any more, whoever runs it.
-                let of_it = values![model, source];
-                transaction
-                    .execute("DELETE FROM replicas WHERE model = ?1 AND version = ?2 AND own = 0", of_it)?;
-                transaction
-                    .execute("UPDATE replicas SET draining = 1 WHERE model = ?1 AND version = ?2", of_it)?;
-            }
-            wanted.message = Some(message.to_owned());
-            wanted.changed_at = now;
-            put(transaction, &wanted)?;
-            Ok(true)
+            end_canary(transaction, model, source, (promote, message), now)
         })
     }
 
@@ -279,6 +230,80 @@ impl Control {
     }
 }
 
+/// A deployment, inside of a transaction.
+pub(crate) fn deploy(
+    transaction: &mut Transaction,
+    model: &str,
+    ask: &Ask,
+    now: UnixMs,
+) -> Result<Deployment, Stop> {
+    check_name("model name", model)?;
+    let found = find(transaction, model)?;
+    if found.is_none() {
+        let n = transaction.number("SELECT count(*) FROM deployments", &[])?;
+        if usize::try_from(n).is_ok_and(|n| n >= DEPLOYMENTS_MAX) {
+            return Err(Error::TooMany { what: "deployments", max: DEPLOYMENTS_MAX }.into());
+        }
+    }
+    let wanted = changed(found, model, ask, now)?;
+    let replica = JobSpec { needs: wanted.needs, max_restarts: u32::MAX, ..JobSpec::default() };
+    check_exists(&replica, &nodes::all(transaction)?, &projects::all(transaction)?)?;
+    put(transaction, &wanted)?;
+    Ok(wanted)
+}
+
+/// A trial begins, inside of a transaction.
+pub(crate) fn start_canary(
+    transaction: &mut Transaction,
+    model: &str,
+    canary: Canary,
+    now: UnixMs,
+) -> Result<Deployment, Stop> {
+    let invalid = |why: String| Stop::Refused(Error::Invalid { what: "canary", why });
+    let Canary { source, percent } = &canary;
+    if !(1..=99).contains(percent) {
+        return Err(invalid("its share must be 1 to 99 percent".to_owned()));
+    }
+    let found = find(transaction, model)?;
+    let mut wanted = found.ok_or(Error::NoDeployment { model: model.to_owned() })?;
+    if wanted.live == *source {
+        return Err(invalid(format!("{source} is live already")));
+    }
+    check_source(source)?;
+    wanted.message = Some(format!("{source} on trial with {percent} % of the requests"));
+    wanted.canary = Some(canary);
+    wanted.changed_at = now;
+    put(transaction, &wanted)?;
+    Ok(wanted)
+}
+
+/// A trial ends, inside of a transaction.
+pub(crate) fn end_canary(
+    transaction: &mut Transaction,
+    model: &str,
+    source: &str,
+    (promote, message): (bool, &str),
+    now: UnixMs,
+) -> Result<bool, Stop> {
+    let Some(mut wanted) = find(transaction, model)? else { return Ok(false) };
+    match wanted.canary.take() {
+        Some(canary) if canary.source == source => {}
+        _ => return Ok(false),
+    }
+    if promote {
+        wanted.live = source.to_owned();
+    } else {
+        // No gateway asks it any more, whoever runs it.
+        let of_it = values![model, source];
+        transaction.execute("DELETE FROM replicas WHERE model = ?1 AND version = ?2 AND own = 0", of_it)?;
+        transaction.execute("UPDATE replicas SET draining = 1 WHERE model = ?1 AND version = ?2", of_it)?;
+    }
+    wanted.message = Some(message.to_owned());
+    wanted.changed_at = now;
+    put(transaction, &wanted)?;
+    Ok(true)
+}
+
 fn check_source(source: &str) -> Result<()> {
     if source.is_empty() || source.len() > 4096 || source.contains('\0') {
         let why = "it must have 1 to 4096 bytes and no zero byte".to_owned();
@@ -366,7 +391,7 @@ fn put(transaction: &mut Transaction, wanted: &Deployment) -> Result<(), Stop> {
     Ok(())
 }
 
-fn find(transaction: &mut Transaction, model: &str) -> Result<Option<Deployment>, Fault> {
+pub(crate) fn find(transaction: &mut Transaction, model: &str) -> Result<Option<Deployment>, Fault> {
     let sql = format!("SELECT {COLUMNS} FROM deployments WHERE model = ?1");
     transaction.row(&sql, values![model])?.as_ref().map(deployment).transpose()
 }

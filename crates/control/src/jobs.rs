@@ -301,7 +301,7 @@ pub(crate) fn cancel(transaction: &mut Transaction, id: JobId) -> Result<Job, St
     by_id(transaction, id)
 }
 
-fn find(transaction: &mut Transaction, id: JobId) -> Result<Option<Job>, Fault> {
+pub(crate) fn find(transaction: &mut Transaction, id: JobId) -> Result<Option<Job>, Fault> {
     let sql = format!("SELECT {COLUMNS} FROM jobs WHERE id = ?1");
     transaction.row(&sql, values![id.0])?.as_ref().map(job).transpose()
 }

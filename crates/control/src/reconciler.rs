@@ -392,6 +392,10 @@ impl Doer<'_> {
         let shares = &self.starts[&id];
         let prepared = match self.launcher.prepare(&given(job, shares)) {
             Ok(prepared) => prepared,
+            Err(error) if error.is_of_the_launcher() => {
+                warn("cannot start a job yet", &error);
+                return Ok(());
+            }
             Err(error) => {
                 let mut end = ended(job, Ending::NotStarted, self.control.now(), self.policy);
                 end.message = Some(chain(&error));

@@ -90,6 +90,11 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: ProjectCommand,
     },
+    /// Train, evaluate, hold against thresholds, try and serve a model, as one declared pipeline.
+    Promote {
+        #[command(subcommand)]
+        command: PromoteCommand,
+    },
     /// Keys that clients of the API need.
     Key {
         #[command(subcommand)]
@@ -153,7 +158,7 @@ pub(crate) enum DataCommand {
 #[derive(Args, Clone)]
 pub(crate) struct Listen {
     /// Address to listen on.
-    #[arg(long, default_value = "127.0.0.1")]
+    #[arg(long, default_value = "127.0.0.1", env = "LOQUAT_HOST")]
     pub(crate) host: String,
     /// Port to listen on; 0 takes a free one.
     #[arg(long, default_value_t = 8080)]
@@ -206,7 +211,8 @@ impl Listen {
 pub(crate) struct Up {
     #[command(flatten)]
     pub(crate) listen: Listen,
-    /// What runs jobs: processes of this machine, or a Slurm cluster whose nodes see this home and this program.
+    /// What runs jobs: processes of this machine, a Slurm cluster whose nodes see this home and this program, or a
+    /// Kubernetes cluster whose pods reach the store and the database.
     #[arg(long, value_enum, default_value_t = LauncherName::Local)]
     pub(crate) launcher: LauncherName,
     /// More arguments of sbatch, each one: --sbatch=--partition=gpu
@@ -214,6 +220,10 @@ pub(crate) struct Up {
     pub(crate) sbatch: Vec<String>,
     #[command(flatten)]
     pub(crate) offer: Offer,
+    /// How jobs run on Kubernetes: a TOML file with image, and as needed namespace, server, token_file, ca_file, secret,
+    /// program, accelerator, pod and container.
+    #[arg(long, value_name = "FILE", required_if_eq("launcher", "kubernetes"))]
+    pub(crate) kubernetes: Option<PathBuf>,
 }
 
 /// What this machine gives to jobs, where that is not all it has.
@@ -270,6 +280,7 @@ impl NeedFlags {
 pub(crate) enum LauncherName {
     Local,
     Slurm,
+    Kubernetes,
 }
 
 #[derive(Args)]
@@ -485,6 +496,30 @@ pub(crate) enum RoleName {
     Member,
     /// Everything.
     Admin,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum PromoteCommand {
+    /// Declare a pipeline; whichever controller leads carries it out, also when others die.
+    Start {
+        /// A .toml or .json file: model; train.args or source; evaluate.tasks and .args; gates, each a metric with at_least or
+        /// at_most; canary.percent and .minutes; serve.replicas and .args.
+        file: PathBuf,
+        /// Tell what happens until it is over; exit with 1 where the model does not go live.
+        #[arg(long, short = 'f')]
+        follow: bool,
+    },
+    List,
+    /// Every stage of one, and why it came to it.
+    Show {
+        id: i64,
+        #[arg(long, short = 'f')]
+        follow: bool,
+    },
+    /// End one: its job is cancelled, its trial rolled back.
+    Cancel {
+        id: i64,
+    },
 }
 
 #[derive(Subcommand)]

@@ -115,13 +115,26 @@ impl Home {
         args
     }
 
-    /// The database for child processes, which is no argument of theirs: it may hold a password.
-    pub(crate) fn as_env(&self) -> Option<(&'static str, String)> {
-        self.database_url.clone().map(|url| ("LOQUAT_DATABASE", url))
+    /// Database and bucket for jobs, wherever they run. These are no arguments of theirs: they hold passwords.
+    pub(crate) fn as_env(&self) -> Vec<(&'static str, String)> {
+        let database = self.database_url.clone().map(|url| ("LOQUAT_DATABASE", url));
+        let bucket = S3_VARIABLES.iter().filter_map(|name| Some((*name, std::env::var(name).ok()?)));
+        database.into_iter().chain(bucket).collect()
     }
 }
 
-/// Where S3 is and with which key, from the variables that every S3 client knows.
+/// The variables that every S3 client knows.
+const S3_VARIABLES: [&str; 7] = [
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+];
+
+/// Where S3 is and with which key.
 fn s3_options() -> S3Options {
     let var = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
     let endpoint = var("AWS_ENDPOINT_URL_S3").or_else(|| var("AWS_ENDPOINT_URL")).unwrap_or_default();

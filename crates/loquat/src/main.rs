@@ -15,6 +15,8 @@ mod http;
 mod hub;
 mod lives;
 mod machine;
+mod pods;
+mod promoter;
 mod runs;
 mod service;
 mod serving;
@@ -68,6 +70,7 @@ fn run(loquat: &Loquat) -> Result<ExitCode> {
         Command::Plan(args) => commands::plan::run(args),
         Command::Deploy { command } => commands::deploy::run(&home, command),
         Command::Project { command } => commands::project::run(&home, command),
+        Command::Promote { command } => commands::promote::run(&home, command),
         Command::Key { command } => commands::key::run(&home, command),
         Command::Doctor => commands::doctor::run(&home),
     }

@@ -11,8 +11,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use api::{AppState, Limits, Parts};
 use control::{
-    Control, Launcher, LocalLauncher, ModelKind, NodeLoad, NodeSpec, Reconciler, ReconcilerOptions, Shutdown,
-    SlurmLauncher, SlurmOptions,
+    Control, KubernetesLauncher, KubernetesOptions, Launcher, LocalLauncher, ModelKind, NodeLoad, NodeSpec,
+    Reconciler, ReconcilerOptions, Shutdown, SlurmLauncher, SlurmOptions,
 };
 use store::{Bundle, Store};
 use telemetry::Metrics;
@@ -28,6 +28,9 @@ use crate::serving::{self, Share};
 
 /// How often the models that are served are compared with those that should be.
 const MODELS_EVERY: Duration = Duration::from_secs(1);
+/// Promotions whose versions are told from other models of the store.
+const PROMOTIONS_KNOWN: usize = 10_000;
+
 pub(crate) struct Service {
     pub(crate) control: Control,
     pub(crate) state: AppState,
@@ -53,7 +56,7 @@ impl Service {
             now_unix_s: crate::now_unix_s,
         });
         let http = Http::start(&state, listen)?;
-        let (launcher, node) = launcher(home, runs_on)?;
+        let (launcher, node) = launcher(home, &control, runs_on)?;
         if let Some(node) = &node {
             // A name that another machine uses is found out now, and not from a log.
             control.put_node(node, &NodeLoad::default())?;
@@ -64,7 +67,7 @@ impl Service {
         let stop = Arc::new(AtomicBool::new(false));
         let keeper = Arc::new(ModelKeeper {
             control: control.clone(),
-            store,
+            store: store.clone(),
             state: state.clone(),
             models_dir: home.models(),
             // Nothing to resolve: there is no draft model.
@@ -72,7 +75,8 @@ impl Service {
             served: Mutex::default(),
         });
         let models = spawn_keeper(keeper.clone(), stop.clone())?;
-        let deployer = Deployer::new(&control, &state.replicas, home.as_args())?.spawn(stop.clone())?;
+        let deployer =
+            Deployer::new(&control, store.clone(), &state.replicas, home.as_args())?.spawn(stop.clone())?;
         let threads = vec![models, deployer];
         Ok(Service { control, state, http, reconciler, threads, stop, keeper })
     }
@@ -106,12 +110,13 @@ pub(crate) enum RunsOn {
     ThisMachine(Offer),
     /// With more arguments of sbatch.
     Slurm(Vec<String>),
+    Kubernetes(Box<KubernetesOptions>),
 }
 
 type AnyLauncher = Box<dyn Launcher + Send>;
 
 /// The launcher, and this machine's name where its processes are its own to look after: a batch system's jobs are anybody's.
-fn launcher(home: &Home, runs_on: &RunsOn) -> Result<(AnyLauncher, Option<NodeSpec>)> {
+fn launcher(home: &Home, control: &Control, runs_on: &RunsOn) -> Result<(AnyLauncher, Option<NodeSpec>)> {
     let (program, logs) = (std::env::current_exe()?, home.job_logs());
     match runs_on {
         RunsOn::ThisMachine(offer) => {
@@ -123,6 +128,11 @@ fn launcher(home: &Home, runs_on: &RunsOn) -> Result<(AnyLauncher, Option<NodeSp
             let options = SlurmOptions { conf: None, sbatch: sbatch.clone() };
             let launcher = SlurmLauncher::new(&program, &logs, options)?.with_env(home.as_env());
             Ok((Box::new(launcher), None))
+        }
+        // What must not stand in a manifest comes from a Secret there.
+        RunsOn::Kubernetes(options) => {
+            let options = options.as_ref().clone();
+            Ok((Box::new(KubernetesLauncher::new(options, &logs, &control.cluster_id()?)?), None))
         }
     }
 }
@@ -190,11 +200,15 @@ impl ModelKeeper {
         Ok(())
     }
 
-    /// Every model bundle of the store becomes a row.
+    /// Every model bundle of the store becomes a row, but for versions that are promoted: replicas serve those.
     fn adopt_published(&self) -> Result<()> {
+        let promotions = self.control.list_promotions(PROMOTIONS_KNOWN)?;
         for object in self.store.list("models")? {
             let Some(name) = object.name.as_str().strip_prefix("models/") else { continue };
             let Some(name) = name.strip_suffix("/manifest.json") else { continue };
+            if promotions.iter().any(|promotion| promotion.candidate == name) {
+                continue;
+            }
             if self.control.get_model(name)?.is_none() {
                 self.control.put_model(name, ModelKind::Base, &format!("{BUNDLE}models/{name}"))?;
             }

@@ -14,7 +14,7 @@ fn spec(name: &str) -> JobSpec {
 }
 
 /// Rows as a program of schema version `index + 1` left them, in its own SQL. One entry per version ever released.
-const ROWS_OF_VERSION: &[&str] = &[ROWS_OF_1, ROWS_OF_1, ROWS_OF_1, ROWS_OF_4, ROWS_OF_4];
+const ROWS_OF_VERSION: &[&str] = &[ROWS_OF_1, ROWS_OF_1, ROWS_OF_1, ROWS_OF_4, ROWS_OF_4, ROWS_OF_4];
 
 const ROWS_OF_1: &str = "
     INSERT INTO keys (name, hash, created_ms) VALUES ('old', {hash}, 5);
@@ -139,8 +139,8 @@ fn a_failed_migration_leaves_the_old_schema() {
     let mut connection = Connection::open(&path).unwrap();
     let broken = [MIGRATIONS, &["CREATE TABLE half (id INTEGER); CREATE NONSENSE"]].concat();
     let error = migrate(&path, &mut connection, &broken).unwrap_err();
-    assert!(error.to_string().contains("schema version 6"), "{error}");
-    assert_eq!(schema_version(&path, &connection).unwrap(), 5);
+    assert!(error.to_string().contains("schema version 7"), "{error}");
+    assert_eq!(schema_version(&path, &connection).unwrap(), 6);
     let half = connection.prepare("SELECT * FROM half");
     assert!(half.is_err(), "the migration's first statement must be undone");
     Control::open(&path).unwrap();

@@ -4,6 +4,7 @@ mod crash;
 mod deployments;
 mod jobs;
 mod keys;
+mod kubernetes;
 mod launcher;
 mod leases;
 mod models;
@@ -11,6 +12,7 @@ mod nodes;
 mod outage;
 #[path = "../support/postgres.rs"]
 mod postgres;
+mod promotions;
 mod slurm;
 
 use std::sync::Arc;
@@ -98,6 +100,7 @@ suite! {
     deployments::a_deployment_is_asked_for_changed_and_forgotten,
     deployments::a_trial_ends_once_and_only_the_one_that_was_on,
     deployments::a_stale_deployer_changes_nothing,
+    promotions::a_promotion_is_carried_on_by_whoever_leads_and_by_nobody_else,
     keys::a_key_is_shown_once_and_known_afterwards,
     keys::a_revoked_key_is_refused_at_once_here_and_within_seconds_elsewhere,
     keys::a_clock_set_back_does_not_keep_a_revoked_key_alive,

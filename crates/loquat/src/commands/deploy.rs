@@ -65,7 +65,7 @@ pub(crate) fn canary(
 }
 
 /// A source as a replica anywhere finds it: a path of this machine, made whole, or a model's name.
-fn known(home: &Home, source: &str) -> Result<String> {
+pub(super) fn known(home: &Home, source: &str) -> Result<String> {
     if source.starts_with("http://") {
         return Ok(address(source));
     }

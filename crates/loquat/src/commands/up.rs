@@ -25,6 +25,10 @@ pub(crate) fn up(home: &Home, args: &args::Up) -> Result<ExitCode> {
     let runs_on = match args.launcher {
         args::LauncherName::Local => RunsOn::ThisMachine(args.offer.clone()),
         args::LauncherName::Slurm => RunsOn::Slurm(args.sbatch.clone()),
+        args::LauncherName::Kubernetes => {
+            let path = args.kubernetes.as_deref().context("--kubernetes names no file")?;
+            RunsOn::Kubernetes(Box::new(crate::pods::options(path)?))
+        }
     };
     let service = Service::start(home, &args.listen, &runs_on)?;
     let key = console_key(home, &service.control)?;
@@ -52,8 +56,11 @@ pub(crate) fn serve(home: &Home, args: &args::Serve) -> Result<ExitCode> {
 /// Tells the cluster's gateways where this replica is.
 fn register(home: &Home, name: &str, args: &args::Serve, address: SocketAddr) -> Result<()> {
     let control = home.control()?;
-    let host =
-        if address.ip().is_unspecified() { crate::machine::host_name() } else { address.ip().to_string() };
+    let host = match crate::pods::address() {
+        Some(pod) => pod,
+        None if address.ip().is_unspecified() => crate::machine::host_name(),
+        None => address.ip().to_string(),
+    };
     control.put_replica(&control::Replica {
         name: name.to_owned(),
         model: served_name(args, 0),

@@ -2,6 +2,7 @@
 //! and used by real clients.
 
 mod bad_input;
+mod chaos;
 mod clients;
 mod cluster;
 mod demo;
@@ -14,8 +15,11 @@ mod peers;
 mod placement;
 #[path = "../../../control/tests/support/postgres.rs"]
 mod postgres;
+mod promote;
 mod ranks;
 mod serve;
+#[path = "../../../control/tests/control/slurm.rs"]
+mod slurm;
 mod support;
 mod tiny;
 mod tools;
