@@ -8,15 +8,18 @@
 
 mod handshake;
 mod mpi_comm;
+mod pending;
 mod post;
 mod record;
 mod threads;
 pub mod tree;
 
 use std::ops::Range;
+use std::sync::Arc;
 
 pub use handshake::{Hello, Refused, handshake};
 pub use mpi_comm::{MpiComm, MpiSettings};
+pub use pending::{Beside, Pending};
 pub use record::{Doing, Record};
 pub use threads::{ThreadComm, threads};
 
@@ -45,6 +48,18 @@ pub trait Comm: Send {
     fn all_reduce_tree(&self, values: &mut [f32]) -> Result<(), CommError> {
         self.reduce_scatter_tree(values)?;
         self.all_gather_shards(values)
+    }
+
+    /// Begins an operation on `values` that goes on beside what this rank does next; `shards` says whose part is which. The
+    /// memory may be longer than what the shards cover. What goes on beside keeps its order, and may overtake the other
+    /// operations.
+    fn begin(&self, beside: Beside, values: Arc<[f32]>, shards: tree::Shards) -> Result<Pending, CommError>;
+
+    /// Replaces every other rank's ranges of `values` by what that rank has there.
+    fn all_gather_of(&self, values: &mut [f32], shards: &tree::Shards) -> Result<(), CommError> {
+        let own = shards.own(self.rank(), values);
+        let pending = self.begin(Beside::Gather, own, shards.clone())?;
+        pending.finish(&mut |at, piece| values[at..at + piece.len()].copy_from_slice(piece)).map(drop)
     }
 
     /// Every rank's bytes, of any length up to [`BYTES_MAX`], in the order of ranks, on every rank.

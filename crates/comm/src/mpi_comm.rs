@@ -12,8 +12,10 @@ use std::time::Duration;
 
 use mpi::World;
 
+use crate::pending::{Beside, Pending};
 use crate::post::{Job, Post, Reply, Spare, failed};
-use crate::{Comm, CommError, Record, tree};
+use crate::tree::Shards;
+use crate::{Comm, CommError, Record};
 
 /// How a rank joins the others.
 pub struct MpiSettings {
@@ -101,7 +103,7 @@ impl MpiComm {
                     self.spare.put(piece);
                 }
                 Reply::Bytes(_) => {}
-                Reply::Done(done) => return done,
+                Reply::Done(done) => return done.map(drop),
             }
         }
     }
@@ -123,7 +125,7 @@ fn speak(mut post: Post, todo: &Receiver<(Job, Sender<Reply>)>) {
         let is_last = matches!(job, Job::Leave);
         let done = post.work(job, &replies);
         if is_last && done.is_ok() {
-            drop(replies.send(Reply::Done(post.world.leave().map_err(failed("leaving")))));
+            drop(replies.send(Reply::Done(post.world.leave().map(|()| 0.0).map_err(failed("leaving")))));
             return;
         }
         let failed = done.is_err();
@@ -163,7 +165,7 @@ impl Comm for MpiComm {
             return Ok(());
         }
         let (mine, len) = self.outgoing(values);
-        let replies = self.ask(Job::ReduceScatter(mine, len))?;
+        let replies = self.ask(Job::ReduceScatter(mine, Shards::even(len, self.n_ranks)))?;
         self.fill(&replies, values)
     }
 
@@ -171,10 +173,18 @@ impl Comm for MpiComm {
         if self.n_ranks == 1 {
             return Ok(());
         }
-        let own = tree::shard(values.len(), self.rank, self.n_ranks);
-        let (shard, _) = self.outgoing(&values[own]);
-        let replies = self.ask(Job::GatherShards(shard, values.len()))?;
+        let shards = Shards::even(values.len(), self.n_ranks);
+        let (shard, _) = self.outgoing(&values[shards.of(self.rank)[0].clone()]);
+        let replies = self.ask(Job::GatherShards(shard, shards))?;
         self.fill(&replies, values)
+    }
+
+    fn begin(&self, beside: Beside, values: Arc<[f32]>, shards: Shards) -> Result<Pending, CommError> {
+        if self.n_ranks == 1 {
+            return Ok(Pending::there(beside, values, shards));
+        }
+        let replies = self.ask(beside.job(values, shards))?;
+        Ok(Pending::coming(replies, self.spare.clone()))
     }
 
     fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
@@ -184,7 +194,7 @@ impl Comm for MpiComm {
             match replies.recv().map_err(|_| CommError::ThreadStopped)? {
                 Reply::Bytes(bytes) => all = bytes,
                 Reply::Values(..) => {}
-                Reply::Done(done) => return done.map(|()| all),
+                Reply::Done(done) => return done.map(|_| all),
             }
         }
     }
@@ -218,7 +228,7 @@ impl Comm for MpiComm {
         // The end is said inside of MPI, which has no limit of its own.
         loop {
             match replies.recv_timeout(2 * self.limit) {
-                Ok(Reply::Done(done)) => return done,
+                Ok(Reply::Done(done)) => return done.map(drop),
                 Ok(_) => {}
                 Err(RecvTimeoutError::Disconnected) => return Err(CommError::ThreadStopped),
                 Err(RecvTimeoutError::Timeout) => {

@@ -87,6 +87,7 @@ impl Recorder {
                         slowest_seconds: ranks.slowest_seconds,
                         median_seconds: ranks.median_seconds,
                         exchange_seconds: ranks.exchange_seconds,
+                        travel_seconds: ranks.travel_seconds,
                         n_bytes: ranks.bytes_sent,
                     });
                 }

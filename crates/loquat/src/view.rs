@@ -216,11 +216,13 @@ fn score_text(scores: &TaskScores) -> String {
 fn rank_line(ranks: &Ranks, step: &Step) -> String {
     let step_seconds = (step.tokens as f64 / step.step.max(1) as f64 / step.tokens_per_second).max(1e-9);
     format!(
-        "slowest rank {}: {:.3} s of computing, {:.3} s in the middle; {:.0} % of the step is exchange, {:.0} MB/s sent",
+        "slowest rank {}: {:.3} s of computing, {:.3} s in the middle; {:.0} % of the step waits for exchange, {:.0} % of \
+         which is hidden, {:.0} MB/s sent",
         ranks.slowest,
         ranks.slowest_seconds,
         ranks.median_seconds,
         100.0 * ranks.exchange_seconds / step_seconds,
+        100.0 * ranks.hidden(),
         ranks.bytes_sent as f64 / 1e6 / step_seconds,
     )
 }

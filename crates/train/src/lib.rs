@@ -10,11 +10,15 @@
 //! and the numbers of ranks and threads change no bit (held by `tests/exact/`).
 #![forbid(unsafe_code)]
 
+mod budget;
 mod checkpoint;
 mod curve;
 mod error;
+mod evaluate;
 mod event;
+mod exchange;
 mod guard;
+mod layout;
 mod loader;
 mod metrics_log;
 mod optimizer;
@@ -30,10 +34,12 @@ mod state;
 mod tasks;
 mod tensorboard;
 
+pub use budget::RankBytes;
 pub use curve::Curve;
 pub use error::{Error, Result};
 pub use event::{BadBatch, EvalPart, Event, Ranks, Score, Started, Step, TaskScores};
 pub use guard::Wrong;
+pub use layout::Zero;
 pub use metrics_log::read_metrics;
 pub use plan::{
     AdamW, CheckpointPolicy, DataPart, Evaluate, Guard, Method, Muon, PLAN_VERSION, Plan, Sample, Start,
