@@ -27,7 +27,12 @@ struct Open;
 
 impl KeyChecker for Open {
     fn check(&self, _: &str) -> Result<Option<KeyOwner>, Cause> {
-        Ok(Some(KeyOwner { id: "1".to_owned(), name: "bench".to_owned(), role: Role::Use }))
+        Ok(self.known("").flatten())
+    }
+
+    /// From memory, as a gateway's usually are.
+    fn known(&self, _: &str) -> Option<Option<KeyOwner>> {
+        Some(Some(KeyOwner { id: "1".to_owned(), name: "bench".to_owned(), role: Role::Use }))
     }
 }
 

@@ -145,17 +145,12 @@ impl Control {
     pub fn check_key(&self, text: &str) -> Result<Option<KeyInfo>> {
         let hash = hash(text);
         let now = self.now();
-        let known = |max_age: Duration| {
-            let cache = self.0.keys.read().unwrap_or_else(PoisonError::into_inner);
-            let usable = cache.as_ref().filter(|c| c.age(now).is_some_and(|age| age < max_age));
-            usable.map(|cache| cache.find(&hash).cloned())
-        };
-        if let Some(answer) = known(CACHE_FRESH) {
+        if let Some(answer) = self.cached_key(&hash, now, CACHE_FRESH) {
             return Ok(answer);
         }
-        match self.refresh_key_cache(&hash, now) {
+        match self.refresh_key_cache(now, |cache| cache.find(&hash).cloned()) {
             Ok(answer) => Ok(answer),
-            Err(error) => match known(CACHE_STALE_MAX) {
+            Err(error) => match self.cached_key(&hash, now, CACHE_STALE_MAX) {
                 Some(answer) => {
                     tracing::warn!(%error, "keys are checked from memory");
                     Ok(answer)
@@ -163,6 +158,28 @@ impl Control {
                 None => Err(error),
             },
         }
+    }
+
+    /// As [`Control::check_key`], but only from memory and without waiting: `None` where the database has to be asked.
+    pub fn known_key(&self, text: &str) -> Option<Option<KeyInfo>> {
+        self.cached_key(&hash(text), self.now(), CACHE_FRESH)
+    }
+
+    /// Reads the keys again before they are too old to be checked from memory. Called often enough, it spares requests
+    /// the wait for the database, which others use, too.
+    pub fn freshen_keys(&self) -> Result<()> {
+        let now = self.now();
+        let is_fresh = {
+            let cache = self.0.keys.read().unwrap_or_else(PoisonError::into_inner);
+            cache.as_ref().and_then(|cache| cache.age(now)).is_some_and(|age| age < CACHE_FRESH / 2)
+        };
+        if is_fresh { Ok(()) } else { self.refresh_key_cache(now, |_| ()) }
+    }
+
+    fn cached_key(&self, hash: &[u8; 32], now: UnixMs, max_age: Duration) -> Option<Option<KeyInfo>> {
+        let cache = self.0.keys.read().unwrap_or_else(PoisonError::into_inner);
+        let usable = cache.as_ref().filter(|cache| cache.age(now).is_some_and(|age| age < max_age));
+        usable.map(|cache| cache.find(hash).cloned())
     }
 
     /// All keys ever created, revoked ones included, newest last.
@@ -185,9 +202,9 @@ impl Control {
         Ok(n_revoked == 1)
     }
 
-    /// Reads the keys, looks `hash` up, and stores the keys while the connection is held, so that a cache read before a
+    /// Reads the keys, looks at them, and stores them while the connection is held, so that a cache read before a
     /// revocation can never replace one read after it.
-    fn refresh_key_cache(&self, hash: &[u8; 32], now: UnixMs) -> Result<Option<KeyInfo>> {
+    fn refresh_key_cache<T>(&self, now: UnixMs, look: impl FnOnce(&KeyCache) -> T) -> Result<T> {
         self.read("read the keys", |transaction| {
             let sql =
                 "SELECT id, name, created_ms, revoked_ms, role, hash FROM keys WHERE revoked_ms IS NULL";
@@ -197,7 +214,7 @@ impl Control {
                 keys.entry(head(&hash)).or_default().push((hash, key_info(&row)?));
             }
             let cache = KeyCache { read_at: now, keys };
-            let answer = cache.find(hash).cloned();
+            let answer = look(&cache);
             *self.0.keys.write().unwrap_or_else(PoisonError::into_inner) = Some(cache);
             Ok(answer)
         })

@@ -79,6 +79,8 @@ impl Deployer {
     }
 
     fn turn(&mut self) -> Result<()> {
+        // Here, because this thread looks at the database often enough anyway.
+        self.control.freshen_keys()?;
         let deployments = self.control.list_deployments()?;
         let replicas = self.control.list_replicas()?;
         self.tell_gateway(&deployments, &replicas);

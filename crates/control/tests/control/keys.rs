@@ -103,3 +103,22 @@ pub(crate) fn a_key_keeps_its_role(stage: &Stage) {
     let roles: Vec<Role> = control.list_keys().unwrap().iter().map(|key| key.role).collect();
     assert_eq!(roles, Role::ALL);
 }
+
+pub(crate) fn keys_that_are_read_in_time_are_known_without_waiting(stage: &Stage) {
+    let ([control, other], clock) = stage.many();
+    let key = control.create_key("a", Role::Use).unwrap();
+    assert_eq!(control.known_key(key.expose()), None, "nothing was read yet");
+    control.freshen_keys().unwrap();
+    assert_eq!(control.known_key(key.expose()).unwrap().unwrap().id, key.info.id);
+    assert_eq!(control.known_key("sk-loquat-0"), Some(None), "known to be nobody's");
+    other.revoke_key(key.info.id).unwrap();
+    // Half a second old, it is read again; a second old, it says nothing.
+    clock.advance(400);
+    control.freshen_keys().unwrap();
+    assert!(control.known_key(key.expose()).unwrap().is_some(), "read a moment ago");
+    clock.advance(100);
+    control.freshen_keys().unwrap();
+    assert_eq!(control.known_key(key.expose()), Some(None));
+    clock.advance(1_000);
+    assert_eq!(control.known_key(key.expose()), None);
+}

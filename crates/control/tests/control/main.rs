@@ -105,6 +105,7 @@ suite! {
     keys::a_revoked_key_is_refused_at_once_here_and_within_seconds_elsewhere,
     keys::a_clock_set_back_does_not_keep_a_revoked_key_alive,
     keys::bad_names_are_refused,
+    keys::keys_that_are_read_in_time_are_known_without_waiting,
     keys::keys_are_checked_while_they_are_created_and_revoked,
     models::a_model_is_put_replaced_listed_and_deleted,
     models::names_and_sources_that_cannot_be_are_refused,
