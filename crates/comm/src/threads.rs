@@ -120,12 +120,16 @@ impl Drop for ThreadComm {
 }
 
 impl ThreadComm {
-    /// Lays values out for the others.
-    fn bring(&self, values: &[f32]) {
-        let n_others = self.n_ranks() as u64 - 1;
-        // Each of them reads its share.
-        self.n_bytes.fetch_add(size_of_val(values) as u64 * n_others / (n_others + 1), Ordering::Relaxed);
+    /// Lays values out for the others, of which each reads a share, or all.
+    fn bring(&self, values: &[f32], share_of: usize) {
+        self.count(size_of_val(values) / share_of);
         set(&self.group.slots[self.rank], values);
+    }
+
+    /// So many bytes are read by each of the others.
+    fn count(&self, n_bytes: usize) {
+        let n_others = self.n_ranks() - 1;
+        self.n_bytes.fetch_add((n_bytes * n_others) as u64, Ordering::Relaxed);
     }
 
     fn check_len(
@@ -174,7 +178,7 @@ impl Comm for ThreadComm {
         if self.n_ranks() == 1 {
             return Ok(());
         }
-        self.bring(values);
+        self.bring(values, self.n_ranks());
         self.group.meet(self.rank, operation)?;
         {
             let slots: Vec<_> = self.group.slots.iter().map(read).collect();
@@ -194,7 +198,7 @@ impl Comm for ThreadComm {
         if self.n_ranks() == 1 {
             return Ok(());
         }
-        self.bring(&values[tree::shard(values.len(), self.rank, self.n_ranks())]);
+        self.bring(&values[tree::shard(values.len(), self.rank, self.n_ranks())], 1);
         self.group.meet(self.rank, operation)?;
         for (rank, slot) in self.group.slots.iter().enumerate() {
             let (slot, theirs) = (read(slot), tree::shard(values.len(), rank, self.n_ranks()));
@@ -206,6 +210,7 @@ impl Comm for ThreadComm {
 
     fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
         let operation = "all_gather";
+        self.count(bytes.len());
         set(&self.group.gathered[self.rank], bytes);
         self.group.meet(self.rank, operation)?;
         let all = self.group.gathered.iter().map(|part| read(part).clone()).collect();
@@ -216,7 +221,7 @@ impl Comm for ThreadComm {
     fn broadcast(&self, values: &mut [f32]) -> Result<(), CommError> {
         let operation = "broadcast";
         if self.rank == 0 {
-            self.bring(values);
+            self.bring(values, 1);
         }
         self.group.meet(self.rank, operation)?;
         {
@@ -228,6 +233,7 @@ impl Comm for ThreadComm {
     }
 
     fn send(&self, to: usize, values: &[f32]) -> Result<(), CommError> {
+        self.n_bytes.fetch_add(size_of_val(values) as u64, Ordering::Relaxed);
         let mut mail = self.group.mail();
         mail.push_back(Letter { from: self.rank, to, values: values.to_vec() });
         drop(mail);

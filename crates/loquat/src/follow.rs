@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use telemetry::{TrainMetrics, TrainRanks, TrainStep};
-use train::Event;
+use train::{Event, Ranks};
 
 /// The most that is read at once, and the longest line that is waited for.
 const READ_BYTES_MAX: u64 = 1 << 20;
@@ -81,16 +81,9 @@ impl Recorder {
                 });
                 let share = s.tokens_per_second * self.flops_per_token / self.peak_flops;
                 self.metrics.speed(s.tokens_per_second, share);
-                if let Some(ranks) = &s.ranks {
-                    self.metrics.ranks(&TrainRanks {
-                        slowest: ranks.slowest,
-                        slowest_seconds: ranks.slowest_seconds,
-                        median_seconds: ranks.median_seconds,
-                        exchange_seconds: ranks.exchange_seconds,
-                        n_bytes: ranks.bytes_sent,
-                    });
-                }
+                self.ranks(s.ranks.as_ref());
             }
+            Event::Round(round) => self.ranks(round.ranks.as_ref()),
             Event::Eval { bits_per_byte, .. } => self.metrics.validated(*bits_per_byte),
             Event::Task { scores, .. } => {
                 for metric in &scores.metrics {
@@ -100,6 +93,17 @@ impl Recorder {
             Event::Checkpoint { bytes, seconds, .. } => self.metrics.checkpointed(*bytes, *seconds),
             _ => {}
         }
+    }
+
+    fn ranks(&self, ranks: Option<&Ranks>) {
+        let Some(ranks) = ranks else { return };
+        self.metrics.ranks(&TrainRanks {
+            slowest: ranks.slowest,
+            slowest_seconds: ranks.slowest_seconds,
+            median_seconds: ranks.median_seconds,
+            exchange_seconds: ranks.exchange_seconds,
+            n_bytes: ranks.bytes_sent,
+        });
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use train::{Curve, Event, Ranks, Started, Step, TaskScores};
+use train::{Curve, Event, Ranks, Round, Started, Step, TaskScores};
 
 use crate::lives::Lives;
 
@@ -19,6 +19,8 @@ const SAMPLE_CHARS_MAX: usize = 220;
 pub(crate) struct View {
     started: Option<Started>,
     last: Option<Step>,
+    /// Where workers train by themselves: their last meeting.
+    met: Option<Round>,
     bits_per_byte: Option<f64>,
     /// Tokens per second, smoothed over some steps.
     speed: Option<f64>,
@@ -39,6 +41,7 @@ impl View {
         View {
             started: None,
             last: None,
+            met: None,
             bits_per_byte: None,
             speed: None,
             tasks: BTreeMap::new(),
@@ -55,18 +58,14 @@ impl View {
     /// Takes an event that was seen before this view began: for the curve only.
     pub(crate) fn remember(&mut self, event: &Event) {
         self.curve.push(event);
-        match event {
-            Event::Started(started) => self.lives.begin(started),
-            Event::Step(step) => self.lives.step(step),
-            _ => {}
-        }
+        self.lives.event(event);
     }
 
     pub(crate) fn show(&mut self, event: &Event) {
         self.curve.push(event);
+        self.lives.event(event);
         match event {
             Event::Started(started) => {
-                self.lives.begin(started);
                 self.started = Some(started.clone());
                 let Started { chats_cut: cut, chats_dropped: dropped, .. } = *started;
                 if cut + dropped > 0 {
@@ -79,9 +78,9 @@ impl View {
             Event::Step(step) => {
                 let speed = self.speed.unwrap_or(step.tokens_per_second);
                 self.speed = Some(0.9 * speed + 0.1 * step.tokens_per_second);
-                self.lives.step(step);
                 self.last = Some(step.clone());
             }
+            Event::Round(round) => self.met = Some(round.clone()),
             Event::Eval { bits_per_byte, .. } => self.bits_per_byte = Some(*bits_per_byte),
             Event::Task { step, scores } => {
                 self.tasks.insert(scores.task.clone(), (*step, scores.clone()));
@@ -187,8 +186,9 @@ impl View {
             peak * 100.0
         );
         let mut lines = vec![first, second];
-        lines.extend(last.ranks.as_ref().map(|ranks| rank_line(ranks, last)));
-        lines.extend(self.lives.line(last.elapsed_seconds, crate::now_unix_s() as f64));
+        lines.extend(last.ranks.as_ref().map(|ranks| rank_line(ranks, last, &self.lives)));
+        lines.extend(self.met.as_ref().map(|round| round_line(round, &self.lives)));
+        lines.extend(self.lives.line(crate::now_unix_s() as f64));
         lines
     }
 
@@ -213,15 +213,31 @@ fn score_text(scores: &TaskScores) -> String {
     format!("{}{text}", scores.task)
 }
 
-fn rank_line(ranks: &Ranks, step: &Step) -> String {
+fn rank_line(ranks: &Ranks, step: &Step, lives: &Lives) -> String {
     let step_seconds = (step.tokens as f64 / step.step.max(1) as f64 / step.tokens_per_second).max(1e-9);
     format!(
-        "slowest rank {}: {:.3} s of computing, {:.3} s in the middle; {:.0} % of the step is exchange, {:.0} MB/s sent",
-        ranks.slowest,
+        "slowest: {}, {:.3} s of computing, {:.3} s in the middle; {:.0} % of the step is exchange, {:.0} MB/s sent",
+        lives.name(ranks.slowest),
         ranks.slowest_seconds,
         ranks.median_seconds,
         100.0 * ranks.exchange_seconds / step_seconds,
         ranks.bytes_sent as f64 / 1e6 / step_seconds,
+    )
+}
+
+fn round_line(round: &Round, lives: &Lives) -> String {
+    let Round { step, n_steps, loss, moved, seconds, ranks } = round;
+    let sent = ranks.as_ref().map_or(String::new(), |ranks| {
+        format!(
+            ", {:.2} MB sent; slowest: {}, {:.1} s of computing, {:.1} s in the middle",
+            ranks.bytes_sent as f64 / 1e6,
+            lives.name(ranks.slowest),
+            ranks.slowest_seconds,
+            ranks.median_seconds
+        )
+    });
+    format!(
+        "workers met after {n_steps} steps at step {step}: loss {loss:.3}, moved {moved:.3}, {seconds:.2} s{sent}"
     )
 }
 
@@ -272,6 +288,7 @@ mod tests {
             flops_per_token,
             peak_flops,
             n_ranks: 1,
+            hosts: Vec::new(),
             chats_cut: 0,
             chats_dropped: 0,
             began_unix: 0.0,

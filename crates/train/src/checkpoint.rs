@@ -4,15 +4,19 @@
 //! Files are the flat vectors in little-endian f32, parameters in the order of the model's table. They know nothing of
 //! ranks: any number of ranks can read them.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use data::chain;
 use serde::{Deserialize, Serialize};
-use store::{Bundle, BundleWriter, Store};
+use store::{Bundle, BundleWriter, FileEntry, Store};
+use tensor::Buf;
 
 use crate::guard::Health;
-use crate::state::{Snapshot, State};
+use crate::state::{Snapshot, State, values};
 use crate::{Error, Event, Result};
+
+mod rounds;
 
 const KIND: &str = "checkpoint";
 /// Of [`Snapshot::vectors`].
@@ -30,6 +34,19 @@ struct Meta {
     /// Absent in checkpoints of builds that skipped no steps.
     #[serde(default)]
     health: Health,
+    /// Of every worker of DiLoCo.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    workers: Vec<Health>,
+}
+
+impl Loaded {
+    /// To so many ranks, which go on together: the run's state to each, to each its own workers.
+    pub(crate) fn share_out(mut self, n_ranks: usize) -> Vec<Loaded> {
+        let per_rank = self.workers.len() / n_ranks;
+        let rank =
+            |_| Loaded { state: self.state.clone(), workers: self.workers.drain(..per_rank).collect() };
+        (0..n_ranks).map(rank).collect()
+    }
 }
 
 /// Which run's checkpoints are meant, and of which plan.
@@ -39,6 +56,16 @@ pub(crate) struct Checkpoints {
     pub(crate) run: String,
     pub(crate) plan_sha256: String,
     pub(crate) n_params: usize,
+    /// Of DiLoCo; 0 without it.
+    pub(crate) n_workers: usize,
+}
+
+/// What one rank goes on from.
+#[derive(Clone)]
+pub(crate) struct Loaded {
+    pub(crate) state: State,
+    /// The state of its workers, where workers have one each.
+    pub(crate) workers: Vec<State>,
 }
 
 impl Checkpoints {
@@ -60,19 +87,21 @@ impl Checkpoints {
             elapsed_seconds: snapshot.elapsed_seconds,
             n_params: self.n_params,
             health: snapshot.health,
+            workers: Vec::new(),
         };
         let meta = serde_json::to_value(meta).map_err(Error::PlanJson)?;
         let manifest = bundle.publish(KIND, meta)?;
         Ok(manifest.files.iter().map(|f| f.bytes).sum())
     }
 
-    /// The newest checkpoint that can be read and belongs to this plan. One that cannot is reported and the one before
-    /// it is tried; when there are some and none can be read, that is an error: a run never starts over in silence.
-    pub(crate) fn load_newest(&self, report: &mut dyn FnMut(Event)) -> Result<Option<State>> {
+    /// The newest checkpoint that can be read and belongs to this plan, with all workers. One that cannot is reported and
+    /// the one before it is tried; when there are some and none can be read, that is an error: a run never starts over in
+    /// silence.
+    pub(crate) fn load_newest(&self, report: &mut dyn FnMut(Event)) -> Result<Option<Loaded>> {
         let mut refused = None;
         for step in self.steps()?.into_iter().rev() {
-            match self.load(step) {
-                Ok(Some(state)) => return Ok(Some(state)),
+            match self.load(step, 0..self.n_workers) {
+                Ok(Some(loaded)) => return Ok(Some(loaded)),
                 Ok(None) => {}
                 Err(error) => {
                     report(Event::CheckpointRefused { step, why: chain(&error) });
@@ -86,12 +115,32 @@ impl Checkpoints {
         }
     }
 
-    /// `None` when it was never published whole.
-    pub(crate) fn load(&self, step: u64) -> Result<Option<State>> {
+    /// With these workers, if there are some. `None` when it was never published whole.
+    pub(crate) fn load(&self, step: u64, workers: Range<usize>) -> Result<Option<Loaded>> {
+        let Some((bundle, meta)) = self.open(step)? else { return Ok(None) };
+        let loaded = if self.n_workers > 0 {
+            self.load_round(&bundle, &meta, workers)
+        } else {
+            let vector = |file: &str| self.vector(&bundle, &meta, file);
+            let [params, adam_m, adam_v] = FILES;
+            let state = State::from_snapshot(&Snapshot {
+                vectors: [vector(params)?, vector(adam_m)?, vector(adam_v)?],
+                step,
+                tokens: meta.tokens,
+                elapsed_seconds: meta.elapsed_seconds,
+                health: meta.health,
+            });
+            Ok(Loaded { state, workers: Vec::new() })
+        };
+        loaded.map(Some)
+    }
+
+    /// What a checkpoint says of itself, checked.
+    fn open(&self, step: u64) -> Result<Option<(Bundle, Meta)>> {
         let Some(bundle) = Bundle::open(&self.store, &self.prefix(step))? else {
             return Ok(None);
         };
-        let refuse = |what: String| Error::Checkpoint { prefix: self.prefix(step), what };
+        let refuse = |what: String| self.refused(step, what);
         let meta: Meta = serde_json::from_value(bundle.manifest().meta.clone())
             .map_err(|e| refuse(format!("its manifest lacks what a checkpoint has: {e}")))?;
         if meta.plan_sha256 != self.plan_sha256 {
@@ -104,25 +153,25 @@ impl Checkpoints {
                 self.n_params
             )));
         }
-        let vector = |file: &str| -> Result<Vec<u8>> {
-            let bytes = bundle.read(file)?;
-            if bytes.len() != self.n_params * size_of::<f32>() {
-                return Err(refuse(format!(
-                    "{file} has {} bytes for {} numbers",
-                    bytes.len(),
-                    self.n_params
-                )));
-            }
-            Ok(bytes)
-        };
-        let [params, adam_m, adam_v] = FILES;
-        Ok(Some(State::from_snapshot(&Snapshot {
-            vectors: [vector(params)?, vector(adam_m)?, vector(adam_v)?],
-            step,
-            tokens: meta.tokens,
-            elapsed_seconds: meta.elapsed_seconds,
-            health: meta.health,
-        })))
+        if meta.workers.len() != self.n_workers {
+            let found = meta.workers.len();
+            return Err(refuse(format!("it has {found} workers; {} expected", self.n_workers)));
+        }
+        Ok(Some((bundle, meta)))
+    }
+
+    /// One of its vectors, of the right length.
+    fn vector(&self, bundle: &Bundle, meta: &Meta, file: &str) -> Result<Vec<u8>> {
+        let bytes = bundle.read(file)?;
+        if bytes.len() != self.n_params * size_of::<f32>() {
+            let what = format!("{file} has {} bytes for {} numbers", bytes.len(), self.n_params);
+            return Err(self.refused(meta.step, what));
+        }
+        Ok(bytes)
+    }
+
+    pub(crate) fn refused(&self, step: u64, what: String) -> Error {
+        Error::Checkpoint { prefix: self.prefix(step), what }
     }
 
     /// Removes all but the newest `keep`. The manifest goes first, so that a checkpoint half removed is not there.
@@ -139,7 +188,7 @@ impl Checkpoints {
     }
 
     /// Steps of which anything is there, in order.
-    fn steps(&self) -> Result<Vec<u64>> {
+    pub(crate) fn steps(&self) -> Result<Vec<u64>> {
         let prefix = format!("runs/{}/checkpoints", self.run);
         let objects = self.store.list(&prefix)?;
         let step = |name: &str| name.strip_prefix(&prefix)?.split('/').nth(1)?.parse::<u64>().ok();

@@ -10,8 +10,10 @@
 //! and the numbers of ranks and threads change no bit (held by `tests/exact/`).
 #![forbid(unsafe_code)]
 
+mod agree;
 mod checkpoint;
 mod curve;
+mod diloco;
 mod error;
 mod event;
 mod guard;
@@ -31,8 +33,9 @@ mod tasks;
 mod tensorboard;
 
 pub use curve::Curve;
+pub use diloco::Diloco;
 pub use error::{Error, Result};
-pub use event::{BadBatch, EvalPart, Event, Ranks, Score, Started, Step, TaskScores};
+pub use event::{BadBatch, EvalPart, Event, Ranks, Round, Score, Started, Step, TaskScores};
 pub use guard::Wrong;
 pub use metrics_log::read_metrics;
 pub use plan::{

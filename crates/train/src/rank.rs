@@ -1,5 +1,7 @@
 //! One rank of a run: the step loop. N ranks and one rank are the same code; collectives over one rank are no-ops.
 
+mod rounds;
+
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,6 +16,7 @@ use crate::loader::{Loader, Order, Rows};
 use crate::optimizer::{Optimizer, Rate};
 use crate::state::{Snapshot, State};
 use crate::{BadBatch, Error, EvalPart, Event, Plan, Ranks, Result, Step};
+pub(crate) use rounds::Rounds;
 
 /// What a rank needs beyond the plan.
 pub(crate) struct Rank<'a> {
@@ -28,6 +31,8 @@ pub(crate) struct Rank<'a> {
     /// Bytes of text that each token id stands for.
     pub(crate) token_bytes: Arc<[u32]>,
     pub(crate) state: State,
+    /// Where workers train by themselves and meet now and then (DiLoCo).
+    pub(crate) rounds: Option<Rounds>,
     pub(crate) optimizer: Optimizer,
     /// Gradient of the sum of the step's token losses.
     pub(crate) grads: Buf<f32>,
@@ -104,9 +109,12 @@ impl Rank<'_> {
     /// Runs steps until the plan is done or `stop` is set on any rank; returns whether it is done.
     /// `lead` is `Some` on rank 0 and `None` elsewhere.
     pub(crate) fn run(&mut self, mut lead: Option<&mut dyn Lead>, stop: &AtomicBool) -> Result<bool> {
+        if let Some(rounds) = self.rounds.take() {
+            return self.run_rounds(rounds, lead, stop);
+        }
         let loader = Loader::start(self.mixture.clone(), self.order());
         if self.state.step == 0 {
-            self.look(&mut lead, true)?;
+            self.look(&mut lead, &|_| true)?;
         }
         let (mut is_save_due, first) = (false, self.state.step);
         while self.state.step < self.plan.steps {
@@ -136,7 +144,8 @@ impl Rank<'_> {
             if let Some(lead) = &mut lead {
                 lead.event(event);
             }
-            self.look(&mut lead, self.state.step == self.plan.steps)?;
+            let (step, is_done) = (self.state.step, self.state.step == self.plan.steps);
+            self.look(&mut lead, &|every| is_done || step.is_multiple_of(every))?;
             is_save_due |= self.state.step.is_multiple_of(self.plan.checkpoint.every_steps);
         }
         if self.state.step > first {
@@ -198,24 +207,24 @@ impl Rank<'_> {
         }
     }
 
-    /// Evaluates, samples and asks where the plan says so, or where it must.
-    fn look(&mut self, lead: &mut Option<&mut dyn Lead>, must: bool) -> Result<()> {
+    /// Evaluates, samples and asks, each where what happens every so many steps is due.
+    fn look(&mut self, lead: &mut Option<&mut dyn Lead>, is_due: &dyn Fn(u64) -> bool) -> Result<()> {
         let step = self.state.step;
-        if (must || step.is_multiple_of(self.plan.evaluate.every_steps))
+        if is_due(self.plan.evaluate.every_steps)
             && let Some(event) = self.evaluate()?
             && let Some(lead) = lead
         {
             lead.event(event);
         }
         if let Some(lead) = lead
-            && (must || step.is_multiple_of(self.plan.sample.every_steps))
+            && is_due(self.plan.sample.every_steps)
         {
             self.record.work(step, "sampling");
             lead.sample(&self.pool, &self.trainable, &self.state)?;
         }
         let tasks = self.plan.tasks.as_ref();
         if let Some(lead) = lead
-            && tasks.is_some_and(|tasks| must || step.is_multiple_of(tasks.every_steps))
+            && tasks.is_some_and(|tasks| is_due(tasks.every_steps))
         {
             self.record.work(step, "asking tasks");
             lead.ask(&self.pool, &self.trainable, &self.state);
@@ -228,7 +237,8 @@ impl Rank<'_> {
         let start = (self.seconds)();
         let plan = self.plan;
         self.record.work(self.state.step, "gradients");
-        let (mut sums, data_seconds) = self.gradients(loader)?;
+        let mine = tree::share(plan.micro_batches, self.comm.rank(), self.comm.n_ranks());
+        let (mut sums, data_seconds) = self.gradients(loader, mine)?;
         let computed = (self.seconds)();
         let own_squares = self.own_squares();
         self.record.work(self.state.step, "sums of gradients");
@@ -244,7 +254,6 @@ impl Rank<'_> {
         let grad_norm = squares.sqrt() / n_counted;
         // From numbers that all ranks have alike, so that all decide alike.
         let wrong = self.state.health.judge(loss, grad_norm, plan.guard);
-        let lr_share = plan.schedule.share(self.state.step, plan.steps);
         if let Some(wrong) = wrong {
             // There may be no update for long.
             if let Some(snapshot) = lead.as_mut().and_then(|lead| lead.due_snapshot()) {
@@ -256,8 +265,7 @@ impl Rank<'_> {
             let rank = wrong_rank(&times, micro_batch / (plan.micro_batches / times.len()));
             return self.skip(wrong, [loss, grad_norm], (self.bad_batch(micro_batch), rank));
         }
-        let clip = (f64::from(plan.clip_norm) / grad_norm).min(1.0);
-        let rate = Rate { lr_share, grad_scale: (clip / n_counted) as f32 };
+        let rate = self.rate(grad_norm, n_counted);
         let before = lead.as_mut().and_then(|lead| lead.due_snapshot());
         self.optimizer.update(&self.pool, &mut self.state, (&self.grads, rate), before);
         begin_prepared(lead);
@@ -270,7 +278,7 @@ impl Rank<'_> {
         Ok(Event::Step(Step {
             step: self.state.step,
             loss,
-            lr: plan.schedule.lr_peak * lr_share as f32,
+            lr: plan.schedule.lr_peak * rate.lr_share as f32,
             grad_norm,
             tokens: self.state.tokens,
             tokens_per_second: n_tokens / seconds.max(1e-9),
@@ -279,6 +287,13 @@ impl Rank<'_> {
             margin: plan.objective.is_of_pairs().then(|| sums.margin() / n_counted),
             ranks: (times.len() > 1).then(|| Ranks::of(&times)),
         }))
+    }
+
+    /// What the update of this step is multiplied by.
+    fn rate(&self, grad_norm: f64, n_counted: f64) -> Rate {
+        let lr_share = self.plan.schedule.share(self.state.step, self.plan.steps);
+        let clip = (f64::from(self.plan.clip_norm) / grad_norm).min(1.0);
+        Rate { lr_share, grad_scale: (clip / n_counted) as f32 }
     }
 
     /// The squared norm of this rank's own gradient, while there is one: what is not a number is then known to be its. One
@@ -357,10 +372,9 @@ impl Rank<'_> {
         BadBatch { micro_batch, from: rows.clone().map(place).collect(), first_row: rows.start }
     }
 
-    /// Sums the gradients of this rank's micro-batches in tree order. Returns what each micro-batch lost, and the seconds
+    /// Sums the gradients of these micro-batches in tree order. Returns what each micro-batch lost, and the seconds
     /// waited for data.
-    fn gradients(&mut self, loader: &Loader) -> Result<(Sums, f64)> {
-        let mine = tree::share(self.plan.micro_batches, self.comm.rank(), self.comm.n_ranks());
+    fn gradients(&mut self, loader: &Loader, mine: Range<usize>) -> Result<(Sums, f64)> {
         let (mut sums, mut data_seconds) = (Sums::default(), 0.0);
         let Rank { plan, pool, model, state, grads, spare, seconds, .. } = self;
         let mut leaf = |_: usize, dparams: &mut [f32]| -> Result<()> {

@@ -15,18 +15,18 @@ use store::{BundleWriter, ObjectName, Put, Store};
 use tensor::packed::WeightKind;
 use tensor::{Buf, Pool, Precision};
 
-use crate::checkpoint::Checkpoints;
+use crate::checkpoint::{Checkpoints, Loaded};
 use crate::metrics_log::MetricsLog;
 use crate::optimizer::Optimizer;
 use crate::plan::Method;
-use crate::rank::{Lead, Rank};
+use crate::rank::{Lead, Rank, Rounds};
 use crate::sample::Sampler;
 use crate::saver::Saver;
 use crate::sources::Sources;
 use crate::state::{Snapshot, State};
 use crate::tasks::Asker;
 use crate::tensorboard::TensorBoard;
-use crate::{Curve, Error, Event, Plan, Result, Started, read_metrics, start};
+use crate::{Curve, Error, Event, Plan, Result, Started, agree, read_metrics, start};
 
 /// How often metrics reach the store while steps go on.
 const FLUSH_SECONDS: f64 = 2.0;
@@ -36,6 +36,8 @@ pub struct Context<'a> {
     pub store: Arc<dyn Store>,
     pub run: String,
     pub n_ranks: usize,
+    /// The machine of each rank, where they are processes.
+    pub hosts: Vec<String>,
     /// What ended the ranks before these, where that is known.
     pub after: Option<String>,
     /// The optimizer's state is divided among the ranks (ZeRO 1) instead of copied.
@@ -128,6 +130,9 @@ impl Opened {
         if context.divided && plan.muon.is_some() {
             return Err(Error::MuonDivided);
         }
+        if context.divided && plan.diloco.is_some() {
+            return Err(Error::DilocoDivided);
+        }
         let sources = Sources::open(&context.store, &plan)?;
         let trainable = start::trainable(&context.store, run, &plan)?;
         let checkpoints = Checkpoints {
@@ -135,12 +140,20 @@ impl Opened {
             run: run.clone(),
             plan_sha256,
             n_params: trainable.n_params(),
+            n_workers: plan.diloco.map_or(0, |diloco| diloco.workers),
         };
         Ok(Opened { plan, sources, trainable, checkpoints })
     }
 
-    fn initial_state(&self) -> State {
-        State::initial(&self.trainable, self.plan.seed)
+    /// What a rank of so many workers begins with.
+    fn initial(&self, n_workers: usize) -> Loaded {
+        let mut state = State::initial(&self.trainable, self.plan.seed);
+        let workers = vec![state.clone(); n_workers];
+        if self.plan.diloco.is_some() {
+            // The outer step keeps one mean.
+            state.adam_v = Buf::zeroed(0);
+        }
+        Loaded { state, workers }
     }
 
     /// What only comparing with the start needs is forgotten where nothing is compared.
@@ -156,11 +169,10 @@ impl Opened {
 pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcome> {
     let mut opened = Opened::open(context)?;
     let mut refused = Vec::new();
-    let state = opened.checkpoints.load_newest(&mut |event| refused.push(event))?;
-    let state = state.unwrap_or_else(|| opened.initial_state());
-    let step = state.step;
-    let mut states = vec![state];
-    states.extend((1..context.n_ranks).map(|_| states[0].clone()).collect::<Vec<_>>());
+    let found = opened.checkpoints.load_newest(&mut |event| refused.push(event))?;
+    let loaded = found.unwrap_or_else(|| opened.initial(opened.checkpoints.n_workers));
+    let step = loaded.state.step;
+    let loaded = loaded.share_out(context.n_ranks);
     opened.forget_start();
     let mut leader = Leader::new(context, &opened, step, on_event)?;
     leader.begin(refused, step, &opened);
@@ -168,8 +180,8 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
     let group = comm::threads(context.n_ranks)?;
     let ranks = group
         .into_iter()
-        .zip(states)
-        .map(|(comm, state)| parts.rank(Box::new(comm), state, Record::default()));
+        .zip(loaded)
+        .map(|(comm, loaded)| parts.rank(Box::new(comm), loaded, Record::default()));
     let (finished, params) = run_ranks(ranks.collect(), &mut leader, context.stop)?;
     leader.end(finished, &opened, &params)
 }
@@ -184,22 +196,17 @@ pub fn run_rank(
     record.work(0, "opening the run");
     let mut opened = Opened::open(context)?;
     let mut refused = Vec::new();
-    let is_first = comm.rank() == 0;
-    let found =
-        if is_first { opened.checkpoints.load_newest(&mut |event| refused.push(event))? } else { None };
-    // Rank 0 chooses where to go on; what it found may have changed since another rank would look.
-    let step = comm.all_gather(&[found.as_ref().map_or(0.0, |state| state.step as f64)])?[0] as u64;
-    let state = match found {
-        Some(state) => state,
-        None if step == 0 => opened.initial_state(),
-        None => opened.checkpoints.load(step)?.ok_or(Error::CheckpointMissing { step })?,
-    };
+    let workers = opened.plan.workers_of(comm.rank(), comm.n_ranks());
+    let found = agree::newest(&opened.checkpoints, comm.as_ref(), workers.clone(), &mut refused)?;
+    let loaded = found.unwrap_or_else(|| opened.initial(workers.len()));
+    let step = loaded.state.step;
     opened.forget_start();
-    let mut leader = if is_first { Some(Leader::new(context, &opened, step, on_event)?) } else { None };
+    let mut leader =
+        if comm.rank() == 0 { Some(Leader::new(context, &opened, step, on_event)?) } else { None };
     if let Some(leader) = &mut leader {
         leader.begin(refused, step, &opened);
     }
-    let mut rank = RankParts::new(context, &opened)?.rank(comm, state, record);
+    let mut rank = RankParts::new(context, &opened)?.rank(comm, loaded, record);
     let lead = leader.as_mut().map(|leader| leader as &mut dyn Lead);
     let finished = rank.run(lead, context.stop)?;
     let outcome = match leader {
@@ -232,9 +239,15 @@ impl<'a> RankParts<'a> {
         Ok(RankParts { context, opened, precision, token_bytes })
     }
 
-    fn rank(&self, comm: Box<dyn Comm>, mut state: State, record: Record) -> Rank<'a> {
+    fn rank(&self, comm: Box<dyn Comm>, loaded: Loaded, record: Record) -> Rank<'a> {
         let RankParts { context, opened: Opened { plan, sources, trainable, .. }, precision, .. } = *self;
+        let Loaded { mut state, workers } = loaded;
         let n_params = state.params.len();
+        let first = plan.workers_of(comm.rank(), comm.n_ranks()).start;
+        let checkpoints = || self.opened.checkpoints.clone();
+        let saved = state.step;
+        let rounds =
+            plan.diloco.map(|diloco| Rounds { diloco, first, workers, checkpoints: checkpoints(), saved });
         if context.divided {
             state.divide(tree::shard(n_params, comm.rank(), comm.n_ranks()));
         }
@@ -254,6 +267,7 @@ impl<'a> RankParts<'a> {
             spare: Vec::new(),
             squares: Vec::new(),
             state,
+            rounds,
             seconds: context.seconds,
             bytes_told: 0,
             record,
@@ -345,6 +359,7 @@ impl<'a, 'b> Leader<'a, 'b> {
             flops_per_token: trainable.flops_per_token(self.plan.context),
             peak_flops: self.context.peak_flops,
             n_ranks: self.context.n_ranks as u64,
+            hosts: self.context.hosts.clone(),
             began_unix: self.context.started_unix,
             after: self.context.after.clone(),
             chats_cut: sources.n_cut,

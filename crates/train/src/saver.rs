@@ -47,7 +47,9 @@ impl Saver {
     /// For steps of so many threads.
     pub(crate) fn new(checkpoints: Checkpoints, keep: usize, n_threads: usize) -> Saver {
         let pause = PAUSE_OF_ONE_THREAD / n_threads.max(1) as u32;
-        let spare = Snapshot::new(checkpoints.n_params);
+        // Workers of DiLoCo store their own state.
+        let n_copied = if checkpoints.n_workers > 0 { 0 } else { checkpoints.n_params };
+        let spare = Snapshot::new(n_copied);
         Saver { checkpoints, keep, due: None, in_flight: None, spare, pause }
     }
 

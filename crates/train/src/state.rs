@@ -101,14 +101,17 @@ impl State {
 
     /// The state that a snapshot was taken of.
     pub(crate) fn from_snapshot(snapshot: &Snapshot) -> State {
-        let [params, adam_m, adam_v] = snapshot.vectors.each_ref().map(|bytes| {
-            let mut values = Buf::zeroed(bytes.len() / 4);
-            for (value, four) in values.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                *value = f32::from_le_bytes(*four);
-            }
-            values
-        });
+        let [params, adam_m, adam_v] = snapshot.vectors.each_ref().map(|bytes| values(bytes));
         let Snapshot { step, tokens, elapsed_seconds, health, .. } = *snapshot;
         State { owned: 0..params.len(), params, adam_m, adam_v, step, tokens, elapsed_seconds, health }
     }
+}
+
+/// What little-endian bytes stand for.
+pub(crate) fn values(bytes: &[u8]) -> Buf<f32> {
+    let mut values = Buf::zeroed(bytes.len() / 4);
+    for (value, four) in values.iter_mut().zip(bytes.as_chunks::<4>().0) {
+        *value = f32::from_le_bytes(*four);
+    }
+    values
 }

@@ -1,6 +1,8 @@
 //! One run on several processes that a real `mpirun` starts, on one machine and on three that are network namespaces:
 //! the same bytes as on one rank, whatever happens to ranks and links on the way.
 
+mod diloco;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -290,6 +292,19 @@ impl Hosts {
         assert!(ip(&["-n", &format!("{}s", self.0), "link", "set", &format!("p{i}"), state]));
     }
 
+    /// What comes to each host comes at this rate.
+    #[cfg(feature = "long")]
+    fn slow_down(&self, rate: &str) {
+        for i in 1..=3 {
+            let (host, port) = (format!("{}s", self.0), format!("p{i}"));
+            let slow = ["rate", rate, "burst", "64kb", "latency", "100ms"];
+            let words =
+                [&["netns", "exec", &host, "tc", "qdisc", "add", "dev", &port, "root", "tbf"][..], &slow]
+                    .concat();
+            assert!(ip(&words), "links cannot be shaped");
+        }
+    }
+
     /// What stands for ssh: a host whose link is down does not answer.
     fn shell(&self, runs: &Runs) -> PathBuf {
         let file = runs.home.path().join("shell");
@@ -376,13 +391,7 @@ fn a_cut_link_is_explained_and_the_run_goes_on_without_that_host() {
 #[test]
 fn eight_ranks_on_slow_links_that_lose_two_of_them() {
     let (Some(runs), Some(hosts)) = (Runs::prepared(), Hosts::up("b")) else { return };
-    for i in 1..=3 {
-        let (host, port) = (format!("{}s", hosts.0), format!("p{i}"));
-        let slow = ["rate", "50mbit", "burst", "64kb", "latency", "100ms"];
-        let words = [&["netns", "exec", &host, "tc", "qdisc", "add", "dev", &port, "root", "tbf"][..], &slow]
-            .concat();
-        assert!(ip(&words), "links cannot be shaped");
-    }
+    hosts.slow_down("50mbit");
     let steps = 60;
     runs.must_run("whole", steps, "");
     let begun = runs.begin(hosts.command(&runs, "slow", steps, "--ranks 8 --zero 1 --rank-limit 20"), "slow");

@@ -35,15 +35,20 @@ impl Needs {
         let (ranks, vector) = (n_ranks as u64, 4 * n_trained as u64);
         // Gradients wait in a tree of micro-batches, one a level; ranks exchange them through one more.
         let levels = (plan.micro_batches / n_ranks).max(1).next_power_of_two().trailing_zeros() as u64;
+        // Workers that train by themselves have all of their own, besides what their rank has of the run.
+        let workers = plan.diloco.map_or(0, |diloco| diloco.workers as u64);
+        let (params, means) =
+            if workers > 0 { (ranks + workers, ranks + 2 * workers) } else { (ranks, 2 * ranks) };
+        let saved = if workers > 0 { 1 } else { 3 };
         let exchanged = u64::from(n_ranks > 1);
         Ok(Needs {
             kinds: vec![
-                ("parameters", ranks * vector),
+                ("parameters", params * vector),
                 ("the model it starts from", 4 * n_frozen as u64),
                 ("gradients", ranks * vector * (1 + levels + exchanged)),
-                ("optimizer", ranks * 2 * vector),
+                ("optimizer", means * vector),
                 ("activations", activations(recompute)),
-                ("checkpoint being written", 3 * vector),
+                ("checkpoint being written", saved * vector),
                 ("a copy for samples and tasks", plan.copy_bytes()?),
             ],
             recomputed: activations(true),
