@@ -8,15 +8,19 @@
 
 mod handshake;
 mod mpi_comm;
+mod pending;
 mod post;
 mod record;
+mod sent;
 mod threads;
 pub mod tree;
 
 use std::ops::Range;
+use std::sync::Arc;
 
 pub use handshake::{Hello, Refused, handshake};
 pub use mpi_comm::{MpiComm, MpiSettings};
+pub use pending::{Beside, Pending};
 pub use record::{Doing, Record};
 pub use threads::{ThreadComm, threads};
 
@@ -47,6 +51,18 @@ pub trait Comm: Send {
         self.all_gather_shards(values)
     }
 
+    /// Begins an operation on `values` that goes on beside what this rank does next; `shards` says whose part is which. The
+    /// memory may be longer than what the shards cover. What goes on beside keeps its order, and may overtake the other
+    /// operations.
+    fn begin(&self, beside: Beside, values: Arc<[f32]>, shards: tree::Shards) -> Result<Pending, CommError>;
+
+    /// Replaces every other rank's ranges of `values` by what that rank has there.
+    fn all_gather_of(&self, values: &mut [f32], shards: &tree::Shards) -> Result<(), CommError> {
+        let own = shards.own(self.rank(), values);
+        let pending = self.begin(Beside::Gather, own, shards.clone())?;
+        pending.finish(&mut |at, piece| values[at..at + piece.len()].copy_from_slice(piece)).map(drop)
+    }
+
     /// Every rank's bytes, of any length up to [`BYTES_MAX`], in the order of ranks, on every rank.
     fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError>;
 
@@ -66,8 +82,12 @@ pub trait Comm: Send {
 
     fn receive(&self, from: usize, values: &mut [f32]) -> Result<(), CommError>;
 
-    /// Bytes that this rank has sent to others so far.
-    fn bytes_sent(&self) -> u64;
+    /// Bytes that this rank has sent to each so far.
+    fn sent_to(&self) -> Vec<u64>;
+
+    fn bytes_sent(&self) -> u64 {
+        self.sent_to().iter().sum()
+    }
 
     /// Ends in order, once every rank has come here. A rank that only drops its end has failed.
     fn leave(&self) -> Result<(), CommError>;

@@ -6,14 +6,16 @@
 use std::cell::RefCell;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
 use mpi::World;
 
+use crate::pending::{Beside, Pending};
 use crate::post::{Job, Post, Reply, Spare, failed};
-use crate::{Comm, CommError, Record, tree};
+use crate::sent::Sent;
+use crate::tree::Shards;
+use crate::{Comm, CommError, Record};
 
 /// How a rank joins the others.
 pub struct MpiSettings {
@@ -37,7 +39,7 @@ pub struct MpiComm {
     /// What is being sent. Kept, since fresh memory costs as much as sending it.
     outbox: RefCell<Arc<[f32]>>,
     spare: Spare,
-    bytes_sent: Arc<AtomicU64>,
+    sent: Sent,
 }
 
 impl MpiComm {
@@ -49,9 +51,9 @@ impl MpiComm {
         let (joined, answer) = channel();
         let (jobs, todo) = channel();
         let (limit, waiting, launched) = (settings.limit, settings.rank, settings.n_ranks);
-        let (spare, bytes_sent) = (Spare::default(), Arc::new(AtomicU64::default()));
+        let (spare, sent) = (Spare::default(), Sent::new(launched));
         let MpiSettings { libraries, record, .. } = settings;
-        let shared = (spare.clone(), bytes_sent.clone());
+        let shared = (spare.clone(), sent.clone());
         std::thread::spawn(move || {
             record.begin("join");
             let world = World::join(&libraries).map_err(failed("joining the other ranks"));
@@ -59,8 +61,8 @@ impl MpiComm {
             let world = world.and_then(|world| check(world, launched));
             match world {
                 Ok(world) => {
-                    let (spare, bytes_sent) = shared;
-                    let post = Post { world, limit, record, spare, bytes_sent };
+                    let (spare, sent) = shared;
+                    let post = Post { world, limit, record, spare, sent };
                     if joined.send(Ok((post.world.rank(), post.world.n_ranks()))).is_ok() {
                         speak(post, &todo);
                     }
@@ -77,7 +79,7 @@ impl MpiComm {
             }
         };
         let outbox = RefCell::new(Arc::from([]));
-        Ok(MpiComm { rank, n_ranks, limit, jobs, outbox, spare, bytes_sent })
+        Ok(MpiComm { rank, n_ranks, limit, jobs, outbox, spare, sent })
     }
 
     /// The sum that the MPI library takes itself, in its own order: what ours is measured against.
@@ -101,7 +103,7 @@ impl MpiComm {
                     self.spare.put(piece);
                 }
                 Reply::Bytes(_) => {}
-                Reply::Done(done) => return done,
+                Reply::Done(done) => return done.map(drop),
             }
         }
     }
@@ -123,7 +125,7 @@ fn speak(mut post: Post, todo: &Receiver<(Job, Sender<Reply>)>) {
         let is_last = matches!(job, Job::Leave);
         let done = post.work(job, &replies);
         if is_last && done.is_ok() {
-            drop(replies.send(Reply::Done(post.world.leave().map_err(failed("leaving")))));
+            drop(replies.send(Reply::Done(post.world.leave().map(|()| 0.0).map_err(failed("leaving")))));
             return;
         }
         let failed = done.is_err();
@@ -163,7 +165,7 @@ impl Comm for MpiComm {
             return Ok(());
         }
         let (mine, len) = self.outgoing(values);
-        let replies = self.ask(Job::ReduceScatter(mine, len))?;
+        let replies = self.ask(Job::ReduceScatter(mine, Shards::even(len, self.n_ranks)))?;
         self.fill(&replies, values)
     }
 
@@ -171,10 +173,18 @@ impl Comm for MpiComm {
         if self.n_ranks == 1 {
             return Ok(());
         }
-        let own = tree::shard(values.len(), self.rank, self.n_ranks);
-        let (shard, _) = self.outgoing(&values[own]);
-        let replies = self.ask(Job::GatherShards(shard, values.len()))?;
+        let shards = Shards::even(values.len(), self.n_ranks);
+        let (shard, _) = self.outgoing(&values[shards.of(self.rank)[0].clone()]);
+        let replies = self.ask(Job::GatherShards(shard, shards))?;
         self.fill(&replies, values)
+    }
+
+    fn begin(&self, beside: Beside, values: Arc<[f32]>, shards: Shards) -> Result<Pending, CommError> {
+        if self.n_ranks == 1 {
+            return Ok(Pending::there(beside, values, shards));
+        }
+        let replies = self.ask(beside.job(values, shards))?;
+        Ok(Pending::coming(replies, self.spare.clone()))
     }
 
     fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
@@ -184,7 +194,7 @@ impl Comm for MpiComm {
             match replies.recv().map_err(|_| CommError::ThreadStopped)? {
                 Reply::Bytes(bytes) => all = bytes,
                 Reply::Values(..) => {}
-                Reply::Done(done) => return done.map(|()| all),
+                Reply::Done(done) => return done.map(|_| all),
             }
         }
     }
@@ -209,8 +219,8 @@ impl Comm for MpiComm {
         self.fill(&replies, values)
     }
 
-    fn bytes_sent(&self) -> u64 {
-        self.bytes_sent.load(Ordering::Relaxed)
+    fn sent_to(&self) -> Vec<u64> {
+        self.sent.by_rank()
     }
 
     fn leave(&self) -> Result<(), CommError> {
@@ -218,7 +228,7 @@ impl Comm for MpiComm {
         // The end is said inside of MPI, which has no limit of its own.
         loop {
             match replies.recv_timeout(2 * self.limit) {
-                Ok(Reply::Done(done)) => return done,
+                Ok(Reply::Done(done)) => return done.map(drop),
                 Ok(_) => {}
                 Err(RecvTimeoutError::Disconnected) => return Err(CommError::ThreadStopped),
                 Err(RecvTimeoutError::Timeout) => {

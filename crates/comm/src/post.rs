@@ -4,13 +4,14 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use mpi::{Request, Test, World};
 
+use crate::tree::Shards;
+use crate::sent::Sent;
 use crate::{BYTES_MAX, CommError, Record, pieces, tree};
 
 /// Values of one message: 1 MiB. Large enough that its overhead does not count, small enough to be summed in the cache
@@ -24,8 +25,9 @@ const NAP: Duration = Duration::from_micros(50);
 
 /// What a rank asks its thread to do.
 pub(crate) enum Job {
-    ReduceScatter(Arc<[f32]>, usize),
-    GatherShards(Arc<[f32]>, usize),
+    ReduceScatter(Arc<[f32]>, Shards),
+    GatherShards(Arc<[f32]>, Shards),
+    AllReduce(Arc<[f32]>, Shards),
     GatherBytes(Vec<u8>),
     Send(usize, Arc<[f32]>, usize),
     Receive(usize, usize),
@@ -38,7 +40,8 @@ pub(crate) enum Job {
 pub(crate) enum Reply {
     Values(usize, Box<[f32]>),
     Bytes(Vec<Vec<u8>>),
-    Done(Result<(), CommError>),
+    /// With the seconds that it took.
+    Done(Result<f64, CommError>),
 }
 
 /// Buffers to receive into, shared with the rank that empties them.
@@ -65,7 +68,7 @@ pub(crate) struct Post {
     pub(crate) limit: Duration,
     pub(crate) record: Record,
     pub(crate) spare: Spare,
-    pub(crate) bytes_sent: Arc<AtomicU64>,
+    pub(crate) sent: Sent,
 }
 
 /// A message under way.
@@ -80,13 +83,23 @@ type Flights = Vec<Flight>;
 
 impl Post {
     /// Does one job; says how it ended.
-    pub(crate) fn work(&mut self, job: Job, replies: &Sender<Reply>) -> Result<(), CommError> {
+    pub(crate) fn work(&mut self, job: Job, replies: &Sender<Reply>) -> Result<f64, CommError> {
+        let begun = Instant::now();
         self.record.begin(job.operation());
         // A rank that is gone takes no replies: nothing is lost.
         let mut values = |at, piece| drop(replies.send(Reply::Values(at, piece)));
         match job {
-            Job::ReduceScatter(mine, len) => self.reduce_scatter((&mine, len), &mut values)?,
-            Job::GatherShards(shard, len) => self.gather_shards((&shard, len), &mut values)?,
+            Job::ReduceScatter(mine, shards) => self.reduce_scatter((&mine, &shards), &mut values)?,
+            Job::GatherShards(shard, shards) => self.gather_shards((&shard, &shards), &mut values)?,
+            Job::AllReduce(mine, shards) => {
+                let mut sums: Vec<f32> = Vec::with_capacity(shards.len_of(self.world.rank()));
+                let mut keep = |at, piece: Box<[f32]>| {
+                    sums.extend(&piece);
+                    values(at, piece);
+                };
+                self.reduce_scatter((&mine, &shards), &mut keep)?;
+                self.gather_shards((&sums.into(), &shards), &mut values)?;
+            }
             Job::GatherBytes(bytes) => drop(replies.send(Reply::Bytes(self.gather_bytes(&bytes)?))),
             Job::Send(to, mine, len) => self.send(to, (&mine, len))?,
             Job::Receive(from, len) => self.receive((from, len), &mut values)?,
@@ -97,7 +110,14 @@ impl Post {
             Job::Leave => drop(self.gather_bytes(&[])?),
         }
         self.record.end();
-        Ok(())
+        Ok(begun.elapsed().as_secs_f64())
+    }
+
+    /// Every rank's shard in pieces, and in how many steps the longest is sent.
+    fn cut(&self, shards: &Shards) -> (Pieces, usize) {
+        let pieces: Pieces = (0..self.world.n_ranks()).map(|rank| shards.pieces(rank, PIECE_LEN)).collect();
+        let n_steps = pieces.iter().map(Vec::len).max().unwrap_or(0);
+        (pieces, n_steps)
     }
 
     fn others(&self) -> Vec<usize> {
@@ -108,27 +128,27 @@ impl Post {
     /// shard; whoever owns a shard sums its parts in the order of [`tree`].
     fn reduce_scatter(
         &mut self,
-        (mine, len): (&Arc<[f32]>, usize),
+        (mine, shards): (&Arc<[f32]>, &Shards),
         values: &mut dyn FnMut(usize, Box<[f32]>),
     ) -> Result<(), CommError> {
-        let (rank, n_ranks) = (self.world.rank(), self.world.n_ranks());
-        let (shards, n_steps) = shards(len, n_ranks);
+        let rank = self.world.rank();
+        let (shards, n_steps) = self.cut(shards);
         let others = self.others();
         let operation = "reduce_scatter";
         let start = &mut |post: &mut Post, step: usize| {
             let mut flights = Vec::new();
             for peer in &others {
-                if let Some(own) = shards[rank].get(step) {
+                if let Some((own, _)) = shards[rank].get(step) {
                     flights.push(post.receive_from(*peer, (operation, REDUCE), own.len())?);
                 }
-                if let Some(theirs) = shards[*peer].get(step) {
+                if let Some((theirs, _)) = shards[*peer].get(step) {
                     flights.push(post.send_to(*peer, (operation, REDUCE), (mine, theirs.clone()))?);
                 }
             }
             Ok(flights)
         };
         let landed = &mut |post: &mut Post, step: usize, flights: Flights| {
-            let Some(own) = shards[rank].get(step) else { return };
+            let Some((own, _)) = shards[rank].get(step) else { return };
             let received = received(flights);
             let mut parts: Vec<&[f32]> = received.iter().map(|(_, piece)| &piece[..]).collect();
             parts.insert(rank, &mine[own.clone()]);
@@ -143,21 +163,21 @@ impl Post {
     /// Sends this rank's shard to all, gives `values` the pieces of theirs.
     fn gather_shards(
         &mut self,
-        (shard, len): (&Arc<[f32]>, usize),
+        (shard, shards): (&Arc<[f32]>, &Shards),
         values: &mut dyn FnMut(usize, Box<[f32]>),
     ) -> Result<(), CommError> {
-        let (rank, n_ranks) = (self.world.rank(), self.world.n_ranks());
-        let (shards, n_steps) = shards(len, n_ranks);
-        let (others, first) = (self.others(), tree::shard(len, rank, n_ranks).start);
+        let rank = self.world.rank();
+        let (shards, n_steps) = self.cut(shards);
+        let others = self.others();
         let operation = "all_gather_shards";
         let start = &mut |post: &mut Post, step: usize| {
             let mut flights = Vec::new();
             for peer in &others {
-                if let Some(theirs) = shards[*peer].get(step) {
+                if let Some((theirs, _)) = shards[*peer].get(step) {
                     flights.push(post.receive_from(*peer, (operation, GATHER), theirs.len())?);
                 }
-                if let Some(own) = shards[rank].get(step) {
-                    let part = own.start - first..own.end - first;
+                if let Some((own, at)) = shards[rank].get(step) {
+                    let part = *at..at + own.len();
                     flights.push(post.send_to(*peer, (operation, GATHER), (shard, part))?);
                 }
             }
@@ -165,7 +185,7 @@ impl Post {
         };
         let landed = &mut |_: &mut Post, step: usize, flights: Flights| {
             for (peer, piece) in received(flights) {
-                values(shards[peer][step].start, piece);
+                values(shards[peer][step].0.start, piece);
             }
         };
         self.carry_out(operation, n_steps, start, landed)
@@ -199,7 +219,7 @@ impl Post {
                     post.world.receive_bytes(*peer, tag, len_of(*peer)).map_err(failed(operation))?;
                 flights.push(Flight { peer: *peer, request, landed: None });
                 let request = post.world.send_bytes(*peer, tag, own).map_err(failed(operation))?;
-                post.bytes_sent.fetch_add(own.len() as u64, Ordering::Relaxed);
+                post.sent.add(*peer, own.len());
                 flights.push(Flight { peer: *peer, request, landed: None });
             }
             Ok(flights)
@@ -244,7 +264,7 @@ impl Post {
         (operation, tag): (&'static str, u16),
         (values, part): (&Arc<[f32]>, Range<usize>),
     ) -> Result<Flight, CommError> {
-        self.bytes_sent.fetch_add(4 * part.len() as u64, Ordering::Relaxed);
+        self.sent.add(peer, 4 * part.len());
         let request = self.world.send(peer, tag, (values.clone(), part)).map_err(failed(operation))?;
         Ok(Flight { peer, request, landed: None })
     }
@@ -329,13 +349,8 @@ impl Post {
     }
 }
 
-/// Every rank's shard of `len` values in pieces, and in how many steps the longest is sent.
-fn shards(len: usize, n_ranks: usize) -> (Vec<Vec<Range<usize>>>, usize) {
-    let shard = |rank| pieces(tree::shard(len, rank, n_ranks), PIECE_LEN).collect();
-    let shards: Vec<Vec<_>> = (0..n_ranks).map(shard).collect();
-    let n_steps = shards.iter().map(Vec::len).max().unwrap_or(0);
-    (shards, n_steps)
-}
+/// Of every rank the pieces that it owns, and where they lie in what it owns.
+type Pieces = Vec<Vec<(Range<usize>, usize)>>;
 
 const LENGTHS: u16 = 1;
 const BYTES: u16 = 2;
@@ -348,6 +363,7 @@ impl Job {
         match self {
             Job::ReduceScatter(..) => "reduce_scatter",
             Job::GatherShards(..) => "all_gather_shards",
+            Job::AllReduce(..) => "all_reduce",
             Job::GatherBytes(_) => "all_gather",
             Job::Send(..) => "send",
             Job::Receive(..) => "receive",

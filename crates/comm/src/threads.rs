@@ -4,16 +4,24 @@
 //! (each rank sums its shard of the slots in tree order) and an all-gather (each rank copies the shards
 //! of all): every value is read `n_ranks` times whatever the number of ranks, and nobody waits for a root.
 
+use std::cell::{Cell, OnceCell};
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use crate::pending::{Beside, Pending};
+use crate::post::{Job, Reply, Spare};
+use crate::sent::Sent;
+use crate::tree::Shards;
 use crate::{Comm, CommError, tree};
 
 /// How long a rank waits for the others before it gives the group up. Longer than any step, evaluation or
 /// checkpoint that another rank may be busy with.
 const WAIT_MAX: Duration = Duration::from_secs(600);
+
+/// Values that are summed between two replies: 1 MiB.
+const PIECE_LEN: usize = 256 << 10;
 
 /// A group of `n_ranks` ranks; each element is moved into the thread that runs that rank.
 ///
@@ -22,27 +30,29 @@ pub fn threads(n_ranks: usize) -> Result<Vec<ThreadComm>, CommError> {
     if !n_ranks.is_power_of_two() {
         return Err(CommError::NotAPowerOfTwo { n_ranks });
     }
-    let group = Arc::new(Group {
-        meeting: Mutex::new(Meeting {
-            generation: 0,
-            arrived: vec![false; n_ranks],
-            stopped: None,
-            gone: vec![false; n_ranks],
-        }),
-        changed: Condvar::new(),
-        slots: (0..n_ranks).map(|_| RwLock::default()).collect(),
-        gathered: (0..n_ranks).map(|_| RwLock::default()).collect(),
-        mail: Mutex::default(),
-    });
-    let comm = |rank| ThreadComm { rank, group: group.clone(), n_bytes: AtomicU64::default() };
+    let [group, beside] = [0, 1].map(|_| Arc::new(Group::new(n_ranks)));
+    let comm = |rank| {
+        let (sent, jobs) = (Sent::new(n_ranks), OnceCell::new());
+        let member = Member { rank, group: group.clone(), sent: sent.clone() };
+        let beside = Member { rank, group: beside.clone(), sent };
+        ThreadComm { member, beside: Cell::new(Some(beside)), jobs }
+    };
     Ok((0..n_ranks).map(comm).collect())
 }
 
 /// One thread's end of the group.
 pub struct ThreadComm {
+    member: Member,
+    /// The end of a second group, for what goes on beside: moves into a thread of its own once it is needed.
+    beside: Cell<Option<Member>>,
+    jobs: OnceCell<Sender<(Job, Sender<Reply>)>>,
+}
+
+/// A rank in one of its groups.
+struct Member {
     rank: usize,
     group: Arc<Group>,
-    n_bytes: AtomicU64,
+    sent: Sent,
 }
 
 struct Group {
@@ -72,6 +82,21 @@ struct Meeting {
 }
 
 impl Group {
+    fn new(n_ranks: usize) -> Group {
+        Group {
+            meeting: Mutex::new(Meeting {
+                generation: 0,
+                arrived: vec![false; n_ranks],
+                stopped: None,
+                gone: vec![false; n_ranks],
+            }),
+            changed: Condvar::new(),
+            slots: (0..n_ranks).map(|_| RwLock::default()).collect(),
+            gathered: (0..n_ranks).map(|_| RwLock::default()).collect(),
+            mail: Mutex::default(),
+        }
+    }
+
     fn meeting(&self) -> MutexGuard<'_, Meeting> {
         // A panicking rank is reported through `stopped`, so the lock's own poison says nothing new.
         self.meeting.lock().unwrap_or_else(PoisonError::into_inner)
@@ -108,7 +133,7 @@ impl Group {
     }
 }
 
-impl Drop for ThreadComm {
+impl Drop for Member {
     /// A rank that leaves, by its end or by a panic, frees those that wait for it.
     fn drop(&mut self) {
         let mut meeting = self.group.meeting();
@@ -119,7 +144,15 @@ impl Drop for ThreadComm {
     }
 }
 
-impl ThreadComm {
+impl Member {
+    fn n_ranks(&self) -> usize {
+        self.group.slots.len()
+    }
+
+    fn meet(&self, operation: &'static str) -> Result<(), CommError> {
+        self.group.meet(self.rank, operation)
+    }
+
     /// Lays values out for the others, of which each reads a share, or all.
     fn bring(&self, values: &[f32], share_of: usize) {
         self.count(size_of_val(values) / share_of);
@@ -128,8 +161,79 @@ impl ThreadComm {
 
     /// So many bytes are read by each of the others.
     fn count(&self, n_bytes: usize) {
-        let n_others = self.n_ranks() - 1;
-        self.n_bytes.fetch_add((n_bytes * n_others) as u64, Ordering::Relaxed);
+        for other in (0..self.n_ranks()).filter(|other| *other != self.rank) {
+            self.sent.add(other, n_bytes);
+        }
+    }
+
+    /// Sums what all have brought, of this rank's shard.
+    fn sum_brought(
+        &self,
+        (shards, len): (&Shards, usize),
+        values: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<(), CommError> {
+        let operation = "reduce_scatter";
+        self.meet(operation)?;
+        {
+            let slots: Vec<_> = self.group.slots.iter().map(read).collect();
+            for (rank, slot) in slots.iter().enumerate() {
+                self.check_len(operation, rank, slot.len(), len)?;
+            }
+            let mut sums = Vec::new();
+            for (own, _) in shards.pieces(self.rank, PIECE_LEN) {
+                let parts: Vec<&[f32]> = slots.iter().map(|slot| &slot[own.clone()]).collect();
+                sums.resize(own.len(), 0.0);
+                tree::sum(&parts, &mut sums);
+                values(own.start, &sums);
+            }
+        }
+        // Nobody may overwrite what another rank still sums.
+        self.meet(operation)
+    }
+
+    /// Takes what all others have brought of their shards.
+    fn take_brought(&self, shards: &Shards, values: &mut dyn FnMut(usize, &[f32])) -> Result<(), CommError> {
+        let operation = "all_gather_shards";
+        self.meet(operation)?;
+        for (rank, slot) in self.group.slots.iter().enumerate().filter(|(rank, _)| *rank != self.rank) {
+            let slot = read(slot);
+            self.check_len(operation, rank, slot.len(), shards.len_of(rank))?;
+            for (theirs, at) in shards.pieces(rank, PIECE_LEN) {
+                values(theirs.start, &slot[at..at + theirs.len()]);
+            }
+        }
+        self.meet(operation)
+    }
+
+    /// Does one job beside the rank's own work.
+    fn work(&self, job: Job, replies: &Sender<Reply>) -> Result<f64, CommError> {
+        let begun = Instant::now();
+        let mut values = |at: usize, piece: &[f32]| drop(replies.send(Reply::Values(at, piece.into())));
+        match job {
+            Job::ReduceScatter(mine, shards) => {
+                let len = end_of(&shards, self.n_ranks());
+                self.bring(&mine[..len], self.n_ranks());
+                self.sum_brought((&shards, len), &mut values)?;
+            }
+            Job::GatherShards(shard, shards) => {
+                self.bring(&shard[..shards.len_of(self.rank)], 1);
+                self.take_brought(&shards, &mut values)?;
+            }
+            Job::AllReduce(mine, shards) => {
+                let len = end_of(&shards, self.n_ranks());
+                let mut own = Vec::with_capacity(shards.len_of(self.rank));
+                self.bring(&mine[..len], self.n_ranks());
+                let mut keep = |at: usize, piece: &[f32]| {
+                    own.extend(piece);
+                    values(at, piece);
+                };
+                self.sum_brought((&shards, len), &mut keep)?;
+                self.bring(&own, 1);
+                self.take_brought(&shards, &mut values)?;
+            }
+            other => unreachable!("{} does not go on beside", other.operation()),
+        }
+        Ok(begun.elapsed().as_secs_f64())
     }
 
     fn check_len(
@@ -144,6 +248,22 @@ impl ThreadComm {
         }
         Err(CommError::LengthDiffers { operation, rank, waiting: self.rank, got, expected })
     }
+}
+
+/// Does jobs until its rank is gone, or one fails.
+fn work_beside(member: &Member, todo: &Receiver<(Job, Sender<Reply>)>) {
+    while let Ok((job, replies)) = todo.recv() {
+        let done = member.work(job, &replies);
+        let failed = done.is_err();
+        if replies.send(Reply::Done(done)).is_err() || failed {
+            return;
+        }
+    }
+}
+
+/// Where the shards of all end.
+fn end_of(shards: &Shards, n_ranks: usize) -> usize {
+    (0..n_ranks).flat_map(|rank| shards.of(rank)).map(|range| range.end).max().unwrap_or(0)
 }
 
 fn write<T>(lock: &RwLock<T>) -> std::sync::RwLockWriteGuard<'_, T> {
@@ -162,115 +282,121 @@ fn set<T: Copy>(slot: &RwLock<Vec<T>>, values: &[T]) {
 
 impl Comm for ThreadComm {
     fn rank(&self) -> usize {
-        self.rank
+        self.member.rank
     }
 
     fn n_ranks(&self) -> usize {
-        self.group.slots.len()
+        self.member.n_ranks()
     }
 
     fn barrier(&self) -> Result<(), CommError> {
-        self.group.meet(self.rank, "barrier")
+        self.member.meet("barrier")
     }
 
     fn reduce_scatter_tree(&self, values: &mut [f32]) -> Result<(), CommError> {
-        let operation = "reduce_scatter";
         if self.n_ranks() == 1 {
             return Ok(());
         }
-        self.bring(values, self.n_ranks());
-        self.group.meet(self.rank, operation)?;
-        {
-            let slots: Vec<_> = self.group.slots.iter().map(read).collect();
-            for (rank, slot) in slots.iter().enumerate() {
-                self.check_len(operation, rank, slot.len(), values.len())?;
-            }
-            let own = tree::shard(values.len(), self.rank, slots.len());
-            let parts: Vec<&[f32]> = slots.iter().map(|slot| &slot[own.clone()]).collect();
-            tree::sum(&parts, &mut values[own]);
-        }
-        // Nobody may overwrite what another rank still sums.
-        self.group.meet(self.rank, operation)
+        self.member.bring(values, self.n_ranks());
+        let (shards, len) = (Shards::even(values.len(), self.n_ranks()), values.len());
+        let mut put = |at: usize, piece: &[f32]| values[at..at + piece.len()].copy_from_slice(piece);
+        self.member.sum_brought((&shards, len), &mut put)
     }
 
     fn all_gather_shards(&self, values: &mut [f32]) -> Result<(), CommError> {
-        let operation = "all_gather_shards";
         if self.n_ranks() == 1 {
             return Ok(());
         }
-        self.bring(&values[tree::shard(values.len(), self.rank, self.n_ranks())], 1);
-        self.group.meet(self.rank, operation)?;
-        for (rank, slot) in self.group.slots.iter().enumerate() {
-            let (slot, theirs) = (read(slot), tree::shard(values.len(), rank, self.n_ranks()));
-            self.check_len(operation, rank, slot.len(), theirs.len())?;
-            values[theirs].copy_from_slice(&slot);
+        let shards = Shards::even(values.len(), self.n_ranks());
+        self.member.bring(&values[shards.of(self.rank())[0].clone()], 1);
+        let mut put = |at: usize, piece: &[f32]| values[at..at + piece.len()].copy_from_slice(piece);
+        self.member.take_brought(&shards, &mut put)
+    }
+
+    fn begin(&self, beside: Beside, values: Arc<[f32]>, shards: Shards) -> Result<Pending, CommError> {
+        if self.n_ranks() == 1 {
+            return Ok(Pending::there(beside, values, shards));
         }
-        self.group.meet(self.rank, operation)
+        let jobs = self.jobs.get_or_init(|| {
+            let (jobs, todo) = channel();
+            if let Some(member) = self.beside.take() {
+                std::thread::spawn(move || work_beside(&member, &todo));
+            }
+            jobs
+        });
+        let (replies, coming) = channel();
+        jobs.send((beside.job(values, shards), replies)).map_err(|_| CommError::ThreadStopped)?;
+        Ok(Pending::coming(coming, Spare::default()))
     }
 
     fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
         let operation = "all_gather";
-        self.count(bytes.len());
-        set(&self.group.gathered[self.rank], bytes);
-        self.group.meet(self.rank, operation)?;
-        let all = self.group.gathered.iter().map(|part| read(part).clone()).collect();
-        self.group.meet(self.rank, operation)?;
+        self.member.count(bytes.len());
+        set(&self.member.group.gathered[self.member.rank], bytes);
+        self.member.meet(operation)?;
+        let all = self.member.group.gathered.iter().map(|part| read(part).clone()).collect();
+        self.member.meet(operation)?;
         Ok(all)
     }
 
     fn broadcast(&self, values: &mut [f32]) -> Result<(), CommError> {
         let operation = "broadcast";
-        if self.rank == 0 {
-            self.bring(values, 1);
+        if self.member.rank == 0 {
+            self.member.bring(values, 1);
         }
-        self.group.meet(self.rank, operation)?;
+        self.member.meet(operation)?;
         {
-            let root = read(&self.group.slots[0]);
-            self.check_len(operation, 0, root.len(), values.len())?;
+            let root = read(&self.member.group.slots[0]);
+            self.member.check_len(operation, 0, root.len(), values.len())?;
             values.copy_from_slice(&root);
         }
-        self.group.meet(self.rank, operation)
+        self.member.meet(operation)
     }
 
     fn send(&self, to: usize, values: &[f32]) -> Result<(), CommError> {
-        self.n_bytes.fetch_add(size_of_val(values) as u64, Ordering::Relaxed);
-        let mut mail = self.group.mail();
-        mail.push_back(Letter { from: self.rank, to, values: values.to_vec() });
+        self.member.sent.add(to, size_of_val(values));
+        let mut mail = self.member.group.mail();
+        mail.push_back(Letter { from: self.member.rank, to, values: values.to_vec() });
         drop(mail);
-        self.group.changed.notify_all();
+        self.member.group.changed.notify_all();
         Ok(())
     }
 
     fn receive(&self, from: usize, values: &mut [f32]) -> Result<(), CommError> {
         let (operation, deadline) = ("receive", Instant::now() + WAIT_MAX);
-        let mut meeting = self.group.meeting();
+        let mut meeting = self.member.group.meeting();
         loop {
-            let mut mail = self.group.mail();
-            let is_ours = |letter: &Letter| letter.from == from && letter.to == self.rank;
+            let mut mail = self.member.group.mail();
+            let is_ours = |letter: &Letter| letter.from == from && letter.to == self.member.rank;
             if let Some(letter) = mail.iter().position(is_ours).and_then(|at| mail.remove(at)) {
-                self.check_len(operation, from, letter.values.len(), values.len())?;
+                self.member.check_len(operation, from, letter.values.len(), values.len())?;
                 values.copy_from_slice(&letter.values);
                 return Ok(());
             }
             drop(mail);
             // What others have sent before they went is there.
             if meeting.gone[from] {
-                return Err(CommError::RankStopped { rank: from, waiting: self.rank, operation });
+                return Err(CommError::RankStopped { rank: from, waiting: self.member.rank, operation });
             }
             if Instant::now() > deadline {
-                let (waiting, seconds) = (self.rank, WAIT_MAX.as_secs());
+                let (waiting, seconds) = (self.member.rank, WAIT_MAX.as_secs());
                 return Err(CommError::TimedOut { waiting, seconds, operation, missing: vec![from] });
             }
             // A letter may be put down just before the wait begins: never wait long.
             let tick = Duration::from_millis(10);
-            meeting =
-                self.group.changed.wait_timeout(meeting, tick).unwrap_or_else(PoisonError::into_inner).0;
+            meeting = self
+                .member
+                .group
+                .changed
+                .wait_timeout(meeting, tick)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
     }
 
     /// Threads share memory: what they read of each other counts as sent.
-    fn bytes_sent(&self) -> u64 {
-        self.n_bytes.load(Ordering::Relaxed)
+    fn sent_to(&self) -> Vec<u64> {
+        self.member.sent.by_rank()
     }
 
     fn leave(&self) -> Result<(), CommError> {

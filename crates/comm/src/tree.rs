@@ -7,6 +7,7 @@
 //! that tree, so it does not matter who computes which node: 1, 2, 4 or 8 ranks give the same bits.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 /// The micro-batches of one rank out of `0 .. n_items`: a node of the tree.
 ///
@@ -26,6 +27,75 @@ pub fn shard(len: usize, rank: usize, n_ranks: usize) -> Range<usize> {
     let n_parts = len.div_ceil(SHARD_ALIGN);
     let border = |rank: usize| (n_parts * rank / n_ranks * SHARD_ALIGN).min(len);
     border(rank)..border(rank + 1)
+}
+
+/// Of a vector what every rank sums, and owns where state is divided among ranks: ranges that do not overlap, in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shards(Arc<[Vec<Range<usize>>]>);
+
+impl Shards {
+    pub fn new(of_ranks: Vec<Vec<Range<usize>>>) -> Shards {
+        Shards(of_ranks.into())
+    }
+
+    /// One [`shard`] each.
+    pub fn even(len: usize, n_ranks: usize) -> Shards {
+        Shards::new((0..n_ranks).map(|rank| vec![shard(len, rank, n_ranks)]).collect())
+    }
+
+    pub fn of(&self, rank: usize) -> &[Range<usize>] {
+        &self.0[rank]
+    }
+
+    /// How many values a rank owns.
+    pub fn len_of(&self, rank: usize) -> usize {
+        self.of(rank).iter().map(|range| range.len()).sum()
+    }
+
+    /// What a rank owns of `values`, without gaps.
+    pub fn own(&self, rank: usize, values: &[f32]) -> Arc<[f32]> {
+        self.of(rank).iter().flat_map(|range| &values[range.clone()]).copied().collect()
+    }
+
+    /// A rank's ranges in pieces of at most `len`, each with where it lies in what the rank owns without gaps.
+    pub(crate) fn pieces(&self, rank: usize, len: usize) -> Vec<(Range<usize>, usize)> {
+        let pieces = self.of(rank).iter().flat_map(|range| crate::pieces(range.clone(), len));
+        let mut at = 0;
+        let place = |piece: Range<usize>| {
+            at += piece.len();
+            (piece.clone(), at - piece.len())
+        };
+        pieces.map(place).collect()
+    }
+}
+
+/// How many sums of two are done once leaf `leaf` of `n_leaves` is there, in the order of [`reduce`]: each adds the newest
+/// partial sum to the one before it. Leaves may so be summed part by part as they come.
+pub fn merges(leaf: usize, n_leaves: usize) -> usize {
+    assert!(leaf < n_leaves, "leaf {leaf} of {n_leaves}");
+    let (mut items, mut n) = (0..n_leaves, 0);
+    while items.len() > 1 {
+        let mid = items.start + items.len() / 2;
+        if leaf < mid {
+            (items, n) = (items.start..mid, 0);
+        } else {
+            // The right half ends here or later: its end is the end of the whole.
+            (items, n) = (mid..items.end, n + 1);
+        }
+    }
+    n
+}
+
+/// Partial sums that wait at most while `n_leaves` are summed, with the newest leaf.
+pub fn depth(n_leaves: usize) -> usize {
+    let mut waiting = 0;
+    let deepest = (0..n_leaves).map(|leaf| {
+        waiting += 1;
+        let deepest = waiting;
+        waiting -= merges(leaf, n_leaves);
+        deepest
+    });
+    deepest.max().unwrap_or(0)
 }
 
 /// Sums the vectors that `leaf(item, out)` writes, for every item of `items`, in tree order, into `out`.
@@ -125,6 +195,40 @@ mod tests {
                     assert_eq!(summed[at].to_bits(), whole[at].to_bits(), "{n_items} on {n_ranks}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn leaves_summed_as_they_come_give_the_same_bits() {
+        for n_items in 1..=40 {
+            let mut sums: Vec<Vec<f32>> = Vec::new();
+            let mut deepest = 0;
+            for item in 0..n_items {
+                sums.push((0..100).map(|at| leaf_value(item, at)).collect());
+                deepest = deepest.max(sums.len());
+                for _ in 0..merges(item, n_items) {
+                    let right = sums.pop().unwrap();
+                    add(sums.last_mut().unwrap(), &right);
+                }
+            }
+            let [sum] = &sums[..] else { panic!("{n_items}: {} sums are left", sums.len()) };
+            let whole = sum_of(0..n_items, 100);
+            assert!(sum.iter().zip(&whole).all(|(a, b)| a.to_bits() == b.to_bits()), "{n_items}");
+            assert_eq!(depth(n_items), deepest);
+        }
+    }
+
+    #[test]
+    fn leaves_dealt_out_in_turns_are_nodes_too_where_turns_are_a_power_of_two() {
+        for (n_ranks, n_turns) in [(2, 1), (2, 4), (4, 2), (8, 4), (4, 1)] {
+            let n_items = n_ranks * n_turns;
+            let whole = sum_of(0..n_items, 50);
+            let turns: Vec<Vec<f32>> =
+                (0..n_turns).map(|turn| sum_of(turn * n_ranks..(turn + 1) * n_ranks, 50)).collect();
+            let turns: Vec<&[f32]> = turns.iter().map(|turn| &turn[..]).collect();
+            let mut summed = vec![0.0; 50];
+            sum(&turns, &mut summed);
+            assert!(summed.iter().zip(&whole).all(|(a, b)| a.to_bits() == b.to_bits()), "{n_ranks}");
         }
     }
 

@@ -120,6 +120,14 @@ impl ParamTable {
         n_params(&self.specs)
     }
 
+    /// What comes before the layers, every layer, and what comes after them.
+    pub(crate) fn units(&self) -> Vec<Range<usize>> {
+        let mut borders = vec![0];
+        borders.extend(self.layers.iter().map(|layer| layer.attention_norm.weight.start));
+        borders.extend([self.final_norm.weight.start, self.n_params()]);
+        borders.windows(2).map(|pair| pair[0]..pair[1]).collect()
+    }
+
     /// Ranges with weight decay, sorted, adjacent ones joined.
     pub fn decayed(&self) -> Vec<Range<usize>> {
         decayed(&self.specs)
@@ -184,8 +192,16 @@ pub(crate) fn decayed(specs: &[ParamSpec]) -> Vec<Range<usize>> {
 /// See [`ParamTable::init`].
 pub(crate) fn init(specs: &[ParamSpec], seed: u64) -> Buf<f32> {
     let mut params = Buf::zeroed(n_params(specs));
+    init_part(specs, seed, 0, &mut params);
+    params
+}
+
+/// The first parameters from number `first` on.
+pub(crate) fn init_part(specs: &[ParamSpec], seed: u64, first: usize, out: &mut [f32]) {
+    let end = first + out.len();
     for spec in specs {
-        let values = spec.range.clone().zip(&mut params[spec.range.clone()]);
+        let range = spec.range.start.clamp(first, end)..spec.range.end.clamp(first, end);
+        let values = range.clone().zip(&mut out[range.start - first..range.end - first]);
         match spec.init {
             Init::Zeros => {}
             Init::Ones => values.for_each(|(_, param)| *param = 1.0),
@@ -198,7 +214,6 @@ pub(crate) fn init(specs: &[ParamSpec], seed: u64) -> Buf<f32> {
             }
         }
     }
-    params
 }
 
 /// Tensors laid out so far.

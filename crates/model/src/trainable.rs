@@ -7,9 +7,9 @@ use tensor::packed::WeightKind;
 use tensor::{Buf, Pool};
 
 use crate::lora::LoraTable;
-use crate::params::{decayed, init, n_params};
+use crate::params::{decayed, init, init_part, n_params};
 use crate::transformer::Site;
-use crate::{Config, Lora, ParamSpec, ParamTable, Result, Weights};
+use crate::{Config, Lora, ParamSpec, ParamTable, Result, WeightTensor, Weights};
 
 /// Files by name.
 pub type Files = Vec<(&'static str, Vec<u8>)>;
@@ -86,6 +86,14 @@ impl Trainable {
         n_params(self.specs())
     }
 
+    /// The flat vector in units, as a [`crate::Keeper`] is told of them.
+    pub fn units(&self) -> Vec<Range<usize>> {
+        match &self.lora {
+            None => self.table.units(),
+            Some(_) => std::iter::once(0..self.n_params()).collect(),
+        }
+    }
+
     /// Ranges with weight decay, sorted, adjacent ones joined.
     pub fn decayed(&self) -> Vec<Range<usize>> {
         decayed(self.specs())
@@ -96,6 +104,18 @@ impl Trainable {
         match &self.start {
             Some(start) if self.lora.is_none() => Buf::from_slice(start),
             _ => init(self.specs(), seed),
+        }
+    }
+
+    /// A part of [`Trainable::init`], alone.
+    ///
+    /// # Panics
+    /// If the part is not as long as `out`.
+    pub fn init_part(&self, seed: u64, part: Range<usize>, out: &mut [f32]) {
+        assert_eq!(part.len(), out.len(), "a part of the first parameters");
+        match &self.start {
+            Some(start) if self.lora.is_none() => out.copy_from_slice(&start[part]),
+            _ => init_part(self.specs(), seed, part.start, out),
         }
     }
 
@@ -134,6 +154,29 @@ impl Trainable {
             }
         }
         self.table.to_weights(&self.config, &merged, kind)
+    }
+
+    /// The whole model, its parameters brought tensor by tensor: `bring` fills in what lies in a range of the flat vector.
+    ///
+    /// # Errors
+    /// Those of `bring`.
+    ///
+    /// # Panics
+    /// With LoRA, whose base is not in the flat vector.
+    pub fn bring_weights<E>(
+        &self,
+        kind: WeightKind,
+        bring: &mut dyn FnMut(Range<usize>, &mut [f32]) -> std::result::Result<(), E>,
+    ) -> std::result::Result<Weights, E> {
+        assert!(self.lora.is_none(), "the base of low-rank changes is not brought");
+        let mut weights = Weights { config: self.config.clone(), tensors: Default::default() };
+        for spec in self.specs() {
+            let mut values = Buf::zeroed(spec.range.len());
+            bring(spec.range.clone(), &mut values)?;
+            let tensor = WeightTensor::new(kind, spec.dims.clone(), kind.quantize(&values));
+            weights.tensors.insert(spec.name.clone(), tensor);
+        }
+        Ok(weights)
     }
 
     /// The changes as files of a PEFT adapter of the model called `base`; `None` where all parameters are trained.

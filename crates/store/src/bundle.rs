@@ -96,6 +96,24 @@ impl Bundle {
         Ok(bytes)
     }
 
+    /// A file from its beginning to its end in chunks of a few MiB, which `take` gets before the checksum of all of them is
+    /// verified: what it made of them is worth nothing where this is an error.
+    pub fn read_each(&self, file: &str, take: &mut dyn FnMut(&[u8])) -> Result<()> {
+        let (entry, name) = self.find(file)?;
+        let (mut hash, mut at) = (Sha256::new(), 0);
+        while at < entry.bytes {
+            let end = entry.bytes.min(at + CHUNK_BYTES as u64);
+            let chunk = match self.store.get_range(&name, at..end) {
+                Err(Error::OutOfRange { bytes, .. }) => return Err(self.truncated(entry, &name, bytes)),
+                chunk => chunk?,
+            };
+            hash.update(&chunk);
+            take(&chunk);
+            at = end;
+        }
+        self.check(entry, &name, at, &hex::encode(hash.finalize()))
+    }
+
     /// Brings every file into `dir` (created if need be), checksums verified; files that are right there already stay.
     /// A file gets its name only when it is whole.
     pub fn download_to(&self, dir: &Path) -> Result<()> {

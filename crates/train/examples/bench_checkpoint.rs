@@ -38,7 +38,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         n_threads: std::thread::available_parallelism()?.get(),
         recompute: false,
         after: None,
-        divided: false,
+        zero: train::Zero::Nothing,
         peak_flops: 1.0,
         stop: &AtomicBool::new(false),
         seconds: &|| start.elapsed().as_secs_f64(),

@@ -1,7 +1,5 @@
 //! From which checkpoint processes go on: the newest of which each can read what it needs.
 
-use std::ops::Range;
-
 use comm::Comm;
 use data::chain;
 
@@ -17,7 +15,7 @@ const CANNOT: &str = "-";
 pub(crate) fn newest(
     checkpoints: &Checkpoints,
     comm: &dyn Comm,
-    workers: Range<usize>,
+    load: &dyn Fn(u64) -> Result<Option<Loaded>>,
     refused: &mut Vec<Event>,
 ) -> Result<Option<Loaded>> {
     let mut steps = if comm.rank() == 0 { checkpoints.steps()? } else { Vec::new() };
@@ -31,7 +29,7 @@ pub(crate) fn newest(
             });
         }
         let step = next as u64;
-        let found = checkpoints.load(step, workers.clone());
+        let found = load(step);
         let own = match &found {
             Ok(Some(_)) => CAN.to_vec(),
             Ok(None) => CANNOT.into(),

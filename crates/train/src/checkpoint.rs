@@ -1,8 +1,9 @@
 //! Checkpoints: everything a step depends on, published as one bundle, so that a run killed at any instant goes on
 //! bit for bit where its newest checkpoint stands.
 //!
-//! Files are the flat vectors in little-endian f32, parameters in the order of the model's table. They know nothing of
-//! ranks: any number of ranks can read them.
+//! Files are flat vectors in little-endian f32, parameters in the order of the model's table. Where ranks divide the state
+//! each writes what it owns, into files of its own, and nobody ever has all of it; the manifest says which part of the
+//! vectors lies where. Whoever reads takes what it needs, so any number of ranks can, whatever they divide.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -13,14 +14,17 @@ use store::{Bundle, BundleWriter, FileEntry, Store};
 use tensor::Buf;
 
 use crate::guard::Health;
-use crate::state::{Snapshot, State, values};
+use crate::layout::{Layout, Place, places};
+use crate::state::{Snapshot, State};
 use crate::{Error, Event, Result};
 
 mod rounds;
 
 const KIND: &str = "checkpoint";
 /// Of [`Snapshot::vectors`].
-const FILES: [&str; 3] = ["params.f32", "adam_m.f32", "adam_v.f32"];
+const VECTORS: [&str; 3] = ["params", "adam_m", "adam_v"];
+/// Ranks that have written a checkpoint, and ranges that one of them owns.
+const PARTS_MAX: usize = 1 << 16;
 
 /// What a checkpoint says of itself.
 #[derive(Serialize, Deserialize)]
@@ -34,19 +38,13 @@ struct Meta {
     /// Absent in checkpoints of builds that skipped no steps.
     #[serde(default)]
     health: Health,
+    /// Of every rank that wrote, its ranges of the vectors, in the order in which they lie in its files; empty where one
+    /// has written all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    parts: Vec<Vec<Range<usize>>>,
     /// Of every worker of DiLoCo.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     workers: Vec<Health>,
-}
-
-impl Loaded {
-    /// To so many ranks, which go on together: the run's state to each, to each its own workers.
-    pub(crate) fn share_out(mut self, n_ranks: usize) -> Vec<Loaded> {
-        let per_rank = self.workers.len() / n_ranks;
-        let rank =
-            |_| Loaded { state: self.state.clone(), workers: self.workers.drain(..per_rank).collect() };
-        (0..n_ranks).map(rank).collect()
-    }
 }
 
 /// Which run's checkpoints are meant, and of which plan.
@@ -68,25 +66,55 @@ pub(crate) struct Loaded {
     pub(crate) workers: Vec<State>,
 }
 
+/// The name of a rank's file of a vector.
+fn file_name(vector: &str, writer: usize, n_writers: usize) -> String {
+    if n_writers == 1 { format!("{vector}.f32") } else { format!("{vector}.{writer:05}.f32") }
+}
+
 impl Checkpoints {
     fn prefix(&self, step: u64) -> String {
         format!("runs/{}/checkpoints/{step:08}", self.run)
     }
 
-    /// Publishes a snapshot, calling `pace` now and then; when this returns it survives any crash. Returns its size in bytes.
-    pub(crate) fn save(&self, snapshot: &Snapshot, pace: &mut dyn FnMut()) -> Result<u64> {
+    /// Stores one rank's files, calling `pace` now and then. They are part of nothing yet.
+    pub(crate) fn write(
+        &self,
+        snapshot: &Snapshot,
+        [writer, n_writers]: [usize; 2],
+        pace: &mut dyn FnMut(),
+    ) -> Result<Vec<FileEntry>> {
         let mut bundle = BundleWriter::new(&self.store, &self.prefix(snapshot.step))?;
-        for (file, bytes) in FILES.into_iter().zip(&snapshot.vectors) {
-            bundle.add_paced(file, bytes, pace)?;
+        let files = VECTORS.iter().zip(&snapshot.vectors);
+        let write = |(vector, bytes): (&&str, &Vec<u8>)| {
+            Ok(bundle.add_paced(&file_name(vector, writer, n_writers), bytes, pace)?)
+        };
+        files.map(write).collect()
+    }
+
+    /// Publishes what the ranks have stored; when this returns it survives any crash. Returns its size in bytes.
+    pub(crate) fn publish(
+        &self,
+        counts: &Snapshot,
+        files: &[FileEntry],
+        parts: &[Vec<Range<usize>>],
+    ) -> Result<u64> {
+        let prefix = self.prefix(counts.step);
+        let mut bundle = BundleWriter::new(&self.store, &prefix)?;
+        for file in files {
+            if !bundle.add_stored(file)? {
+                let what = format!("{} is not in this rank's store", file.name);
+                return Err(Error::Checkpoint { prefix, what });
+            }
         }
         let meta = Meta {
             run: self.run.clone(),
             plan_sha256: self.plan_sha256.clone(),
-            step: snapshot.step,
-            tokens: snapshot.tokens,
-            elapsed_seconds: snapshot.elapsed_seconds,
+            step: counts.step,
+            tokens: counts.tokens,
+            elapsed_seconds: counts.elapsed_seconds,
             n_params: self.n_params,
-            health: snapshot.health,
+            health: counts.health,
+            parts: if parts.len() > 1 { parts.to_vec() } else { Vec::new() },
             workers: Vec::new(),
         };
         let meta = serde_json::to_value(meta).map_err(Error::PlanJson)?;
@@ -94,13 +122,17 @@ impl Checkpoints {
         Ok(manifest.files.iter().map(|f| f.bytes).sum())
     }
 
-    /// The newest checkpoint that can be read and belongs to this plan, with all workers. One that cannot is reported and
-    /// the one before it is tried; when there are some and none can be read, that is an error: a run never starts over in
-    /// silence.
-    pub(crate) fn load_newest(&self, report: &mut dyn FnMut(Event)) -> Result<Option<Loaded>> {
+    /// The newest checkpoint that can be read and belongs to this plan, as far as a rank of this layout and these workers
+    /// need it. One that cannot is reported and the one before it is tried; when there are some and none can be read, that is
+    /// an error: a run never starts over in silence.
+    pub(crate) fn load_newest(
+        &self,
+        (layout, workers): (&Layout, Range<usize>),
+        report: &mut dyn FnMut(Event),
+    ) -> Result<Option<Loaded>> {
         let mut refused = None;
         for step in self.steps()?.into_iter().rev() {
-            match self.load(step, 0..self.n_workers) {
+            match self.load(step, (layout, workers.clone())) {
                 Ok(Some(loaded)) => return Ok(Some(loaded)),
                 Ok(None) => {}
                 Err(error) => {
@@ -115,33 +147,37 @@ impl Checkpoints {
         }
     }
 
-    /// With these workers, if there are some. `None` when it was never published whole.
-    pub(crate) fn load(&self, step: u64, workers: Range<usize>) -> Result<Option<Loaded>> {
-        let Some((bundle, meta)) = self.open(step)? else { return Ok(None) };
-        let loaded = if self.n_workers > 0 {
-            self.load_round(&bundle, &meta, workers)
-        } else {
-            let vector = |file: &str| self.vector(&bundle, &meta, file);
-            let [params, adam_m, adam_v] = FILES;
-            let state = State::from_snapshot(&Snapshot {
-                vectors: [vector(params)?, vector(adam_m)?, vector(adam_v)?],
-                step,
-                tokens: meta.tokens,
-                elapsed_seconds: meta.elapsed_seconds,
-                health: meta.health,
-            });
-            Ok(Loaded { state, workers: Vec::new() })
-        };
-        loaded.map(Some)
-    }
-
-    /// What a checkpoint says of itself, checked.
-    fn open(&self, step: u64) -> Result<Option<(Bundle, Meta)>> {
+    /// `None` when it was never published whole.
+    pub(crate) fn load(
+        &self,
+        step: u64,
+        (layout, workers): (&Layout, Range<usize>),
+    ) -> Result<Option<Loaded>> {
         let Some(bundle) = Bundle::open(&self.store, &self.prefix(step))? else {
             return Ok(None);
         };
+        let meta = self.meta(step, &bundle)?;
+        if self.n_workers > 0 {
+            return self.load_round((step, &bundle), &meta, (layout, workers)).map(Some);
+        }
+        let mut state = State::empty(layout);
+        let wanted = [state.params_kept(), state.places.clone(), state.places.clone()];
+        let vectors = [&mut state.params, &mut state.adam_m, &mut state.adam_v];
+        for ((vector, wanted), values) in VECTORS.iter().zip(wanted).zip(vectors) {
+            for (writer, ranges) in meta.parts.iter().enumerate() {
+                let file = file_name(vector, writer, meta.parts.len());
+                self.read((step, &bundle, &file), &places(ranges), (&wanted, values))?;
+            }
+        }
+        (state.step, state.tokens, state.elapsed_seconds) = (step, meta.tokens, meta.elapsed_seconds);
+        state.health = meta.health;
+        Ok(Some(Loaded { state, workers: Vec::new() }))
+    }
+
+    /// What the checkpoint says of itself, if it can be one of this run; `parts` covers the vectors.
+    fn meta(&self, step: u64, bundle: &Bundle) -> Result<Meta> {
         let refuse = |what: String| self.refused(step, what);
-        let meta: Meta = serde_json::from_value(bundle.manifest().meta.clone())
+        let mut meta: Meta = serde_json::from_value(bundle.manifest().meta.clone())
             .map_err(|e| refuse(format!("its manifest lacks what a checkpoint has: {e}")))?;
         if meta.plan_sha256 != self.plan_sha256 {
             return Err(refuse(format!("it belongs to another plan (sha256 {})", meta.plan_sha256)));
@@ -157,21 +193,44 @@ impl Checkpoints {
             let found = meta.workers.len();
             return Err(refuse(format!("it has {found} workers; {} expected", self.n_workers)));
         }
-        Ok(Some((bundle, meta)))
-    }
-
-    /// One of its vectors, of the right length.
-    fn vector(&self, bundle: &Bundle, meta: &Meta, file: &str) -> Result<Vec<u8>> {
-        let bytes = bundle.read(file)?;
-        if bytes.len() != self.n_params * size_of::<f32>() {
-            let what = format!("{file} has {} bytes for {} numbers", bytes.len(), self.n_params);
-            return Err(self.refused(meta.step, what));
+        if meta.parts.is_empty() {
+            meta.parts = std::iter::once(std::iter::once(0..self.n_params).collect()).collect();
         }
-        Ok(bytes)
+        let mut all: Vec<&Range<usize>> = meta.parts.iter().flatten().take(PARTS_MAX).collect();
+        all.sort_unstable_by_key(|range| (range.start, range.end));
+        let end = all
+            .iter()
+            .try_fold(0, |end, range| (range.start == end && range.end >= end).then_some(range.end));
+        if end != Some(self.n_params) {
+            return Err(refuse("the parts of its ranks are not the whole".to_owned()));
+        }
+        Ok(meta)
     }
 
     pub(crate) fn refused(&self, step: u64, what: String) -> Error {
         Error::Checkpoint { prefix: self.prefix(step), what }
+    }
+
+    /// Puts what is wanted of a rank's file where it belongs.
+    fn read(
+        &self,
+        (step, bundle, file): (u64, &Bundle, &str),
+        written: &[Place],
+        (wanted, values): (&[Place], &mut Buf<f32>),
+    ) -> Result<()> {
+        let n = written.last().map_or(0, |place| place.own.end);
+        let found = bundle.manifest().files.iter().find(|entry| entry.name == file).map(|entry| entry.bytes);
+        if let Some(bytes) = found.filter(|bytes| *bytes != 4 * n as u64) {
+            let what = format!("{file} has {bytes} bytes for {n} numbers");
+            return Err(Error::Checkpoint { prefix: self.prefix(step), what });
+        }
+        let mut at = 0;
+        bundle.read_each(file, &mut |chunk| {
+            let numbers = chunk.as_chunks::<4>().0;
+            scatter(at, numbers, written, (wanted, values));
+            at += numbers.len();
+        })?;
+        Ok(())
     }
 
     /// Removes all but the newest `keep`. The manifest goes first, so that a checkpoint half removed is not there.
@@ -196,5 +255,33 @@ impl Checkpoints {
         steps.sort_unstable();
         steps.dedup();
         Ok(steps)
+    }
+}
+
+/// Puts numbers, those from number `first` of a file on, where they belong.
+fn scatter(
+    first: usize,
+    numbers: &[[u8; 4]],
+    written: &[Place],
+    (wanted, values): (&[Place], &mut Buf<f32>),
+) {
+    for from in written {
+        let part = from.own.start.max(first)..from.own.end.min(first + numbers.len());
+        if part.is_empty() {
+            continue;
+        }
+        let at = from.at.start + (part.start - from.own.start);
+        let at = at..at + part.len();
+        for to in wanted {
+            let both = at.start.max(to.at.start)..at.end.min(to.at.end);
+            if both.is_empty() {
+                continue;
+            }
+            let source = &numbers[part.start - first + (both.start - at.start)..][..both.len()];
+            let target = &mut values[to.own.start + (both.start - to.at.start)..][..both.len()];
+            for (value, four) in target.iter_mut().zip(source) {
+                *value = f32::from_le_bytes(*four);
+            }
+        }
     }
 }

@@ -29,6 +29,15 @@ pub enum Error {
     Report(#[source] serde_json::Error),
     #[error("Muon needs whole matrices: its state cannot be divided among ranks")]
     MuonDivided,
+    #[error("low-rank changes are small: divide their optimizer's state at most (--zero 1)")]
+    LoraDivided,
+    #[error(
+        "{micro_batches} micro-batches on {n_ranks} ranks: where gradients are divided (--zero 2 and 3) each rank computes a \
+         power of two of them, or the order of sums would differ"
+    )]
+    TurnsDivided { n_ranks: usize, micro_batches: usize },
+    #[error("rank 0 goes on from step {step}, which this rank does not find in its store")]
+    CheckpointMissing { step: u64 },
     #[error("the run {run} does not exist")]
     NoRun { run: String },
     #[error(

@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::Wrong;
+use crate::rank::Times;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
@@ -13,6 +14,12 @@ pub enum Event {
     Step(Step),
     /// Workers that train by themselves have met (DiLoCo).
     Round(Round),
+    /// Bytes that ranks have sent to each other since this was last told, the busiest links first.
+    Links {
+        step: u64,
+        seconds: f64,
+        links: Vec<Link>,
+    },
     /// A step that went wrong and changed nothing.
     Skipped {
         step: u64,
@@ -165,15 +172,18 @@ pub struct Ranks {
     pub slowest: usize,
     pub slowest_seconds: f64,
     pub median_seconds: f64,
-    /// How long gradients travelled: of the rank that came last, since the others waited for it.
+    /// How long the exchange of gradients was waited for: by the rank that came last, since the others waited for it.
     pub exchange_seconds: f64,
+    /// How long they travelled, most of it while others were computed: of that rank, too.
+    #[serde(default)]
+    pub travel_seconds: f64,
     /// Sent by all ranks together since the step before.
     pub bytes_sent: u64,
 }
 
 impl Ranks {
-    /// Of every rank: seconds of computing, seconds of exchanging, bytes sent, and the squared norm of its own gradient.
-    pub(crate) fn of(ranks: &[[f64; 4]]) -> Ranks {
+    pub(crate) fn of(ranks: &[Times]) -> Ranks {
+        let least = |at: usize| ranks.iter().map(|rank| rank[at]).fold(f64::INFINITY, f64::min);
         let mut order: Vec<usize> = (0..ranks.len()).collect();
         order.sort_by(|a, b| ranks[*a][0].total_cmp(&ranks[*b][0]));
         let slowest = order.last().copied().unwrap_or_default();
@@ -182,10 +192,27 @@ impl Ranks {
             slowest_seconds: ranks[slowest][0],
             // Of two the faster: a rank is never compared with itself.
             median_seconds: ranks[order[(order.len() - 1) / 2]][0],
-            exchange_seconds: ranks.iter().map(|rank| rank[1]).fold(f64::INFINITY, f64::min),
+            exchange_seconds: least(1),
+            travel_seconds: least(4),
             bytes_sent: ranks.iter().map(|rank| rank[2] as u64).sum(),
         }
     }
+
+    /// Of the time in which gradients travelled the share in which something was computed.
+    pub fn hidden(&self) -> f64 {
+        match self.travel_seconds > 0.0 {
+            true => (1.0 - self.exchange_seconds / self.travel_seconds).clamp(0.0, 1.0),
+            false => 1.0,
+        }
+    }
+}
+
+/// Bytes from one rank to another.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Link {
+    pub from: usize,
+    pub to: usize,
+    pub bytes: u64,
 }
 
 /// Held-out loss on one of several datasets.
@@ -245,6 +272,7 @@ impl Event {
             | Event::Skipped { step, .. }
             | Event::Task { step, .. }
             | Event::Sample { step, .. }
+            | Event::Links { step, .. }
             | Event::Checkpoint { step, .. }
             | Event::CheckpointRefused { step, .. }
             | Event::CheckpointFailed { step, .. }
@@ -267,8 +295,10 @@ mod tests {
 
     #[test]
     fn the_slowest_rank_is_named() {
-        let ranks = Ranks::of(&[[1.0, 2.5, 10.0, 0.1], [3.0, 0.5, 20.0, 0.1], [1.5, 2.0, 30.0, 0.1]]);
-        let Ranks { slowest, slowest_seconds, median_seconds, exchange_seconds, bytes_sent } = ranks;
+        let ranks =
+            Ranks::of(&[[1.0, 2.5, 10.0, 0.1, 3.0], [3.0, 0.5, 20.0, 0.1, 2.0], [1.5, 2.0, 30.0, 0.1, 2.5]]);
+        assert_eq!((ranks.travel_seconds, ranks.hidden()), (2.0, 0.75));
+        let Ranks { slowest, slowest_seconds, median_seconds, exchange_seconds, bytes_sent, .. } = ranks;
         assert_eq!((slowest, slowest_seconds, median_seconds), (1, 3.0, 1.5));
         assert_eq!((exchange_seconds, bytes_sent), (0.5, 60));
     }

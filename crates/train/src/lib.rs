@@ -15,8 +15,11 @@ mod checkpoint;
 mod curve;
 mod diloco;
 mod error;
+mod evaluate;
 mod event;
+mod exchange;
 mod guard;
+mod layout;
 mod loader;
 mod metrics_log;
 mod optimizer;
@@ -35,8 +38,9 @@ mod tensorboard;
 pub use curve::Curve;
 pub use diloco::Diloco;
 pub use error::{Error, Result};
-pub use event::{BadBatch, EvalPart, Event, Ranks, Round, Score, Started, Step, TaskScores};
+pub use event::{BadBatch, EvalPart, Event, Link, Ranks, Round, Score, Started, Step, TaskScores};
 pub use guard::Wrong;
+pub use layout::Zero;
 pub use metrics_log::read_metrics;
 pub use plan::{
     AdamW, CheckpointPolicy, DataPart, Evaluate, Guard, Method, Muon, PLAN_VERSION, Plan, Sample, Start,

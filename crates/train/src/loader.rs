@@ -47,8 +47,8 @@ pub(crate) struct Order {
     pub(crate) steps: Range<u64>,
     /// Of a step.
     pub(crate) micro_batches: u64,
-    /// This rank's among them.
-    pub(crate) share: Range<usize>,
+    /// This rank's among them, as it computes them.
+    pub(crate) mine: Vec<usize>,
     /// Of a micro-batch.
     pub(crate) rows: u64,
 }
@@ -71,7 +71,7 @@ impl Loader {
         let (send, ready) = sync_channel(READY_MAX);
         std::thread::spawn(move || {
             for step in order.steps.clone() {
-                for micro_batch in order.share.clone() {
+                for micro_batch in order.mine.iter().copied() {
                     let mut rows = Rows::default();
                     let loaded = order.rows_of(step, micro_batch).try_for_each(|index| {
                         rows.push(mixture.row(index)?);

@@ -9,6 +9,7 @@ use tensor::muon::{Muon, MuonScratch, muon};
 use tensor::{Pool, Precision};
 
 use crate::Plan;
+use crate::layout::Place;
 use crate::plan;
 use crate::state::{Snapshot, State};
 
@@ -73,9 +74,6 @@ impl Optimizer {
 
     /// Moves the parameters that the state owns and what is remembered of their gradients; counts nothing. `before` gets
     /// the vectors as they were: each part is copied just before it is updated, when it has to come from memory anyway.
-    ///
-    /// # Panics
-    /// If `before` is given and something of the state is another rank's.
     pub(crate) fn update(
         &mut self,
         pool: &Pool,
@@ -87,24 +85,21 @@ impl Optimizer {
         let plan::AdamW { beta1, beta2, epsilon: eps, weight_decay } = self.adamw;
         let lr = (f64::from(self.lr_peak) * lr_share) as f32;
         let adamw = AdamW { lr, beta1, beta2, eps, weight_decay, step: state.n_updates() + 1, grad_scale };
-        let owned = state.owned.clone();
+        let (owned, is_copied) = (state.places.clone(), before.is_some());
         for (range, decayed) in &self.plain {
-            let mine = range.start.max(owned.start)..range.end.min(owned.end);
-            let part_len = if before.is_some() { COPIED_AT_ONCE } else { mine.len() };
-            for start in mine.clone().step_by(part_len.max(1)) {
-                let at = start..(start + part_len).min(mine.end);
+            for part in owned.iter().flat_map(|place| parts(place, range, is_copied)) {
                 if let Some(before) = &mut before {
-                    state.copy_to(pool, before, at.clone());
+                    state.copy_to(pool, before, &part);
                 }
+                let (at, of_grads) = (state.params_at(&part), state.grads_at(&part));
                 let State { params, adam_m, adam_v, .. } = &mut *state;
-                let decayed = within(&(at.start - range.start..at.end - range.start), decayed);
-                let means = at.start - owned.start..at.end - owned.start;
+                let decayed = within(&(part.at.start - range.start..part.at.end - range.start), decayed);
                 let state = AdamWState {
-                    params: &mut params[at.clone()],
-                    m: &mut adam_m[means.clone()],
-                    v: &mut adam_v[means],
+                    params: &mut params[at],
+                    m: &mut adam_m[part.own.clone()],
+                    v: &mut adam_v[part.own],
                 };
-                tensor::adamw::adamw(pool, state, &grads[at], &decayed, &adamw);
+                tensor::adamw::adamw(pool, state, &grads[of_grads], &decayed, &adamw);
             }
         }
         let Some(plan) = self.muon else { return };
@@ -118,13 +113,25 @@ impl Optimizer {
         for (range, dims) in &self.matrices {
             let at = range.clone();
             if let Some(before) = &mut before {
-                state.copy_to(pool, before, at.clone());
+                state.copy_to(pool, before, &Place { at: at.clone(), own: at.clone() });
             }
             let State { params, adam_m, .. } = &mut *state;
             let of = [&mut params[at.clone()], &mut adam_m[at.clone()]];
             muon(pool, of, &grads[at], *dims, (&settings, &mut self.scratch));
         }
     }
+}
+
+/// What of an owned place lies in `range`, in parts that are to be copied at once.
+fn parts(place: &Place, range: &Range<usize>, is_copied: bool) -> Vec<Place> {
+    let mine = range.start.max(place.at.start)..range.end.min(place.at.end);
+    let len = if is_copied { COPIED_AT_ONCE } else { mine.len() };
+    let part = |start: usize| {
+        let at = start..(start + len).min(mine.end);
+        let own = place.own.start + (at.start - place.at.start);
+        Place { own: own..own + at.len(), at }
+    };
+    mine.clone().step_by(len.max(1)).map(part).collect()
 }
 
 /// What of `0..n` lies between the matrices, which are in order.
@@ -152,6 +159,7 @@ mod tests {
 
     use super::*;
     use crate::guard::Health;
+    use crate::layout::Zero;
 
     fn state(n: usize) -> State {
         let vector = |salt: usize| {
@@ -160,8 +168,9 @@ mod tests {
             values
         };
         State {
+            zero: Zero::Nothing,
+            places: vec![Place { at: 0..n, own: 0..n }],
             params: vector(1),
-            owned: 0..n,
             adam_m: vector(2),
             adam_v: vector(3),
             step: 4,
@@ -197,8 +206,8 @@ mod tests {
         optimizer().update(&pool, &mut copied, (&grads, rate), Some(&mut before));
         let vectors = |s: &State| [&s.params, &s.adam_m, &s.adam_v].map(|v| v.to_vec());
         assert!(vectors(&copied) == vectors(&plain) && vectors(&plain) != vectors(&start));
-        let before = State::from_snapshot(&before);
-        assert!(vectors(&before) == vectors(&start));
+        let bytes = |values: Vec<f32>| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+        assert!(before.vectors == vectors(&start).map(bytes));
         assert_eq!((before.step, before.tokens, before.elapsed_seconds), (4, 5, 6.0));
     }
 

@@ -144,7 +144,7 @@ pub enum Method {
 }
 
 impl Method {
-    fn is_full(&self) -> bool {
+    pub(crate) fn is_full(&self) -> bool {
         *self == Method::Full
     }
 }

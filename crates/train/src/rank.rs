@@ -1,21 +1,28 @@
 //! One rank of a run: the step loop. N ranks and one rank are the same code; collectives over one rank are no-ops.
 
+mod links;
 mod rounds;
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use comm::{Comm, Record, tree};
-use data::{Batches, Mixture, NO_TARGET};
-use model::{LossSum, Objective, TrainModel, Trainable};
-use tensor::{Buf, Pool};
+use comm::tree::SHARD_ALIGN;
+use comm::{Comm, Record};
+use data::{Batches, Mixture};
+use model::{LossSum, TrainModel, Trainable, Weights};
+use tensor::Pool;
+use tensor::adamw::sum_squares;
+use tensor::packed::WeightKind;
 
+use crate::exchange::{Exchange, Fixed, Kind, Memory, Spent};
 use crate::guard::Wrong;
-use crate::loader::{Loader, Order, Rows};
+use crate::layout::{Layout, Zero};
+use crate::loader::{Loader, Order};
 use crate::optimizer::{Optimizer, Rate};
-use crate::state::{Snapshot, State};
-use crate::{BadBatch, Error, EvalPart, Event, Plan, Ranks, Result, Step};
+use crate::saver::Saver;
+use crate::state::State;
+use crate::{BadBatch, Error, Event, Plan, Ranks, Result, Step};
+pub(crate) use links::Links;
 pub(crate) use rounds::Rounds;
 
 /// What a rank needs beyond the plan.
@@ -34,15 +41,19 @@ pub(crate) struct Rank<'a> {
     /// Where workers train by themselves and meet now and then (DiLoCo).
     pub(crate) rounds: Option<Rounds>,
     pub(crate) optimizer: Optimizer,
-    /// Gradient of the sum of the step's token losses.
-    pub(crate) grads: Buf<f32>,
-    /// One buffer a level of the gradient tree.
-    pub(crate) spare: Vec<Vec<f32>>,
+    /// Which part of it all is this rank's.
+    pub(crate) layout: Layout,
+    /// Gradients of the sum of the step's token losses, and what they travel in.
+    pub(crate) memory: Memory,
+    pub(crate) saver: Saver,
+    /// A checkpoint is being written that not all ranks have told of.
+    pub(crate) is_saving: bool,
     /// Partial sums of the gradient's norm.
     pub(crate) squares: Vec<f64>,
     pub(crate) seconds: &'a (dyn Fn() -> f64 + Sync),
     /// Bytes sent to other ranks that a step has told of.
     pub(crate) bytes_told: u64,
+    pub(crate) links: Links,
     /// What this rank is doing, for those who ask.
     pub(crate) record: Record,
 }
@@ -54,25 +65,17 @@ pub(crate) struct Validation {
     pub(crate) batches: Batches,
 }
 
-/// The part of the work that only rank 0 does: telling, saving, sampling.
+/// The part of the work that only rank 0 does: telling, sampling, asking.
 pub(crate) trait Lead {
     fn event(&mut self, event: Event);
-    /// Tells of a checkpoint that has been written meanwhile; whether none is being written now.
-    fn can_save(&mut self) -> bool;
-    /// Begins a checkpoint beside the next steps.
-    fn begin_save(&mut self, pool: &Pool, state: &State);
-    /// Prepares one whose vectors the next update copies.
-    fn prepare_save(&mut self, state: &State);
-    /// Where the vectors of a prepared checkpoint are to be copied before they change.
-    fn due_snapshot(&mut self) -> Option<&mut Snapshot>;
-    /// They are copied.
-    fn begin_prepared(&mut self);
-    /// Returns once the checkpoint is there or has failed, and whether it is there; why not has been told as an event.
-    fn save(&mut self, pool: &Pool, state: &State) -> bool;
-    fn sample(&mut self, pool: &Pool, trainable: &Trainable, state: &State) -> Result<()>;
+    fn sample(&mut self, pool: &Pool, weights: Weights, step: u64) -> Result<()>;
     /// Asks the plan's tasks.
-    fn ask(&mut self, pool: &Pool, trainable: &Trainable, state: &State);
+    fn ask(&mut self, pool: &Pool, weights: Weights, step: u64);
 }
+
+/// Of a rank in a step: seconds of computing and of waiting for others, bytes sent, the squared norm of its own gradient,
+/// seconds in which values travelled.
+pub(crate) type Times = [f64; 5];
 
 /// What micro-batches lost, three numbers each, in their order: nats, what counts (tokens with a target, or pairs),
 /// margins of pairs.
@@ -118,10 +121,18 @@ impl Rank<'_> {
         }
         let (mut is_save_due, first) = (false, self.state.step);
         while self.state.step < self.plan.steps {
-            let can_save = lead.as_mut().is_some_and(|lead| lead.can_save());
-            let wants = [stop.load(Ordering::Relaxed), is_save_due && can_save];
+            self.tell_published(&mut lead, false);
+            let can_save = !self.is_saving && self.saver.is_idle();
+            let wants = [
+                stop.load(Ordering::Relaxed),
+                lead.is_some() && is_save_due && can_save,
+                self.saver.is_writing(),
+            ];
             // What one rank wants all do, before the same step.
-            let [must_stop, must_save] = self.any(wants)?;
+            let [must_stop, must_save, is_writing] = self.any(wants)?;
+            if self.is_saving && !is_writing {
+                self.all_told(&mut lead)?;
+            }
             if must_stop {
                 if let Some(step) = self.save(&mut lead)?
                     && let Some(lead) = &mut lead
@@ -131,16 +142,10 @@ impl Rank<'_> {
                 return Ok(false);
             }
             if must_save {
-                is_save_due = false;
-                let whole = self.whole_state()?;
-                if let Some(lead) = &mut lead {
-                    match &whole {
-                        Some(whole) => lead.begin_save(&self.pool, whole),
-                        None => lead.prepare_save(&self.state),
-                    }
-                }
+                (is_save_due, self.is_saving) = (false, true);
+                self.saver.prepare(&self.state);
             }
-            let event = self.step(&loader, &mut lead)?;
+            let event = self.step(&loader)?;
             if let Some(lead) = &mut lead {
                 lead.event(event);
             }
@@ -151,50 +156,90 @@ impl Rank<'_> {
         if self.state.step > first {
             self.save(&mut lead)?;
         }
+        self.memory = Memory::default();
+        self.saver.end();
         Ok(true)
     }
 
-    /// Of two things whether any rank says so.
-    fn any(&self, wants: [bool; 2]) -> Result<[bool; 2]> {
+    /// Of three things whether any rank says so.
+    fn any(&self, wants: [bool; 3]) -> Result<[bool; 3]> {
         let all = self.comm.all_gather(&wants.map(|want| f64::from(u8::from(want))))?;
-        Ok([0, 1].map(|at| all.iter().skip(at).step_by(2).any(|want| *want != 0.0)))
+        Ok([0, 1, 2].map(|at| all.iter().skip(at).step_by(3).any(|want| *want != 0.0)))
     }
 
-    /// Writes a checkpoint and waits for it. Its step, where this rank has written it.
+    /// Writes a checkpoint and waits for it. Its step, where this rank has published it.
     fn save(&mut self, lead: &mut Option<&mut dyn Lead>) -> Result<Option<u64>> {
         self.record.work(self.state.step, "saving");
-        let whole = self.whole_state()?;
-        let Some(lead) = lead else { return Ok(None) };
-        let is_saved = lead.save(&self.pool, whole.as_ref().unwrap_or(&self.state));
-        Ok(is_saved.then_some(self.state.step))
+        let seconds = self.seconds;
+        if self.is_saving {
+            self.saver.wait(seconds);
+            self.all_told(lead)?;
+        }
+        self.tell_published(lead, true);
+        self.saver.begin_at_once(&self.pool, &self.state, seconds);
+        self.saver.wait(seconds);
+        self.all_told(lead)?;
+        let is_there = self.tell_published(lead, true);
+        Ok(is_there.then_some(self.state.step))
     }
 
-    /// On rank 0 the state with what the others own of it; `None` where it is whole as it is, and on other ranks.
-    fn whole_state(&self) -> Result<Option<State>> {
-        let (rank, n_ranks, n) = (self.comm.rank(), self.comm.n_ranks(), self.state.params.len());
-        if !self.is_divided() {
-            return Ok(None);
+    /// Every rank tells of its part of a checkpoint; the first begins to publish it.
+    fn all_told(&mut self, lead: &mut Option<&mut dyn Lead>) -> Result<()> {
+        self.is_saving = false;
+        let all = self.comm.all_gather_bytes(&self.saver.tell())?;
+        if let (Some(event), Some(lead)) = (self.saver.all_told(&all), lead) {
+            lead.event(event);
         }
-        if rank > 0 {
-            self.comm.send(0, &self.state.adam_m)?;
-            self.comm.send(0, &self.state.adam_v)?;
-            return Ok(None);
-        }
-        let mut whole =
-            State { owned: 0..n, adam_m: Buf::zeroed(n), adam_v: Buf::zeroed(n), ..self.state.clone() };
-        whole.adam_m[self.state.owned.clone()].copy_from_slice(&self.state.adam_m);
-        whole.adam_v[self.state.owned.clone()].copy_from_slice(&self.state.adam_v);
-        for other in 1..n_ranks {
-            let shard = tree::shard(n, other, n_ranks);
-            self.comm.receive(other, &mut whole.adam_m[shard.clone()])?;
-            self.comm.receive(other, &mut whole.adam_v[shard])?;
-        }
-        Ok(Some(whole))
+        Ok(())
     }
 
-    /// The optimizer's state is divided among the ranks (ZeRO 1).
-    fn is_divided(&self) -> bool {
-        self.state.owned.len() < self.state.params.len()
+    /// Tells what became of the checkpoint being published, once that is known; whether it is there. One that cannot be
+    /// written (a full disk) is reported; the run goes on and tries again at the next.
+    fn tell_published(&mut self, lead: &mut Option<&mut dyn Lead>, wait: bool) -> bool {
+        let event = self.saver.published(wait, self.seconds);
+        let is_there = matches!(event, Some(Event::Checkpoint { .. }));
+        if let (Some(event), Some(lead)) = (event, lead) {
+            lead.event(event);
+        }
+        is_there
+    }
+
+    /// The model as it is now, on the first rank. Where parameters are divided all ranks bring theirs, tensor by tensor.
+    pub(crate) fn weights(&self) -> Result<Option<Weights>> {
+        let (rank, kind) = (self.comm.rank(), WeightKind::F32);
+        if self.layout.zero < Zero::Parameters {
+            return Ok((rank == 0).then(|| self.trainable.to_weights(&self.pool, &self.state.params, kind)));
+        }
+        if rank == 0 {
+            return self
+                .trainable
+                .bring_weights(kind, &mut |range, values| self.bring(range, values))
+                .map(Some);
+        }
+        for spec in self.trainable.specs() {
+            for part in self.layout.owned_in(rank, &spec.range) {
+                let own = self.layout.own_at(part.start);
+                self.comm.send(0, &self.state.params[own..own + part.len()])?;
+            }
+        }
+        Ok(None)
+    }
+
+    /// Parameters of all ranks, on the first.
+    fn bring(&self, range: std::ops::Range<usize>, values: &mut [f32]) -> Result<()> {
+        for rank in 0..self.layout.n_ranks {
+            for part in self.layout.owned_in(rank, &range) {
+                let to = &mut values[part.start - range.start..part.end - range.start];
+                match rank {
+                    0 => {
+                        let own = self.layout.own_at(part.start);
+                        to.copy_from_slice(&self.state.params[own..own + part.len()]);
+                    }
+                    _ => self.comm.receive(rank, to)?,
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The rows of the steps that are left.
@@ -202,7 +247,7 @@ impl Rank<'_> {
         Order {
             steps: self.state.step..self.plan.steps,
             micro_batches: self.plan.micro_batches as u64,
-            share: tree::share(self.plan.micro_batches, self.comm.rank(), self.comm.n_ranks()),
+            mine: self.layout.micro_batches(self.comm.rank()),
             rows: self.plan.rows as u64,
         }
     }
@@ -210,43 +255,38 @@ impl Rank<'_> {
     /// Evaluates, samples and asks, each where what happens every so many steps is due.
     fn look(&mut self, lead: &mut Option<&mut dyn Lead>, is_due: &dyn Fn(u64) -> bool) -> Result<()> {
         let step = self.state.step;
-        if is_due(self.plan.evaluate.every_steps)
-            && let Some(event) = self.evaluate()?
-            && let Some(lead) = lead
-        {
-            lead.event(event);
+        if is_due(self.plan.evaluate.every_steps) {
+            if let (Some(event), Some(lead)) = (self.evaluate()?, lead.as_mut()) {
+                lead.event(event);
+            }
+            self.tell_links(lead)?;
         }
-        if let Some(lead) = lead
-            && is_due(self.plan.sample.every_steps)
-        {
+        if is_due(self.plan.sample.every_steps) {
             self.record.work(step, "sampling");
-            lead.sample(&self.pool, &self.trainable, &self.state)?;
+            if let (Some(weights), Some(lead)) = (self.weights()?, lead.as_mut()) {
+                lead.sample(&self.pool, weights, step)?;
+            }
         }
-        let tasks = self.plan.tasks.as_ref();
-        if let Some(lead) = lead
-            && tasks.is_some_and(|tasks| is_due(tasks.every_steps))
-        {
+        if self.plan.tasks.as_ref().is_some_and(|tasks| is_due(tasks.every_steps)) {
             self.record.work(step, "asking tasks");
-            lead.ask(&self.pool, &self.trainable, &self.state);
+            if let (Some(weights), Some(lead)) = (self.weights()?, lead.as_mut()) {
+                lead.ask(&self.pool, weights, step);
+            }
         }
         Ok(())
     }
 
     /// One optimizer step over the micro-batches of all ranks.
-    fn step(&mut self, loader: &Loader, lead: &mut Option<&mut dyn Lead>) -> Result<Event> {
+    fn step(&mut self, loader: &Loader) -> Result<Event> {
         let start = (self.seconds)();
         let plan = self.plan;
         self.record.work(self.state.step, "gradients");
-        let mine = tree::share(plan.micro_batches, self.comm.rank(), self.comm.n_ranks());
-        let (mut sums, data_seconds) = self.gradients(loader, mine)?;
-        let computed = (self.seconds)();
-        let own_squares = self.own_squares();
-        self.record.work(self.state.step, "sums of gradients");
-        let squares = self.sum_gradients()?;
-        let exchanged = (self.seconds)() - computed;
+        let (mut sums, data_seconds, spent) = self.gradients(loader, None)?;
+        let computed = (self.seconds)() - start - spent.waited;
+        let squares = self.squares_of_sums()?;
         let sent = self.comm.bytes_sent() - self.bytes_told;
         self.bytes_told += sent;
-        let times = [computed - start, exchanged, sent as f64, own_squares];
+        let times: Times = [computed, spent.waited, sent as f64, spent.own_squares, spent.travelled];
         sums.0.extend(times);
         let (sums, times) = self.gather_sums(sums)?;
         let n_counted = sums.n_counted();
@@ -256,21 +296,22 @@ impl Rank<'_> {
         let wrong = self.state.health.judge(loss, grad_norm, plan.guard);
         if let Some(wrong) = wrong {
             // There may be no update for long.
-            if let Some(snapshot) = lead.as_mut().and_then(|lead| lead.due_snapshot()) {
-                self.state.copy_to(&self.pool, snapshot, 0..self.state.params.len());
+            if let Some(snapshot) = self.saver.due() {
+                self.state.copy_all_to(&self.pool, snapshot);
             }
-            begin_prepared(lead);
+            self.saver.begin(self.seconds);
             // Rows are named alike on any number of ranks.
             let micro_batch = sums.worst();
-            let rank = wrong_rank(&times, micro_batch / (plan.micro_batches / times.len()));
+            let computes = |rank: &usize| self.layout.micro_batches(*rank).contains(&micro_batch);
+            let rank = wrong_rank(&times, (0..times.len()).find(computes).unwrap_or_default());
             return self.skip(wrong, [loss, grad_norm], (self.bad_batch(micro_batch), rank));
         }
         let rate = self.rate(grad_norm, n_counted);
-        let before = lead.as_mut().and_then(|lead| lead.due_snapshot());
-        self.optimizer.update(&self.pool, &mut self.state, (&self.grads, rate), before);
-        begin_prepared(lead);
-        if self.is_divided() {
-            self.comm.all_gather_shards(&mut self.state.params)?;
+        let grads = &self.memory.sums[0];
+        self.optimizer.update(&self.pool, &mut self.state, (grads, rate), self.saver.due());
+        self.saver.begin(self.seconds);
+        if [Zero::Optimizer, Zero::Gradients].contains(&self.layout.zero) {
+            self.comm.all_gather_of(&mut self.state.params, &self.layout.all)?;
         }
         self.finish_step((self.seconds)() - start);
         let n_tokens = plan.tokens_per_step() as f64;
@@ -296,37 +337,39 @@ impl Rank<'_> {
         Rate { lr_share, grad_scale: (clip / n_counted) as f32 }
     }
 
-    /// The squared norm of this rank's own gradient, while there is one: what is not a number is then known to be its. One
-    /// pass over memory, where the sums over ranks take several.
-    fn own_squares(&mut self) -> f64 {
-        match self.comm.n_ranks() {
-            1 => 0.0,
-            _ => tensor::adamw::sum_squares(&self.pool, &self.grads, &mut self.squares),
+    /// The square of the norm of the gradient, from the sums that each rank has of what it owns.
+    fn squares_of_sums(&mut self) -> Result<f64> {
+        let (layout, grads) = (&self.layout, &self.memory.sums[0]);
+        if layout.zero == Zero::Nothing {
+            return Ok(sum_squares(&self.pool, grads, &mut self.squares));
         }
+        let mut own = Vec::new();
+        for place in &self.state.places {
+            sum_squares(&self.pool, &grads[self.state.grads_at(place)], &mut self.squares);
+            own.append(&mut self.squares);
+        }
+        let mut all = self.comm.all_gather(&own)?.into_iter();
+        // Ranges are whole parts of that sum: the same numbers in the same order as on one rank.
+        let mut parts = vec![0.0; layout.n.div_ceil(SHARD_ALIGN)];
+        for range in (0..layout.n_ranks).flat_map(|rank| layout.all.of(rank)) {
+            let first = range.start / SHARD_ALIGN;
+            let n = range.len().div_ceil(SHARD_ALIGN);
+            parts[first..first + n].iter_mut().zip(&mut all).for_each(|(part, sum)| *part = sum);
+        }
+        Ok(parts.iter().sum())
     }
 
-    /// Sums the gradients over ranks, as far as this one needs them; returns the square of the norm of all.
-    fn sum_gradients(&mut self) -> Result<f64> {
-        if !self.is_divided() {
-            self.comm.all_reduce_tree(&mut self.grads)?;
-            return Ok(tensor::adamw::sum_squares(&self.pool, &self.grads, &mut self.squares));
-        }
-        self.comm.reduce_scatter_tree(&mut self.grads)?;
-        let own = &self.grads[self.state.owned.clone()];
-        tensor::adamw::sum_squares(&self.pool, own, &mut self.squares);
-        // Shards are whole parts of that sum: the same numbers in the same order as on one rank.
-        Ok(self.comm.all_gather(&self.squares)?.iter().sum())
-    }
-
-    /// The sums of all micro-batches, and the last four numbers of every rank, see [`Ranks`].
-    fn gather_sums(&self, own: Sums) -> Result<(Sums, Vec<[f64; 4]>)> {
+    /// The sums of all micro-batches, in their order, and the times of every rank.
+    fn gather_sums(&self, own: Sums) -> Result<(Sums, Vec<Times>)> {
         let all = self.comm.all_gather(&own.0)?;
-        let (mut sums, mut times) = (Sums::default(), Vec::new());
-        for rank in all.chunks(own.0.len()) {
-            if let Some((numbers, last)) = rank.split_last_chunk::<4>() {
-                sums.0.extend(numbers);
-                times.push(*last);
+        let mut sums = Sums(vec![0.0; 3 * self.plan.micro_batches]);
+        let mut times = Vec::new();
+        for (rank, numbers) in all.chunks(own.0.len()).enumerate() {
+            let (lost, of_rank) = numbers.split_at(numbers.len() - size_of::<Times>() / size_of::<f64>());
+            for (micro_batch, three) in self.layout.micro_batches(rank).into_iter().zip(lost.chunks(3)) {
+                sums.0[3 * micro_batch..][..3].copy_from_slice(three);
             }
+            times.extend(Times::try_from(of_rank).ok());
         }
         Ok((sums, times))
     }
@@ -372,94 +415,33 @@ impl Rank<'_> {
         BadBatch { micro_batch, from: rows.clone().map(place).collect(), first_row: rows.start }
     }
 
-    /// Sums the gradients of these micro-batches in tree order. Returns what each micro-batch lost, and the seconds
-    /// waited for data.
-    fn gradients(&mut self, loader: &Loader, mine: Range<usize>) -> Result<(Sums, f64)> {
+    /// The sums of the gradients, as far as this rank needs them, in `memory`. Returns what each of its micro-batches lost,
+    /// the seconds waited for data, and what the exchange took. `alone` is the layout of a worker that exchanges nothing.
+    fn gradients(&mut self, loader: &Loader, alone: Option<&Layout>) -> Result<(Sums, f64, Spent)> {
         let (mut sums, mut data_seconds) = (Sums::default(), 0.0);
-        let Rank { plan, pool, model, state, grads, spare, seconds, .. } = self;
-        let mut leaf = |_: usize, dparams: &mut [f32]| -> Result<()> {
+        let Rank { plan, pool, model, state, memory, layout, comm, seconds, .. } = self;
+        let layout = alone.unwrap_or(layout);
+        memory.reserve(layout);
+        let (pool, layout, seconds): (&Pool, &Layout, _) = (pool, layout, *seconds);
+        let fixed = Fixed { pool, comm: &**comm, layout, params: &state.params, seconds };
+        let params = (layout.zero < Zero::Parameters).then_some(&state.params[..]);
+        let mut exchange = Exchange::new(fixed, memory);
+        for turn in 0..layout.n_turns {
             let start = seconds();
             let rows = loader.next()?;
             data_seconds += seconds() - start;
-            sums.push(model.loss_and_grads(pool, &state.params, (rows.batch(), plan.objective), dparams));
-            Ok(())
-        };
-        tree::reduce(mine, grads, spare, &mut leaf)?;
-        Ok((sums, data_seconds))
-    }
-
-    /// The mean of the objective, and bits a byte, over the first validation rows of every dataset, shared among ranks, summed in
-    /// row order. `None` where nothing is held out.
-    fn evaluate(&mut self) -> Result<Option<Event>> {
-        self.record.work(self.state.step, "evaluation");
-        let validation = self.validation.clone();
-        let mut parts = Vec::new();
-        for part in validation.iter() {
-            let sums = self.held_out_sums(&part.batches)?;
-            let sums = self.comm.all_gather(&sums)?;
-            let total = |at: usize| sums.iter().skip(at).step_by(4).sum::<f64>();
-            parts.push(EvalPart {
-                dataset: part.dataset.clone(),
-                nats_per_token: total(0) / total(1).max(1.0),
-                bits_per_byte: total(2) / std::f64::consts::LN_2 / total(3).max(1.0),
-            });
+            exchange.begin(Kind::Gradients, turn);
+            let of = (rows.batch(), plan.objective);
+            sums.push(model.loss_and_grads_to(pool, params, of, &mut exchange));
         }
-        if parts.is_empty() {
-            return Ok(None);
-        }
-        let weights: f64 = validation.iter().map(|part| part.weight).sum();
-        let mean = |of: &dyn Fn(&EvalPart) -> f64| -> f64 {
-            parts.iter().zip(validation.iter()).map(|(part, v)| of(part) * v.weight / weights).sum()
-        };
-        let (nats_per_token, bits_per_byte) =
-            (mean(&|part| part.nats_per_token), mean(&|part| part.bits_per_byte));
-        if parts.len() == 1 {
-            parts.clear();
-        }
-        Ok(Some(Event::Eval { step: self.state.step, nats_per_token, bits_per_byte, parts }))
-    }
-
-    /// Of each of this rank's batches of held-out rows: the objective's sum, what counts in it, nats of tokens, bytes.
-    fn held_out_sums(&mut self, held_out: &Batches) -> Result<Vec<f64>> {
-        let n_rows = (self.plan.evaluate.rows_max as u64).min(held_out.n_rows());
-        // A pair is judged whole.
-        let n_rows = if held_out.is_pairs() { n_rows.next_multiple_of(2) } else { n_rows };
-        let rows = self.plan.rows as u64;
-        let mut sums = Vec::new();
-        for batch in share(n_rows.div_ceil(rows), self.comm.rank(), self.comm.n_ranks()) {
-            let mut batch_rows = Rows::default();
-            for index in batch * rows..((batch + 1) * rows).min(n_rows) {
-                batch_rows.push(held_out.row(index)?);
-            }
-            batch_rows.pad(self.plan.rows * self.plan.context);
-            let mut loss =
-                |objective| self.model.loss(&self.pool, &self.state.params, (batch_rows.batch(), objective));
-            let tokens = loss(Objective::CrossEntropy);
-            let sum = if self.plan.objective.is_of_pairs() { loss(self.plan.objective) } else { tokens };
-            let real = batch_rows.targets_bt.iter().filter(|target| **target != NO_TARGET);
-            let bytes: u64 = real.map(|target| u64::from(self.token_bytes[*target as usize])).sum();
-            sums.extend([sum.nats, sum.n_tokens as f64, tokens.nats, bytes as f64]);
-        }
-        Ok(sums)
+        Ok((sums, data_seconds, exchange.finish()?))
     }
 }
 
 /// Of several ranks the one whose gradient is not a number, or else the one that computed the worst micro-batch.
-fn wrong_rank(times: &[[f64; 4]], of_worst: usize) -> Option<usize> {
+fn wrong_rank(times: &[Times], of_worst: usize) -> Option<usize> {
     let found = times.iter().position(|rank| !rank[3].is_finite());
     (times.len() > 1).then(|| found.unwrap_or(of_worst))
-}
-
-fn begin_prepared(lead: &mut Option<&mut dyn Lead>) {
-    if let Some(lead) = lead {
-        lead.begin_prepared();
-    }
-}
-
-/// A rank's share of `n` things, in order.
-fn share(n: u64, rank: usize, n_ranks: usize) -> Range<u64> {
-    let (rank, n_ranks) = (rank as u64, n_ranks as u64);
-    n * rank / n_ranks..n * (rank + 1) / n_ranks
 }
 
 #[cfg(test)]
@@ -468,7 +450,7 @@ mod tests {
 
     #[test]
     fn the_rank_whose_gradient_is_no_number_is_found() {
-        let [good, bad] = [1.5, f64::NAN].map(|squares| [0.0, 0.0, 0.0, squares]);
+        let [good, bad] = [1.5, f64::NAN].map(|squares| [0.0, 0.0, 0.0, squares, 0.0]);
         assert_eq!(wrong_rank(&[good, good, good], 1), Some(1), "all are numbers: who lost most");
         assert_eq!(wrong_rank(&[good, good, bad], 1), Some(2));
         assert_eq!(wrong_rank(&[bad], 0), None, "there is only one");

@@ -7,23 +7,25 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use comm::{Comm, Record, tree};
+use comm::{Comm, Record};
 use data::{Dataset, chain};
-use model::{TrainModel, Trainable};
+use model::{TrainModel, Trainable, Weights};
 use sha2::{Digest, Sha256};
 use store::{BundleWriter, ObjectName, Put, Store};
 use tensor::packed::WeightKind;
 use tensor::{Buf, Pool, Precision};
 
 use crate::checkpoint::{Checkpoints, Loaded};
+use crate::exchange::Memory;
+use crate::layout::{Layout, Zero};
 use crate::metrics_log::MetricsLog;
 use crate::optimizer::Optimizer;
 use crate::plan::Method;
-use crate::rank::{Lead, Rank, Rounds};
+use crate::rank::{Lead, Links, Rank, Rounds};
 use crate::sample::Sampler;
 use crate::saver::Saver;
 use crate::sources::Sources;
-use crate::state::{Snapshot, State};
+use crate::state::State;
 use crate::tasks::Asker;
 use crate::tensorboard::TensorBoard;
 use crate::{Curve, Error, Event, Plan, Result, Started, agree, read_metrics, start};
@@ -40,8 +42,8 @@ pub struct Context<'a> {
     pub hosts: Vec<String>,
     /// What ended the ranks before these, where that is known.
     pub after: Option<String>,
-    /// The optimizer's state is divided among the ranks (ZeRO 1) instead of copied.
-    pub divided: bool,
+    /// What is divided among the ranks instead of copied.
+    pub zero: Zero,
     /// Threads of all ranks together.
     pub n_threads: usize,
     /// Layers are computed again in the backward pass, which takes less memory and more time.
@@ -127,12 +129,7 @@ impl Opened {
         let (plan, plan_sha256) =
             stored_plan(&context.store, run)?.ok_or_else(|| Error::NoRun { run: run.clone() })?;
         plan.check_ranks(context.n_ranks)?;
-        if context.divided && plan.muon.is_some() {
-            return Err(Error::MuonDivided);
-        }
-        if context.divided && plan.diloco.is_some() {
-            return Err(Error::DilocoDivided);
-        }
+        check_division(&plan, context.zero, context.n_ranks)?;
         let sources = Sources::open(&context.store, &plan)?;
         let trainable = start::trainable(&context.store, run, &plan)?;
         let checkpoints = Checkpoints {
@@ -145,15 +142,42 @@ impl Opened {
         Ok(Opened { plan, sources, trainable, checkpoints })
     }
 
-    /// What a rank of so many workers begins with.
-    fn initial(&self, n_workers: usize) -> Loaded {
-        let mut state = State::initial(&self.trainable, self.plan.seed);
+    fn layout(&self, context: &Context, rank: usize) -> Layout {
+        let ranks = [rank, context.n_ranks];
+        Layout::new(&self.trainable, context.zero, ranks, self.plan.micro_batches)
+    }
+
+    /// What a rank with so many workers begins with.
+    fn initial(&self, layout: &Layout, n_workers: usize) -> Loaded {
+        let mut state = State::initial(layout, &self.trainable, self.plan.seed);
         let workers = vec![state.clone(); n_workers];
         if self.plan.diloco.is_some() {
             // The outer step keeps one mean.
             state.adam_v = Buf::zeroed(0);
         }
         Loaded { state, workers }
+    }
+
+    /// What the ranks of this process go on from, where they are all; tells of checkpoints that cannot be read.
+    fn load_all(&self, context: &Context, refused: &mut Vec<Event>) -> Result<Vec<Loaded>> {
+        let (first, workers) = (self.layout(context, 0), 0..self.checkpoints.n_workers);
+        let mut report = |event| refused.push(event);
+        let found = self.checkpoints.load_newest((&first, workers.clone()), &mut report)?;
+        let step = found.as_ref().map_or(0, |loaded| loaded.state.step);
+        let mut found = found.unwrap_or_else(|| self.initial(&first, workers.len()));
+        let per_rank = workers.len() / context.n_ranks;
+        let mut of_rank = |rank: usize| -> Result<Loaded> {
+            let workers: Vec<State> = found.workers.drain(..per_rank).collect();
+            if rank == 0 || first.zero == Zero::Nothing {
+                return Ok(Loaded { state: found.state.clone(), workers });
+            }
+            let layout = self.layout(context, rank);
+            match step {
+                0 => Ok(self.initial(&layout, 0)),
+                _ => self.checkpoints.load(step, (&layout, 0..0))?.ok_or(Error::CheckpointMissing { step }),
+            }
+        };
+        (0..context.n_ranks).map(&mut of_rank).collect()
     }
 
     /// What only comparing with the start needs is forgotten where nothing is compared.
@@ -169,10 +193,8 @@ impl Opened {
 pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcome> {
     let mut opened = Opened::open(context)?;
     let mut refused = Vec::new();
-    let found = opened.checkpoints.load_newest(&mut |event| refused.push(event))?;
-    let loaded = found.unwrap_or_else(|| opened.initial(opened.checkpoints.n_workers));
-    let step = loaded.state.step;
-    let loaded = loaded.share_out(context.n_ranks);
+    let loaded = opened.load_all(context, &mut refused)?;
+    let step = loaded[0].state.step;
     opened.forget_start();
     let mut leader = Leader::new(context, &opened, step, on_event)?;
     leader.begin(refused, step, &opened);
@@ -182,8 +204,8 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
         .into_iter()
         .zip(loaded)
         .map(|(comm, loaded)| parts.rank(Box::new(comm), loaded, Record::default()));
-    let (finished, params) = run_ranks(ranks.collect(), &mut leader, context.stop)?;
-    leader.end(finished, &opened, &params)
+    let (finished, trained) = run_ranks(ranks.collect(), &mut leader, context.stop)?;
+    leader.end(finished, &opened, trained)
 }
 
 /// Carries a created run out as one rank of several processes; `comm` leads to the others. Only on rank 0 `on_event` is
@@ -196,21 +218,23 @@ pub fn run_rank(
     record.work(0, "opening the run");
     let mut opened = Opened::open(context)?;
     let mut refused = Vec::new();
+    let layout = opened.layout(context, comm.rank());
     let workers = opened.plan.workers_of(comm.rank(), comm.n_ranks());
-    let found = agree::newest(&opened.checkpoints, comm.as_ref(), workers.clone(), &mut refused)?;
-    let loaded = found.unwrap_or_else(|| opened.initial(workers.len()));
+    let load = |step| opened.checkpoints.load(step, (&layout, workers.clone()));
+    let found = agree::newest(&opened.checkpoints, comm.as_ref(), &load, &mut refused)?;
+    let loaded = found.unwrap_or_else(|| opened.initial(&layout, workers.len()));
     let step = loaded.state.step;
     opened.forget_start();
-    let mut leader =
-        if comm.rank() == 0 { Some(Leader::new(context, &opened, step, on_event)?) } else { None };
+    let mut leader = if comm.rank() == 0 { Some(Leader::new(context, &opened, step, on_event)?) } else { None };
     if let Some(leader) = &mut leader {
         leader.begin(refused, step, &opened);
     }
     let mut rank = RankParts::new(context, &opened)?.rank(comm, loaded, record);
     let lead = leader.as_mut().map(|leader| leader as &mut dyn Lead);
     let finished = rank.run(lead, context.stop)?;
+    let trained = rank.trained(finished)?;
     let outcome = match leader {
-        Some(leader) => leader.end(finished, &opened, &rank.state.params)?,
+        Some(leader) => leader.end(finished, &opened, trained)?,
         None if finished => Outcome::Finished,
         None => Outcome::Interrupted,
     };
@@ -240,18 +264,24 @@ impl<'a> RankParts<'a> {
     }
 
     fn rank(&self, comm: Box<dyn Comm>, loaded: Loaded, record: Record) -> Rank<'a> {
-        let RankParts { context, opened: Opened { plan, sources, trainable, .. }, precision, .. } = *self;
-        let Loaded { mut state, workers } = loaded;
-        let n_params = state.params.len();
-        let first = plan.workers_of(comm.rank(), comm.n_ranks()).start;
-        let checkpoints = || self.opened.checkpoints.clone();
-        let saved = state.step;
-        let rounds =
-            plan.diloco.map(|diloco| Rounds { diloco, first, workers, checkpoints: checkpoints(), saved });
-        if context.divided {
-            state.divide(tree::shard(n_params, comm.rank(), comm.n_ranks()));
-        }
+        let RankParts { context, opened, precision, .. } = *self;
+        let Opened { plan, sources, trainable, checkpoints } = opened;
+        let layout = opened.layout(context, comm.rank());
+        let Loaded { state, workers } = loaded;
+        let rounds = plan.diloco.map(|diloco| Rounds {
+            diloco,
+            first: plan.workers_of(comm.rank(), comm.n_ranks()).start,
+            alone: Layout::new(trainable, Zero::Nothing, [0, 1], plan.micro_batches / diloco.workers),
+            workers,
+            checkpoints: checkpoints.clone(),
+            saved: state.step,
+        });
+        let how = (plan.checkpoint.keep, context.threads_of_a_rank());
         Rank {
+            saver: Saver::new(checkpoints.clone(), &layout, how),
+            layout,
+            memory: Memory::default(),
+            is_saving: false,
             plan,
             comm,
             pool: Pool::new(context.threads_of_a_rank()),
@@ -263,11 +293,10 @@ impl<'a> RankParts<'a> {
             mixture: sources.mixture.clone(),
             validation: sources.validation.clone(),
             token_bytes: self.token_bytes.clone(),
-            grads: Buf::zeroed(n_params),
-            spare: Vec::new(),
             squares: Vec::new(),
             state,
             rounds,
+            links: Links::default(),
             seconds: context.seconds,
             bytes_told: 0,
             record,
@@ -275,16 +304,28 @@ impl<'a> RankParts<'a> {
     }
 }
 
-/// Runs every rank in a thread, rank 0 with the leader in this one. Returns whether the plan is done, and rank 0's
-/// parameters.
-fn run_ranks(mut ranks: Vec<Rank>, leader: &mut Leader, stop: &AtomicBool) -> Result<(bool, Buf<f32>)> {
+/// Runs every rank in a thread, rank 0 with the leader in this one. Returns whether the plan is done, and what has come of
+/// it.
+fn run_ranks(
+    mut ranks: Vec<Rank>,
+    leader: &mut Leader,
+    stop: &AtomicBool,
+) -> Result<(bool, Option<Trained>)> {
     let followers = ranks.split_off(1);
     let Some(mut first) = ranks.pop() else { return Err(Error::RankPanicked { rank: 0 }) };
     std::thread::scope(|scope| {
-        let running: Vec<_> =
-            followers.into_iter().map(|mut rank| scope.spawn(move || rank.run(None, stop))).collect();
-        let led = std::panic::catch_unwind(AssertUnwindSafe(|| first.run(Some(leader), stop)));
-        let params = std::mem::take(&mut first.state.params);
+        let follow = |mut rank: Rank| -> Result<bool> {
+            let finished = rank.run(None, stop)?;
+            rank.trained(finished)?;
+            Ok(finished)
+        };
+        let running: Vec<_> = followers.into_iter().map(|rank| scope.spawn(move || follow(rank))).collect();
+        let mut trained = None;
+        let led = std::panic::catch_unwind(AssertUnwindSafe(|| {
+            let finished = first.run(Some(leader), stop)?;
+            trained = first.trained(finished)?;
+            Ok(finished)
+        }));
         drop(first); // Frees followers that wait for a rank that failed.
         let mut results = vec![led];
         results.extend(running.into_iter().map(|r| r.join()));
@@ -298,15 +339,33 @@ fn run_ranks(mut ranks: Vec<Rank>, leader: &mut Leader, stop: &AtomicBool) -> Re
                 Err(e) => failed = Some(e),
             }
         }
-        failed.map_or(Ok((finished, params)), Err)
+        failed.map_or(Ok((finished, trained)), Err)
     })
+}
+
+/// What is to be published.
+enum Trained {
+    Params(Buf<f32>),
+    /// Of ranks that had a part each.
+    Weights(Weights),
+}
+
+impl Rank<'_> {
+    /// What has come of a run that is finished, on the first rank; there the rank has it no more.
+    fn trained(&mut self, finished: bool) -> Result<Option<Trained>> {
+        Ok(match finished && self.plan.publish.is_some() {
+            false => None,
+            true if self.layout.zero == Zero::Parameters => self.weights()?.map(Trained::Weights),
+            true if self.layout.rank > 0 => None,
+            true => Some(Trained::Params(std::mem::take(&mut self.state.params))),
+        })
+    }
 }
 
 /// Rank 0's duties.
 struct Leader<'a, 'b> {
     context: &'a Context<'a>,
     plan: &'a Plan,
-    saver: Saver,
     log: MetricsLog,
     board: TensorBoard,
     sampler: Sampler,
@@ -328,7 +387,6 @@ impl<'a, 'b> Leader<'a, 'b> {
             board: TensorBoard::open(store.clone(), run, step, context.started_unix)?,
             sampler: Sampler::new(plan, opened.sources.voice.tokenizer())?,
             asker: Asker::open((store, run), plan, opened.sources.voice.tokenizer())?,
-            saver: Saver::new(opened.checkpoints.clone(), plan.checkpoint.keep, context.threads_of_a_rank()),
             context,
             plan,
             on_event,
@@ -341,9 +399,9 @@ impl<'a, 'b> Leader<'a, 'b> {
         self.started(step, opened);
     }
 
-    fn end(mut self, finished: bool, opened: &Opened, params: &[f32]) -> Result<Outcome> {
+    fn end(mut self, finished: bool, opened: &Opened, trained: Option<Trained>) -> Result<Outcome> {
         if finished {
-            self.finish(&opened.sources.voice, &opened.trainable, params)?;
+            self.finish(&opened.sources.voice, &opened.trainable, trained)?;
         }
         self.flush();
         self.flush_board();
@@ -367,15 +425,6 @@ impl<'a, 'b> Leader<'a, 'b> {
         }));
     }
 
-    /// Tells what became of the checkpoint being written, once that is known; whether it is there. One that cannot be
-    /// written (a full disk) is reported; the run goes on and tries again at the next.
-    fn tell_saved(&mut self, wait: bool) -> bool {
-        let event = self.saver.finished(wait, self.context.seconds);
-        let is_there = matches!(event, Some(Event::Checkpoint { .. }));
-        event.into_iter().for_each(|event| self.event(event));
-        is_there
-    }
-
     fn flush(&mut self) {
         if let Err(error) = self.log.flush() {
             // The store may be full or away for a moment; the lines are kept and tried again.
@@ -391,9 +440,9 @@ impl<'a, 'b> Leader<'a, 'b> {
     }
 
     /// Publishes the model, draws the curve.
-    fn finish(&mut self, dataset: &Dataset, trainable: &Trainable, params: &[f32]) -> Result<()> {
-        if let Some(name) = &self.plan.publish {
-            publish(self.context, (self.plan, name), dataset, trainable, params)?;
+    fn finish(&mut self, dataset: &Dataset, trainable: &Trainable, trained: Option<Trained>) -> Result<()> {
+        if let (Some(name), Some(trained)) = (&self.plan.publish, trained) {
+            publish(self.context, (self.plan, name), dataset, trainable, trained)?;
         }
         self.event(Event::Finished { step: self.plan.steps, model: self.plan.publish.clone() });
         self.flush();
@@ -419,46 +468,19 @@ impl Lead for Leader<'_, '_> {
         }
     }
 
-    fn can_save(&mut self) -> bool {
-        self.tell_saved(false);
-        self.saver.is_idle()
-    }
-
-    fn begin_save(&mut self, pool: &Pool, state: &State) {
-        self.saver.begin_at_once(pool, state, self.context.seconds);
-    }
-
-    fn prepare_save(&mut self, state: &State) {
-        self.saver.prepare(state);
-    }
-
-    fn due_snapshot(&mut self) -> Option<&mut Snapshot> {
-        self.saver.due()
-    }
-
-    fn begin_prepared(&mut self) {
-        self.saver.begin(self.context.seconds);
-    }
-
-    fn save(&mut self, pool: &Pool, state: &State) -> bool {
-        self.tell_saved(true);
-        self.saver.begin_at_once(pool, state, self.context.seconds);
-        self.tell_saved(true)
-    }
-
-    fn sample(&mut self, pool: &Pool, trainable: &Trainable, state: &State) -> Result<()> {
-        let text = self.sampler.continue_prompt(pool, trainable, state)?;
-        let name = ObjectName::parse(&format!("runs/{}/samples/{:08}.txt", self.context.run, state.step))?;
+    fn sample(&mut self, pool: &Pool, weights: Weights, step: u64) -> Result<()> {
+        let text = self.sampler.continue_prompt(pool, weights, step)?;
+        let name = ObjectName::parse(&format!("runs/{}/samples/{step:08}.txt", self.context.run))?;
         if let Err(error) = self.context.store.put(&name, text.as_bytes()) {
-            (self.on_event)(&Event::MetricsFailed { step: state.step, why: chain(&error) });
+            (self.on_event)(&Event::MetricsFailed { step, why: chain(&error) });
         }
-        self.event(Event::Sample { step: state.step, text });
+        self.event(Event::Sample { step, text });
         Ok(())
     }
 
-    fn ask(&mut self, pool: &Pool, trainable: &Trainable, state: &State) {
-        let (step, mut all) = (state.step, Vec::new());
-        let asked = self.asker.ask(pool, trainable, state, &mut |scores| all.push(scores));
+    fn ask(&mut self, pool: &Pool, weights: Weights, step: u64) {
+        let mut all = Vec::new();
+        let asked = self.asker.ask(pool, weights, &mut |scores| all.push(scores));
         all.into_iter().for_each(|scores| self.event(Event::Task { step, scores }));
         // A task that the model has no room for is told; what is trained does not depend on it.
         if let Err(error) = asked {
@@ -474,11 +496,13 @@ fn publish(
     (plan, name): (&Plan, &str),
     dataset: &Dataset,
     trainable: &Trainable,
-    params: &[f32],
+    trained: Trained,
 ) -> Result<()> {
     let base = plan.start.as_ref().map_or("", |start| &start.model);
-    let adapter = match plan.method {
-        Method::Lora { merge: false, .. } => trainable.adapter_files(params, base).transpose()?,
+    let adapter = match (&plan.method, &trained) {
+        (Method::Lora { merge: false, .. }, Trained::Params(params)) => {
+            trainable.adapter_files(params, base).transpose()?
+        }
         _ => None,
     };
     let kind = if adapter.is_some() { "adapter" } else { "model" };
@@ -487,7 +511,11 @@ fn publish(
         Some(files) => files,
         None => {
             let pool = Pool::new(context.n_threads);
-            let mut files = model::hf::files(&trainable.to_weights(&pool, params, WeightKind::F32))?;
+            let weights = match trained {
+                Trained::Weights(weights) => weights,
+                Trained::Params(params) => trainable.to_weights(&pool, &params, WeightKind::F32),
+            };
+            let mut files = model::hf::files(&weights)?;
             files.extend(dataset.tokenizer_files()?);
             files
         }
@@ -503,6 +531,24 @@ fn publish(
     });
     bundle.publish(kind, meta)?;
     Ok(())
+}
+
+/// Refuses what cannot be divided.
+fn check_division(plan: &Plan, zero: Zero, n_ranks: usize) -> Result<()> {
+    if n_ranks == 1 || zero == Zero::Nothing {
+        return Ok(());
+    }
+    let n_turns = plan.micro_batches / n_ranks;
+    match () {
+        () if plan.muon.is_some() => Err(Error::MuonDivided),
+        () if plan.diloco.is_some() => Err(Error::DilocoDivided),
+        () if zero >= Zero::Gradients && !plan.method.is_full() => Err(Error::LoraDivided),
+        // See comm::tree: what all ranks compute at a time must be a node.
+        () if zero >= Zero::Gradients && !n_turns.is_power_of_two() => {
+            Err(Error::TurnsDivided { n_ranks, micro_batches: plan.micro_batches })
+        }
+        () => Ok(()),
+    }
 }
 
 fn plan_name(run: &str) -> Result<ObjectName> {

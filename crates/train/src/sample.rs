@@ -1,12 +1,10 @@
 //! What the model writes as it learns: a continuation of the plan's prompt, through the same cached forward that
 //! serves it later.
 
-use model::{KvType, Scratch, StepInput, Transformer};
+use model::{KvType, Scratch, StepInput, Transformer, Weights};
 use tensor::Pool;
-use tensor::packed::WeightKind;
 use tokenizer::Tokenizer;
 
-use crate::state::State;
 use crate::{Plan, Result};
 
 /// Plain sampling is enough to see what has been learned: temperature 0.8 over all ids.
@@ -31,20 +29,14 @@ impl Sampler {
         Ok(Sampler { prompt, n_tokens, seed: plan.seed, tokenizer, context_max: plan.context })
     }
 
-    /// The prompt and what the model adds to it. A pure function of the state.
-    pub(crate) fn continue_prompt(
-        &self,
-        pool: &Pool,
-        trainable: &model::Trainable,
-        state: &State,
-    ) -> Result<String> {
-        let weights = trainable.to_weights(pool, &state.params, WeightKind::F32);
+    /// The prompt and what the model adds to it. A pure function of the weights and the step.
+    pub(crate) fn continue_prompt(&self, pool: &Pool, weights: Weights, step: u64) -> Result<String> {
         let transformer = Transformer::new(weights, pool)?;
         let n_blocks = self.context_max.div_ceil(model::BLOCK_TOKENS);
         let mut kv = transformer.new_kv(n_blocks, KvType::F32);
         let blocks: Vec<u32> = (0..n_blocks as u32).collect();
         let (mut scratch, mut logits_rv, mut input) = (Scratch::default(), Vec::new(), StepInput::default());
-        let mut random = Random(self.seed ^ state.step.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let mut random = Random(self.seed ^ step.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let mut ids = self.prompt.clone();
         let mut n_cached = 0;
         while ids.len() < (self.prompt.len() + self.n_tokens).min(self.context_max) {

@@ -1,16 +1,20 @@
 //! Checkpoints written beside the steps. The state after a step does not change until the next update, which copies each
 //! part of it just before it moves it: 12 bytes a parameter that are written to memory and read from caches. A thread
-//! writes the copy. (Where ranks divide the state, rank 0 gathers it, and copies that at once.)
+//! writes the copy. Where ranks divide the state each writes its own part so; once all have, the first publishes them.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use data::chain;
+use serde::{Deserialize, Serialize};
+use store::FileEntry;
 use tensor::Pool;
 
 use crate::checkpoint::Checkpoints;
+use crate::layout::Layout;
 use crate::state::{Snapshot, State};
 use crate::{Event, Result};
 
@@ -20,49 +24,107 @@ use crate::{Event, Result};
 /// lower priority would do the same on a machine of our own, and starve where others want to run, too.
 const PAUSE_OF_ONE_THREAD: Duration = Duration::from_millis(32);
 
-/// Writes at most one checkpoint at a time.
+/// Writes at most one checkpoint at a time: this rank's part of it.
 pub(crate) struct Saver {
     checkpoints: Checkpoints,
+    /// Of every rank that writes, its part.
+    parts: Vec<Vec<Range<usize>>>,
+    /// Which of them is this one's; none where another rank writes all.
+    writer: Option<usize>,
     /// The newest so many stay.
     keep: usize,
     /// Counted, and to be copied by the next update.
     due: Option<Snapshot>,
-    in_flight: Option<InFlight>,
+    writing: Option<Writing>,
+    /// What became of the files, until all ranks know.
+    written: Option<Written>,
+    publishing: Option<Publishing>,
     /// Memory for the next snapshot.
     spare: Snapshot,
     pause: Duration,
 }
 
-struct InFlight {
-    step: u64,
-    /// When it began, and for how long training stood still.
-    began: f64,
-    stalled_seconds: f64,
+struct Writing {
+    times: Times,
     /// Somebody waits for it: no more pauses.
     hurry: Arc<AtomicBool>,
-    thread: JoinHandle<(Snapshot, Result<u64>)>,
+    thread: JoinHandle<(Snapshot, Result<Vec<FileEntry>>)>,
+}
+
+struct Written {
+    times: Times,
+    counts: Snapshot,
+    told: Told,
+}
+
+struct Publishing {
+    step: u64,
+    times: Times,
+    thread: JoinHandle<Result<u64>>,
+}
+
+/// When it began, and for how long training stood still.
+#[derive(Clone, Copy, Default)]
+struct Times {
+    began: f64,
+    stalled: f64,
+}
+
+/// What a rank tells the one that publishes.
+#[derive(Serialize, Deserialize)]
+enum Told {
+    Files(Vec<FileEntry>),
+    Failed(String),
 }
 
 impl Saver {
     /// For steps of so many threads.
-    pub(crate) fn new(checkpoints: Checkpoints, keep: usize, n_threads: usize) -> Saver {
-        let pause = PAUSE_OF_ONE_THREAD / n_threads.max(1) as u32;
+    pub(crate) fn new(checkpoints: Checkpoints, layout: &Layout, (keep, n_threads): (usize, usize)) -> Saver {
+        let parts = layout.writes();
+        let writer = Some(layout.rank).filter(|rank| *rank < parts.len());
         // Workers of DiLoCo store their own state.
-        let n_copied = if checkpoints.n_workers > 0 { 0 } else { checkpoints.n_params };
-        let spare = Snapshot::new(n_copied);
-        Saver { checkpoints, keep, due: None, in_flight: None, spare, pause }
+        let is_used = writer.is_some() && checkpoints.n_workers == 0;
+        let spare = Snapshot::new(if is_used { layout.n_own() } else { 0 });
+        let pause = PAUSE_OF_ONE_THREAD / n_threads.max(1) as u32;
+        Saver {
+            checkpoints,
+            parts,
+            writer,
+            keep,
+            due: None,
+            writing: None,
+            written: None,
+            publishing: None,
+            spare,
+            pause,
+        }
+    }
+
+    /// Frees what is only needed while steps go on.
+    pub(crate) fn end(&mut self) {
+        self.spare = Snapshot::default();
     }
 
     pub(crate) fn is_idle(&self) -> bool {
-        self.in_flight.is_none() && self.due.is_none()
+        self.due.is_none() && self.writing.is_none() && self.written.is_none() && self.publishing.is_none()
+    }
+
+    /// This rank's part of a checkpoint is not stored yet.
+    pub(crate) fn is_writing(&mut self) -> bool {
+        if self.writing.as_ref().is_some_and(|writing| writing.thread.is_finished()) {
+            self.wait(&|| 0.0);
+        }
+        self.due.is_some() || self.writing.is_some()
     }
 
     /// A checkpoint of the state as it is now is to be written beside the next steps. There may be no other.
     pub(crate) fn prepare(&mut self, state: &State) {
         assert!(self.is_idle(), "two checkpoints at a time");
-        let mut snapshot = std::mem::take(&mut self.spare);
-        state.count_to(&mut snapshot);
-        self.due = Some(snapshot);
+        if self.writer.is_some() {
+            let mut snapshot = std::mem::take(&mut self.spare);
+            state.count_to(&mut snapshot);
+            self.due = Some(snapshot);
+        }
     }
 
     /// What the next update copies the vectors to before it changes them, if a checkpoint is due.
@@ -73,61 +135,97 @@ impl Saver {
     /// The due snapshot, if there is one, is whole: begins to write it.
     pub(crate) fn begin(&mut self, seconds: &dyn Fn() -> f64) {
         let Some(snapshot) = self.due.take() else { return };
-        self.write(snapshot, (seconds(), 0.0));
+        self.write(snapshot, Times { began: seconds(), stalled: 0.0 });
     }
 
     /// Copies the state and begins to write it. There may be no other.
     pub(crate) fn begin_at_once(&mut self, pool: &Pool, state: &State, seconds: &dyn Fn() -> f64) {
-        assert!(self.is_idle(), "two checkpoints at a time");
         let began = seconds();
-        let mut snapshot = std::mem::take(&mut self.spare);
-        state.count_to(&mut snapshot);
-        state.copy_to(pool, &mut snapshot, 0..state.params.len());
-        self.write(snapshot, (began, seconds() - began));
+        self.prepare(state);
+        let Some(mut snapshot) = self.due.take() else { return };
+        state.copy_all_to(pool, &mut snapshot);
+        self.write(snapshot, Times { began, stalled: seconds() - began });
     }
 
-    fn write(&mut self, snapshot: Snapshot, (began, stalled_seconds): (f64, f64)) {
-        let (checkpoints, keep, step) = (self.checkpoints.clone(), self.keep, snapshot.step);
+    fn write(&mut self, snapshot: Snapshot, times: Times) {
+        let (checkpoints, place) =
+            (self.checkpoints.clone(), [self.writer.unwrap_or_default(), self.parts.len()]);
         let hurry = Arc::new(AtomicBool::new(false));
         let mut pace = pace(self.pause, hurry.clone());
         let thread = std::thread::spawn(move || {
-            let saved = checkpoints.save(&snapshot, &mut pace).and_then(|bytes| {
-                checkpoints.prune(keep)?;
-                Ok(bytes)
-            });
-            (snapshot, saved)
+            let files = checkpoints.write(&snapshot, place, &mut pace);
+            (snapshot, files)
         });
-        self.in_flight = Some(InFlight { step, began, stalled_seconds, hurry, thread });
+        self.writing = Some(Writing { times, hurry, thread });
     }
 
-    /// What became of the checkpoint that is being written, once that is known; with `wait` it is waited for.
-    pub(crate) fn finished(&mut self, wait: bool, seconds: &dyn Fn() -> f64) -> Option<Event> {
-        let in_flight = self.in_flight.take_if(|in_flight| wait || in_flight.thread.is_finished())?;
-        let InFlight { step, began, mut stalled_seconds, hurry, thread } = in_flight;
+    /// Waits until this rank's part is stored.
+    pub(crate) fn wait(&mut self, seconds: &dyn Fn() -> f64) {
+        let Some(Writing { mut times, hurry, thread }) = self.writing.take() else { return };
         hurry.store(true, Ordering::Relaxed);
+        let waited = seconds();
+        let done = thread.join();
+        times.stalled += seconds() - waited;
+        let (snapshot, told) = match done {
+            Ok((snapshot, Ok(files))) => (snapshot, Told::Files(files)),
+            Ok((snapshot, Err(error))) => (snapshot, Told::Failed(chain(&error))),
+            Err(_) => {
+                let n = self.parts[self.writer.unwrap_or_default()].iter().map(|range| range.len()).sum();
+                (Snapshot::new(n), Told::Failed("the thread that wrote it panicked".into()))
+            }
+        };
+        let counts = Snapshot { vectors: Default::default(), ..snapshot };
+        self.spare = Snapshot { vectors: snapshot.vectors, ..Snapshot::default() };
+        self.written = Some(Written { times, counts, told });
+    }
+
+    /// For the rank that publishes: what this one has stored.
+    pub(crate) fn tell(&self) -> Vec<u8> {
+        let nothing = Told::Files(Vec::new());
+        let told = self.written.as_ref().map_or(&nothing, |written| &written.told);
+        serde_json::to_vec(told).unwrap_or_else(|e| panic!("files are plain data: {e}"))
+    }
+
+    /// All ranks have told. The first begins to publish; says what was wrong, where nothing can be.
+    pub(crate) fn all_told(&mut self, all: &[Vec<u8>]) -> Option<Event> {
+        let Some(Written { times, counts, .. }) = self.written.take().filter(|_| self.writer == Some(0))
+        else {
+            return None;
+        };
+        let step = counts.step;
+        let mut files = Vec::new();
+        for told in all {
+            match serde_json::from_slice(told) {
+                Ok(Told::Files(of_rank)) => files.extend(of_rank),
+                Ok(Told::Failed(why)) => return Some(Event::CheckpointFailed { step, why }),
+                Err(error) => return Some(Event::CheckpointFailed { step, why: error.to_string() }),
+            }
+        }
+        let (checkpoints, parts, keep) = (self.checkpoints.clone(), self.parts.clone(), self.keep);
+        let thread = std::thread::spawn(move || {
+            let bytes = checkpoints.publish(&counts, &files, &parts)?;
+            checkpoints.prune(keep)?;
+            Ok(bytes)
+        });
+        self.publishing = Some(Publishing { step, times, thread });
+        None
+    }
+
+    /// What became of the checkpoint that is being published, once that is known; with `wait` it is waited for.
+    pub(crate) fn published(&mut self, wait: bool, seconds: &dyn Fn() -> f64) -> Option<Event> {
+        let publishing = self.publishing.take_if(|publishing| wait || publishing.thread.is_finished())?;
+        let Publishing { step, mut times, thread } = publishing;
         let waited = seconds();
         let done = thread.join();
         let now = seconds();
         if wait {
-            stalled_seconds += now - waited;
+            times.stalled += now - waited;
         }
+        let Times { began, stalled } = times;
         Some(match done {
-            Ok((snapshot, saved)) => {
-                self.spare = snapshot;
-                match saved {
-                    Ok(bytes) => Event::Checkpoint {
-                        step,
-                        bytes,
-                        seconds: stalled_seconds,
-                        write_seconds: now - began,
-                    },
-                    Err(error) => Event::CheckpointFailed { step, why: chain(&error) },
-                }
-            }
-            Err(_) => {
-                self.spare = Snapshot::new(self.checkpoints.n_params);
-                Event::CheckpointFailed { step, why: "the thread that wrote it panicked".into() }
-            }
+            Ok(Ok(bytes)) => Event::Checkpoint { step, bytes, seconds: stalled, write_seconds: now - began },
+            Ok(Err(error)) => Event::CheckpointFailed { step, why: chain(&error) },
+            Err(_) => Event::CheckpointFailed { step, why: "the thread that published it panicked".into() },
         })
     }
 }

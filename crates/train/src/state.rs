@@ -6,13 +6,17 @@ use model::Trainable;
 use tensor::{Buf, Pool};
 
 use crate::guard::Health;
+use crate::layout::{Layout, Place, Zero};
 
-/// What changes from step to step.
+/// What changes from step to step, of one rank.
 #[derive(Clone)]
 pub(crate) struct State {
+    /// What the ranks divide among them.
+    pub(crate) zero: Zero,
+    /// The parameters that this rank updates: all, or its shard.
+    pub(crate) places: Vec<Place>,
+    /// All, or where they are divided what the rank owns.
     pub(crate) params: Buf<f32>,
-    /// The parameters that this rank updates: all, or where ranks divide them its shard.
-    pub(crate) owned: Range<usize>,
     /// Running mean of the gradient, of what is owned.
     pub(crate) adam_m: Buf<f32>,
     /// Running mean of the squared gradient, of what is owned.
@@ -24,7 +28,7 @@ pub(crate) struct State {
     pub(crate) health: Health,
 }
 
-/// A [`State`] as it is written: vectors in little-endian f32.
+/// What a rank writes of a [`State`]: vectors in little-endian f32, of what it owns.
 #[derive(Clone, Default)]
 pub(crate) struct Snapshot {
     /// Parameters and the two means, as in [`State`].
@@ -49,13 +53,16 @@ impl Snapshot {
 }
 
 impl State {
-    pub(crate) fn initial(trainable: &Trainable, seed: u64) -> State {
-        let n = trainable.n_params();
+    /// Before the first step, with parameters that are all 0.
+    pub(crate) fn empty(layout: &Layout) -> State {
+        let n_own = layout.n_own();
+        let n_params = if layout.zero == Zero::Parameters { n_own } else { layout.n };
         State {
-            params: trainable.init(seed),
-            owned: 0..n,
-            adam_m: Buf::zeroed(n),
-            adam_v: Buf::zeroed(n),
+            zero: layout.zero,
+            places: layout.places(),
+            params: Buf::zeroed(n_params),
+            adam_m: Buf::zeroed(n_own),
+            adam_v: Buf::zeroed(n_own),
             step: 0,
             tokens: 0,
             elapsed_seconds: 0.0,
@@ -63,18 +70,40 @@ impl State {
         }
     }
 
+    pub(crate) fn initial(layout: &Layout, trainable: &Trainable, seed: u64) -> State {
+        let mut state = State::empty(layout);
+        for place in state.params_kept() {
+            trainable.init_part(seed, place.at, &mut state.params[place.own]);
+        }
+        state
+    }
+
+    /// Which parameters are here, and where in `params` they lie.
+    pub(crate) fn params_kept(&self) -> Vec<Place> {
+        match self.zero {
+            Zero::Parameters => self.places.clone(),
+            _ => State::whole(self.params.len()),
+        }
+    }
+
+    /// All of so many, where they lie in the flat vector.
+    pub(crate) fn whole(n: usize) -> Vec<Place> {
+        vec![Place { at: 0..n, own: 0..n }]
+    }
+
+    /// Where the parameters of a place lie.
+    pub(crate) fn params_at(&self, place: &Place) -> Range<usize> {
+        if self.zero == Zero::Parameters { place.own.clone() } else { place.at.clone() }
+    }
+
+    /// Where the gradients of a place lie.
+    pub(crate) fn grads_at(&self, place: &Place) -> Range<usize> {
+        if self.zero >= Zero::Gradients { place.own.clone() } else { place.at.clone() }
+    }
+
     /// Steps that moved the parameters.
     pub(crate) fn n_updates(&self) -> u64 {
         self.step - self.health.n_skipped
-    }
-
-    /// Keeps the means of these parameters only, out of all.
-    pub(crate) fn divide(&mut self, owned: Range<usize>) {
-        if owned.len() < self.params.len() {
-            self.adam_m = Buf::from_slice(&self.adam_m[owned.clone()]);
-            self.adam_v = Buf::from_slice(&self.adam_v[owned.clone()]);
-            self.owned = owned;
-        }
     }
 
     /// Sets all of `snapshot` but the vectors.
@@ -85,12 +114,13 @@ impl State {
         snapshot.health = self.health;
     }
 
-    /// Copies a part of the vectors as it is now, of which nothing is another rank's, as fast as memory is.
-    pub(crate) fn copy_to(&self, pool: &Pool, snapshot: &mut Snapshot, range: Range<usize>) {
-        let vectors = [&self.params, &self.adam_m, &self.adam_v];
+    /// Copies the vectors of a place as they are now, as fast as memory is.
+    pub(crate) fn copy_to(&self, pool: &Pool, snapshot: &mut Snapshot, place: &Place) {
+        let own = &place.own;
+        let vectors =
+            [&self.params[self.params_at(place)], &self.adam_m[own.clone()], &self.adam_v[own.clone()]];
         for (bytes, values) in snapshot.vectors.iter_mut().zip(vectors) {
-            let (bytes, values) = (&mut bytes[4 * range.start..4 * range.end], &values[range.clone()]);
-            pool.run_chunks(bytes, 4 * COPY_LEN, |i, part| {
+            pool.run_chunks(&mut bytes[4 * own.start..4 * own.end], 4 * COPY_LEN, |i, part| {
                 let values = &values[i * COPY_LEN..];
                 for (four, value) in part.as_chunks_mut::<4>().0.iter_mut().zip(values) {
                     *four = value.to_le_bytes();
@@ -99,19 +129,8 @@ impl State {
         }
     }
 
-    /// The state that a snapshot was taken of.
-    pub(crate) fn from_snapshot(snapshot: &Snapshot) -> State {
-        let [params, adam_m, adam_v] = snapshot.vectors.each_ref().map(|bytes| values(bytes));
-        let Snapshot { step, tokens, elapsed_seconds, health, .. } = *snapshot;
-        State { owned: 0..params.len(), params, adam_m, adam_v, step, tokens, elapsed_seconds, health }
+    /// Copies all of what is owned.
+    pub(crate) fn copy_all_to(&self, pool: &Pool, snapshot: &mut Snapshot) {
+        self.places.iter().for_each(|place| self.copy_to(pool, snapshot, place));
     }
-}
-
-/// What little-endian bytes stand for.
-pub(crate) fn values(bytes: &[u8]) -> Buf<f32> {
-    let mut values = Buf::zeroed(bytes.len() / 4);
-    for (value, four) in values.iter_mut().zip(bytes.as_chunks::<4>().0) {
-        *value = f32::from_le_bytes(*four);
-    }
-    values
 }

@@ -6,16 +6,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use eval::{Options, Reader, Task};
-use model::{BLOCK_TOKENS, KvType, Trainable, Transformer};
+use model::{BLOCK_TOKENS, KvType, Transformer, Weights};
 use sha2::{Digest, Sha256};
 use store::{Bundle, BundleWriter, Store};
 use tensor::Pool;
-use tensor::packed::WeightKind;
 use tokenizer::Tokenizer;
 
 use crate::event::{Score, TaskScores};
 use crate::plan::{TaskFile, Tasks};
-use crate::state::State;
 use crate::{Error, Plan, Result};
 
 const KIND: &str = "tasks";
@@ -104,15 +102,9 @@ impl Asker {
         Ok(asker)
     }
 
-    /// Scores of every task, or of those before the first that failed. A pure function of the state.
-    pub(crate) fn ask(
-        &self,
-        pool: &Pool,
-        trainable: &Trainable,
-        state: &State,
-        told: &mut dyn FnMut(TaskScores),
-    ) -> Result<()> {
-        let model = Transformer::new(trainable.to_weights(pool, &state.params, WeightKind::F32), pool)?;
+    /// Scores of every task, or of those before the first that failed. A pure function of the weights.
+    pub(crate) fn ask(&self, pool: &Pool, weights: Weights, told: &mut dyn FnMut(TaskScores)) -> Result<()> {
+        let model = Transformer::new(weights, pool)?;
         let mut reader = Reader::new(&model, pool, KvType::F32, self.n_positions);
         for task in &self.tasks {
             let report = eval::run(task, &mut reader, &self.tokenizer, &mut |_| {})?;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use comm::{Comm, CommError, Hello, MpiComm, MpiSettings, Record, handshake, threads, tree};
+use comm::{Beside, Comm, CommError, Hello, MpiComm, MpiSettings, Record, handshake, threads, tree};
 
 /// What a rank that `mpirun` started is told of.
 const SIZE: &str = "OMPI_COMM_WORLD_SIZE";
@@ -97,8 +97,52 @@ fn suite(comm: &dyn Comm) {
     let all: Vec<f64> = (0..n_ranks).flat_map(|r| (0..r).map(move |i| (10 * r + i) as f64)).collect();
     assert_eq!(comm.all_gather(&uneven).unwrap(), all);
     direct(comm);
+    beside(comm);
     let sent = comm.bytes_sent();
     assert_eq!(sent > 0, n_ranks > 1, "{sent} bytes sent");
+}
+
+/// Several operations at once, beside others, on shards of several ranges, some of them empty.
+fn beside(comm: &dyn Comm) {
+    let (rank, n_ranks) = (comm.rank(), comm.n_ranks());
+    let borders = [0, 5, 700_000, 700_001, 1_000_003];
+    let ranges = |rank: usize| {
+        let part = |pair: &[usize]| {
+            let border = |rank: usize| pair[0] + (pair[1] - pair[0]) * rank / n_ranks;
+            border(rank)..border(rank + 1)
+        };
+        borders.windows(2).map(part).filter(|range| !range.is_empty()).collect::<Vec<_>>()
+    };
+    let shards = tree::Shards::new((0..n_ranks).map(ranges).collect());
+    let len = borders[4];
+    // Longer than what is sent.
+    let own: std::sync::Arc<[f32]> = (0..len + 9).map(|at| value(rank, at)).collect();
+    let begin = |kind| {
+        let values = if kind == Beside::Gather { shards.own(rank, &own) } else { own.clone() };
+        comm.begin(kind, values, shards.clone()).unwrap()
+    };
+    let pending = [Beside::ReduceScatter, Beside::AllReduce, Beside::Gather].map(begin);
+    comm.barrier().unwrap();
+    let [scattered, sums, gathered] = pending.map(|pending| {
+        let mut values = vec![f32::NAN; len];
+        let mut put = |at: usize, piece: &[f32]| values[at..at + piece.len()].copy_from_slice(piece);
+        assert!(pending.finish(&mut put).unwrap() >= 0.0);
+        values
+    });
+    let sum = |at: usize| expected(at, 0..n_ranks).to_bits();
+    assert!((0..len).all(|at| sums[at].to_bits() == sum(at)), "sums on {rank} of {n_ranks}");
+    for owner in 0..n_ranks {
+        for at in ranges(owner).into_iter().flatten() {
+            let is_own = owner == rank;
+            assert!(!is_own || scattered[at].to_bits() == sum(at), "{at} on {rank} of {n_ranks}");
+            assert!(is_own || gathered[at] == value(owner, at), "{at} of {owner} on {rank} of {n_ranks}");
+        }
+    }
+    let mut all: Vec<f32> = own[..len].to_vec();
+    comm.all_gather_of(&mut all, &shards).unwrap();
+    assert!(
+        (0..n_ranks).all(|owner| ranges(owner).into_iter().flatten().all(|at| all[at] == value(owner, at)))
+    );
 }
 
 /// From each rank to the next, the even ones first.

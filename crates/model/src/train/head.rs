@@ -5,12 +5,12 @@ use tensor::rows::scale_rows;
 use tensor::{Accumulate, Mat, matmul};
 
 use super::Pass;
-use super::matrices::Grads;
 
 impl Pass<'_> {
     /// The loss of every token, in `scratch.losses_n`.
     pub(super) fn token_losses(&mut self) {
-        let (pool, shape, values) = (self.pool, self.shape, self.matrices.values);
+        let head_unit = self.hold_head();
+        let (pool, shape, values) = (self.pool, self.shape, &self.matrices.values);
         let head = Mat::new(values.of(&values.table.head), shape.v, shape.c);
         for rows in shape.chunks() {
             let logits = &mut self.scratch.logits[..rows.len() * shape.v];
@@ -19,12 +19,15 @@ impl Pass<'_> {
             let losses = &mut self.scratch.losses_n[rows.clone()];
             cross_entropy_forward(pool, losses, logits, &self.batch.targets_bt[rows]);
         }
+        self.release(head_unit);
+        self.release(self.last_unit());
     }
 
     /// The loss of every token in `scratch.losses_n`, and the gradients of the head and of the last normed rows (in
     /// `scratch.delta_nc`) for the sum of losses, each times its factor in `factors_n`.
-    pub(super) fn head_backward(&mut self, grads: &mut Grads, factors_n: Option<&[f32]>) {
-        let (pool, shape, values) = (self.pool, self.shape, self.matrices.values);
+    pub(super) fn head_backward(&mut self, factors_n: Option<&[f32]>) {
+        let head_unit = self.hold_head();
+        let (pool, shape, values) = (self.pool, self.shape, &self.matrices.values);
         let table = values.table;
         let head = Mat::new(values.of(&table.head), shape.v, shape.c);
         for rows in shape.chunks() {
@@ -40,18 +43,32 @@ impl Pass<'_> {
             let dlogits = Mat::new(&*logits, rows.len(), shape.v);
             let dnormed = &mut self.scratch.delta_nc[rows.start * shape.c..rows.end * shape.c];
             matmul(pool, dnormed, dlogits, head, shape.precision, Accumulate::Overwrite);
-            if let Grads::All(dparams) = grads {
+            if self.grads.all {
                 let accumulate = if rows.start == 0 { Accumulate::Overwrite } else { Accumulate::Add };
-                let dhead = &mut dparams[table.head.clone()];
+                let dhead = self.grads.keeper.grads(table.head.clone());
                 matmul(pool, dhead, dlogits.t(), normed, shape.precision, accumulate);
             }
         }
+        if head_unit < self.last_unit() {
+            self.release(head_unit);
+        }
+    }
+
+    /// Needs what comes after the layers, and the head: the unit it lies in.
+    fn hold_head(&mut self) -> usize {
+        let table = self.matrices.values.table;
+        let unit = if table.head == table.embedding { 0 } else { self.last_unit() };
+        self.hold(self.last_unit());
+        self.hold(unit);
+        unit
     }
 
     /// Starts the gradient of the stream.
-    pub(super) fn final_norm_backward(&mut self, grads: &mut Grads) {
+    pub(super) fn final_norm_backward(&mut self) {
         self.scratch.dx_nc.fill(0.0);
         let table = self.matrices.values.table;
-        self.norm_backward(grads, 2 * table.layers.len(), &table.final_norm);
+        self.norm_backward(2 * table.layers.len(), &table.final_norm);
+        self.release(self.last_unit());
+        self.complete(self.last_unit());
     }
 }

@@ -8,7 +8,7 @@ use tensor::rope::{RopeTable, Turn, rope};
 use tensor::swiglu::{swiglu_backward, swiglu_forward};
 
 use super::Pass;
-use super::matrices::{Grads, Values};
+use super::matrices::Values;
 use super::memory::{LayerMemory, Scratch, Shape, Stream};
 use super::norm::Norm;
 use crate::Activation;
@@ -28,13 +28,16 @@ impl<'a> Pass<'a> {
         self.add_and_norm(2 * l, &ranges.ff_norm);
         self.feed_forward_forward(l);
         let next_norm = table.layers.get(l + 1).map_or(&table.final_norm, |next| &next.attention_norm);
+        // The norm after this layer is the next one's.
+        self.hold(l + 2);
         self.add_and_norm(2 * l + 1, next_norm);
+        self.release(l + 1);
     }
 
     /// What the backward pass reads of a layer, from the layer's input.
     pub(super) fn layer_again(&mut self, l: usize) {
         let ranges = &self.matrices.values.table.layers[l];
-        let norm = Norm::of(self.matrices.values, &ranges.attention_norm, self.shape.norm_eps);
+        let norm = Norm::of(&self.matrices.values, &ranges.attention_norm, self.shape.norm_eps);
         norm.again(self.pool, &mut self.scratch.normed_nc, &self.streams[2 * l]);
         self.attention_forward(l);
         self.add_and_norm(2 * l, &ranges.ff_norm);
@@ -52,7 +55,7 @@ impl<'a> Pass<'a> {
         let angles = self.rope_table(l);
         let memory = &mut self.layers[l];
         self.matrices.forward((l, Site::Qkv), &mut memory.qkv, &self.scratch.normed_nc);
-        if let Some(parts) = head_norms(self.matrices.values, ranges, &shape) {
+        if let Some(parts) = head_norms(&self.matrices.values, ranges, &shape) {
             keep_heads(memory, &shape);
             head_norm_forward(pool, &mut memory.qkv, shape.rope.stride, &parts, shape.norm_eps);
         }
@@ -89,7 +92,7 @@ impl<'a> Pass<'a> {
     /// Norms what a sub-layer leaves, in models that do.
     fn post_norm(&mut self, (l, which): (usize, usize), range: Option<&NormRange>) {
         let Some((range, post)) = range.zip(self.layers[l].post.as_mut()) else { return };
-        let norm = Norm::of(self.matrices.values, range, self.shape.norm_eps);
+        let norm = Norm::of(&self.matrices.values, range, self.shape.norm_eps);
         let (stream, delta_nc) = (&mut post[which], &mut self.scratch.delta_nc);
         std::mem::swap(&mut stream.x_nc, delta_nc);
         norm.forward(self.pool, delta_nc, stream);
@@ -97,17 +100,17 @@ impl<'a> Pass<'a> {
 
     /// The stream after `streams[at]`, with `scratch.delta_nc` added, and its norm.
     fn add_and_norm(&mut self, at: usize, range: &NormRange) {
-        let norm = Norm::of(self.matrices.values, range, self.shape.norm_eps);
+        let norm = Norm::of(&self.matrices.values, range, self.shape.norm_eps);
         let (before, after) = self.streams.before_and_after(at);
         let input = Residual { x_nc: &before.x_nc, delta_nc: &self.scratch.delta_nc };
         norm.residual_forward(self.pool, &mut self.scratch.normed_nc, after, input);
     }
 
     /// Adds what came through the feed-forward sub-layer to the gradient of the stream.
-    pub(super) fn feed_forward_backward(&mut self, grads: &mut Grads, l: usize) {
+    pub(super) fn feed_forward_backward(&mut self, l: usize) {
         let (pool, f) = (self.pool, self.shape.f);
         let ranges = &self.matrices.values.table.layers[l];
-        self.post_norm_backward(grads, (l, FEED_FORWARD), ranges.ff_post_norm.as_ref());
+        self.post_norm_backward((l, FEED_FORWARD), ranges.ff_post_norm.as_ref());
         let (stream, up_no) = (&self.streams[2 * l + 1], &mut self.layers[l].up_no);
         let Scratch { normed_nc, act_nf, delta_nc, dx_nc, dpost_nc, .. } = &mut *self.scratch;
         let dy_nc = if ranges.ff_post_norm.is_some() { dpost_nc } else { dx_nc };
@@ -118,66 +121,61 @@ impl<'a> Pass<'a> {
             Activation::Gelu => gelu_backward(pool, up_no, act_nf),
             Activation::GeluErf => unreachable!("no model that predicts has it"),
         }
-        self.matrices.dw((l, Site::Down), grads, dy_nc, act_nf);
-        Norm::of(self.matrices.values, &ranges.ff_norm, self.shape.norm_eps).again(pool, normed_nc, stream);
-        self.matrices.dw((l, Site::Up), grads, up_no, normed_nc);
+        self.matrices.dw((l, Site::Down), &mut self.grads, dy_nc, act_nf);
+        Norm::of(&self.matrices.values, &ranges.ff_norm, self.shape.norm_eps).again(pool, normed_nc, stream);
+        self.matrices.dw((l, Site::Up), &mut self.grads, up_no, normed_nc);
         self.matrices.dx((l, Site::Up), delta_nc, up_no);
-        self.norm_backward(grads, 2 * l + 1, &ranges.ff_norm);
+        self.norm_backward(2 * l + 1, &ranges.ff_norm);
     }
 
     /// Adds what came through the attention sub-layer to the gradient of the stream.
-    pub(super) fn attention_backward(&mut self, grads: &mut Grads, l: usize) {
+    pub(super) fn attention_backward(&mut self, l: usize) {
         let (pool, shape, mask) = (self.pool, self.shape, self.mask(l));
         let ranges = &self.matrices.values.table.layers[l];
-        self.post_norm_backward(grads, (l, ATTENTION), ranges.attention_post_norm.as_ref());
+        self.post_norm_backward((l, ATTENTION), ranges.attention_post_norm.as_ref());
         let angles = self.rope_table(l);
         let (stream, memory) = (&self.streams[2 * l], &self.layers[l]);
         let Scratch { normed_nc, delta_nc, dqkv, dout_nhd, dx_nc, dpost_nc, sums, sink, .. } =
             &mut *self.scratch;
         let dy_nc = if ranges.attention_post_norm.is_some() { dpost_nc } else { dx_nc };
         self.matrices.dx((l, Site::Output), dout_nhd, dy_nc);
-        self.matrices.dw((l, Site::Output), grads, dy_nc, &memory.out_nhd);
+        self.matrices.dw((l, Site::Output), &mut self.grads, dy_nc, &memory.out_nhd);
         let attended = Attended { qkv: &memory.qkv, out_nhd: &memory.out_nhd, lse_bht: &memory.lse_bht };
         attention_backward(pool, (shape.attention, mask), dqkv, attended, dout_nhd);
         if let Some(angles) = angles {
             rope(pool, dqkv, shape.rope, angles, Turn::Backward);
         }
-        let head_norms = head_norms(self.matrices.values, ranges, &shape);
+        let head_norms = head_norms(&self.matrices.values, ranges, &shape);
         if let Some((parts, range)) = head_norms.zip(ranges.head_norms.as_ref()) {
-            let dw = grads.vector(range, sink);
+            let dw = self.grads.vector(range, sink);
             let dheads = (&mut dqkv[..], shape.rope.stride);
             head_norm_backward(pool, dheads, dw, &memory.heads_nk, (&parts, shape.norm_eps), sums);
         }
-        let norm = Norm::of(self.matrices.values, &ranges.attention_norm, shape.norm_eps);
+        let norm = Norm::of(&self.matrices.values, &ranges.attention_norm, shape.norm_eps);
         norm.again(pool, normed_nc, stream);
-        self.matrices.dw((l, Site::Qkv), grads, dqkv, normed_nc);
+        self.matrices.dw((l, Site::Qkv), &mut self.grads, dqkv, normed_nc);
         // Below the first layer's matrices LoRA trains nothing.
-        if l > 0 || grads.reach_embedding() {
+        if l > 0 || self.grads.all {
             self.matrices.dx((l, Site::Qkv), delta_nc, dqkv);
-            self.norm_backward(grads, 2 * l, &ranges.attention_norm);
+            self.norm_backward(2 * l, &ranges.attention_norm);
         }
     }
 
     /// `dpost_nc` from the gradient of the stream, in models that norm what a sub-layer leaves.
-    fn post_norm_backward(
-        &mut self,
-        grads: &mut Grads,
-        (l, which): (usize, usize),
-        range: Option<&NormRange>,
-    ) {
+    fn post_norm_backward(&mut self, (l, which): (usize, usize), range: Option<&NormRange>) {
         let Some((range, post)) = range.zip(self.layers[l].post.as_ref()) else { return };
-        let norm = Norm::of(self.matrices.values, range, self.shape.norm_eps);
+        let norm = Norm::of(&self.matrices.values, range, self.shape.norm_eps);
         let Scratch { dx_nc, dpost_nc, sums, sink, .. } = &mut *self.scratch;
         dpost_nc.fill(0.0);
-        norm.backward(self.pool, dpost_nc, grads.norm(range, sink), (dx_nc, &post[which]), sums);
+        norm.backward(self.pool, dpost_nc, self.grads.norm(range, sink), (dx_nc, &post[which]), sums);
     }
 
     /// Adds the gradient that came through a norm (`scratch.delta_nc`) to the stream's, and sets those of its numbers.
-    pub(super) fn norm_backward(&mut self, grads: &mut Grads, at: usize, range: &NormRange) {
-        let norm = Norm::of(self.matrices.values, range, self.shape.norm_eps);
+    pub(super) fn norm_backward(&mut self, at: usize, range: &NormRange) {
+        let norm = Norm::of(&self.matrices.values, range, self.shape.norm_eps);
         let Scratch { dx_nc, delta_nc, sums, sink, .. } = &mut *self.scratch;
         let stream: &Stream = &self.streams[at];
-        norm.backward(self.pool, dx_nc, grads.norm(range, sink), (delta_nc, stream), sums);
+        norm.backward(self.pool, dx_nc, self.grads.norm(range, sink), (delta_nc, stream), sums);
     }
 
     fn mask(&self, l: usize) -> Mask<'a> {
@@ -191,7 +189,7 @@ impl<'a> Pass<'a> {
 }
 
 /// The norms of the heads of q and k, where a model has them.
-fn head_norms<'a>(values: Values<'a>, ranges: &LayerRanges, shape: &Shape) -> Option<[HeadNorm<'a>; 2]> {
+fn head_norms<'a>(values: &'a Values, ranges: &LayerRanges, shape: &Shape) -> Option<[HeadNorm<'a>; 2]> {
     let range = ranges.head_norms.as_ref()?;
     let (q_d, k_d) = values.of(range).split_at(shape.attention.head_width);
     Some([

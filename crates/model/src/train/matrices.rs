@@ -9,6 +9,7 @@ use std::ops::Range;
 use tensor::rows::{add_bias, bias_backward, scale};
 use tensor::{Accumulate, Buf, Mat, Pool, matmul};
 
+use super::keeper::{Keeper, Kept};
 use super::memory::Shape;
 use crate::ParamTable;
 use crate::lora::{LoraTable, LowRank, SiteChanges};
@@ -19,20 +20,25 @@ use crate::transformer::Site;
 const COPY_LEN: usize = 1 << 14;
 
 /// The numbers a pass computes with.
-#[derive(Clone, Copy)]
 pub(super) struct Values<'a> {
     pub(super) table: &'a ParamTable,
-    pub(super) values: &'a [f32],
+    pub(super) held: Held<'a>,
     /// What LoRA adds, and its numbers.
     pub(super) changes: Option<(&'a LoraTable, &'a [f32])>,
 }
 
+/// Which parameters are there.
+pub(super) enum Held<'a> {
+    All(&'a [f32]),
+    /// Those of some units, at most three.
+    Units(Vec<(usize, Kept)>),
+}
+
 /// Where gradients go.
-pub(super) enum Grads<'a> {
-    /// Everything is trained.
-    All(&'a mut [f32]),
-    /// Only LoRA's changes are.
-    Changes(&'a mut [f32]),
+pub(super) struct Grads<'a> {
+    pub(super) keeper: &'a mut dyn Keeper,
+    /// Everything is trained, not LoRA's changes alone.
+    pub(super) all: bool,
 }
 
 /// See the module.
@@ -62,8 +68,16 @@ pub(super) struct MatrixScratch {
 pub(super) type Place = (usize, Site);
 
 impl<'a> Values<'a> {
-    pub(super) fn of(&self, range: &Range<usize>) -> &'a [f32] {
-        &self.values[range.clone()]
+    /// # Panics
+    /// If the unit of these parameters is not held.
+    pub(super) fn of(&self, range: &Range<usize>) -> &[f32] {
+        match &self.held {
+            Held::All(values) => &values[range.clone()],
+            Held::Units(units) => {
+                let found = units.iter().find_map(|(_, window)| window.of(range));
+                found.unwrap_or_else(|| panic!("the parameters {range:?} are not held"))
+            }
+        }
     }
 
     fn linear(&self, (l, site): Place) -> &'a LinearRange {
@@ -90,36 +104,31 @@ impl Grads<'_> {
     pub(super) fn norm<'s>(&'s mut self, range: &NormRange, sink: &'s mut Buf<f32>) -> [&'s mut [f32]; 2] {
         let c = range.weight.len();
         let end = range.bias.as_ref().map_or(range.weight.end, |bias| bias.end);
-        let (dw_c, db_c) = match self {
-            Grads::All(dparams) => dparams[range.weight.start..end].split_at_mut(c),
-            Grads::Changes(_) => sink[..2 * c].split_at_mut(c),
+        let (dw_c, db_c) = match self.all {
+            true => self.keeper.grads(range.weight.start..end).split_at_mut(c),
+            false => sink[..2 * c].split_at_mut(c),
         };
         [dw_c, db_c]
     }
 
     /// The gradient of a vector.
     pub(super) fn vector<'s>(&'s mut self, range: &Range<usize>, sink: &'s mut Buf<f32>) -> &'s mut [f32] {
-        match self {
-            Grads::All(dparams) => &mut dparams[range.clone()],
-            Grads::Changes(_) => &mut sink[..range.len()],
+        match self.all {
+            true => self.keeper.grads(range.clone()),
+            false => &mut sink[..range.len()],
         }
-    }
-
-    /// Whether anything below the first layer's changes is trained.
-    pub(super) fn reach_embedding(&self) -> bool {
-        matches!(self, Grads::All(_))
     }
 }
 
 impl Matrices<'_> {
     /// `y = x · Wᵀ + bias`
     pub(super) fn forward(&mut self, place: Place, y_no: &mut [f32], x_ni: &[f32]) {
-        let (pool, values, precision) = (self.pool, self.values, self.shape.precision);
-        let range = values.linear(place);
+        let (pool, precision) = (self.pool, self.shape.precision);
+        let range = self.values.linear(place);
         let x = Mat::new(x_ni, self.shape.n, range.n_in);
         matmul(pool, y_no, x, self.matrix(place).t(), precision, Accumulate::Overwrite);
         if let Some(bias) = &range.bias {
-            add_bias(pool, y_no, values.of(bias));
+            add_bias(pool, y_no, self.values.of(bias));
         }
     }
 
@@ -134,19 +143,15 @@ impl Matrices<'_> {
     pub(super) fn dw(&mut self, place: Place, grads: &mut Grads, dy_no: &[f32], x_ni: &[f32]) {
         let (pool, n, range) = (self.pool, self.shape.n, self.values.linear(place));
         let (dy, x) = (Mat::new(dy_no, n, range.n_out), Mat::new(x_ni, n, range.n_in));
-        match grads {
-            Grads::All(dparams) => {
-                let dw = &mut dparams[range.weight.clone()];
-                matmul(pool, dw, dy.t(), x, self.shape.precision, Accumulate::Overwrite);
-                if let Some(bias) = &range.bias {
-                    bias_backward(pool, &mut dparams[bias.clone()], dy_no, &mut self.scratch.sums);
-                }
+        let Grads { keeper, all } = grads;
+        if *all {
+            let dw = keeper.grads(range.weight.clone());
+            matmul(pool, dw, dy.t(), x, self.shape.precision, Accumulate::Overwrite);
+            if let Some(bias) = &range.bias {
+                bias_backward(pool, keeper.grads(bias.clone()), dy_no, &mut self.scratch.sums);
             }
-            Grads::Changes(dparams) => {
-                if let Some((changes, scale)) = self.values.changes(place) {
-                    self.changes_backward((changes, scale), dparams, dy_no, x);
-                }
-            }
+        } else if let Some((changes, scale)) = self.values.changes(place) {
+            self.changes_backward((changes, scale), &mut **keeper, dy_no, x);
         }
     }
 
@@ -170,7 +175,13 @@ impl Matrices<'_> {
         Mat::new(&*changed, n_out, n_in)
     }
 
-    fn changes_backward(&mut self, (changes, s): (Changes, f32), dparams: &mut [f32], dy_no: &[f32], x: Mat) {
+    fn changes_backward(
+        &mut self,
+        (changes, s): (Changes, f32),
+        keeper: &mut dyn Keeper,
+        dy_no: &[f32],
+        x: Mat,
+    ) {
         let (pool, precision, n) = (self.pool, self.shape.precision, self.shape.n);
         let site = changes.site;
         let MatrixScratch { low_rn, dlow_rn, .. } = &mut *self.scratch;
@@ -188,12 +199,12 @@ impl Matrices<'_> {
             let rows = i * rank * n..(i + 1) * rank * n;
             let dy = Mat::with_stride(&dy_no[*first..], n, *n_out, width);
             let low = Mat::new(&low_rn[rows.clone()], rank, n);
-            matmul(pool, &mut dparams[b.clone()], dy.t(), low.t(), precision, Accumulate::Overwrite);
+            matmul(pool, keeper.grads(b.clone()), dy.t(), low.t(), precision, Accumulate::Overwrite);
             let b = Mat::new(&changes.values[b.clone()], *n_out, rank);
             matmul(pool, &mut dlow_rn[rows], b.t(), dy.t(), precision, Accumulate::Overwrite);
         }
         scale(pool, dlow_rn, s);
         let dlow = Mat::new(&*dlow_rn, n_rows, n);
-        matmul(pool, &mut dparams[site.a.clone()], dlow, x, precision, Accumulate::Overwrite);
+        matmul(pool, keeper.grads(site.a.clone()), dlow, x, precision, Accumulate::Overwrite);
     }
 }

@@ -19,6 +19,7 @@
 mod batch;
 mod budget;
 mod head;
+mod keeper;
 mod layer;
 mod matrices;
 mod memory;
@@ -32,7 +33,9 @@ use tensor::{Accumulate, Buf, Mat, Pool, Precision, matmul};
 
 pub use batch::MicroBatch;
 pub use budget::ActivationBytes;
-use matrices::{Grads, Matrices, MatrixScratch, Values};
+use keeper::Flat;
+pub use keeper::{Keeper, Kept};
+use matrices::{Grads, Held, Matrices, MatrixScratch, Values};
 use memory::{Layers, Scratch, Shape, Streams};
 use norm::Norm;
 pub use objective::{LossSum, Objective};
@@ -59,8 +62,8 @@ pub struct TrainModel {
 /// Which parameters a pass computes with.
 #[derive(Clone, Copy)]
 enum Params<'a> {
-    /// Those that are trained.
-    Trained(&'a [f32]),
+    /// Those that are trained; `None` where the keeper gives them unit by unit.
+    Trained(Option<&'a [f32]>),
     /// Those the run started from.
     Start,
 }
@@ -121,7 +124,21 @@ impl TrainModel {
         dparams: &mut [f32],
     ) -> LossSum {
         assert_eq!(dparams.len(), self.trainable.n_params(), "gradients");
-        objective::loss_and_grads(self, pool, params, (batch, objective), dparams)
+        self.loss_and_grads_to(pool, Some(params), (batch, objective), &mut Flat(dparams))
+    }
+
+    /// As [`TrainModel::loss_and_grads`]. Gradients go to the keeper; where `params` is `None` parameters come from it.
+    ///
+    /// # Panics
+    /// As [`TrainModel::loss_and_grads`], and where LoRA's parameters are not given.
+    pub fn loss_and_grads_to(
+        &mut self,
+        pool: &Pool,
+        params: Option<&[f32]>,
+        (batch, objective): (MicroBatch, Objective),
+        keeper: &mut dyn Keeper,
+    ) -> LossSum {
+        objective::loss_and_grads(self, pool, params, (batch, objective), keeper)
     }
 
     /// The loss alone.
@@ -134,14 +151,29 @@ impl TrainModel {
         params: &[f32],
         (batch, objective): (MicroBatch, Objective),
     ) -> LossSum {
-        objective::loss(self, pool, params, (batch, objective))
+        self.loss_of(pool, Some(params), (batch, objective), &mut Flat(&mut []))
+    }
+
+    /// As [`TrainModel::loss`]; where `params` is `None` they come from the keeper.
+    ///
+    /// # Panics
+    /// As [`TrainModel::loss_and_grads_to`].
+    pub fn loss_of(
+        &mut self,
+        pool: &Pool,
+        params: Option<&[f32]>,
+        (batch, objective): (MicroBatch, Objective),
+        keeper: &mut dyn Keeper,
+    ) -> LossSum {
+        objective::loss(self, pool, params, (batch, objective), keeper)
     }
 
     /// The logits of the first `n` tokens of the last forward pass, `[n, v]`. For comparisons with other programs.
     pub fn last_logits(&mut self, pool: &Pool, params: &[f32], n: usize) -> Buf<f32> {
         let Shape { c, v, precision, .. } = self.shape;
-        let pass = self.pass(pool, Params::Trained(params), MicroBatch::default());
-        let values = pass.matrices.values;
+        let mut nothing = Flat(&mut []);
+        let pass = self.pass(pool, Params::Trained(Some(params)), MicroBatch::default(), &mut nothing);
+        let values = &pass.matrices.values;
         let norm = Norm::of(values, &values.table.final_norm, pass.shape.norm_eps);
         let last = 2 * values.table.layers.len();
         norm.again(pool, &mut pass.scratch.normed_nc, &pass.streams[last]);
@@ -152,7 +184,13 @@ impl TrainModel {
         logits
     }
 
-    fn pass<'a>(&'a mut self, pool: &'a Pool, params: Params<'a>, batch: MicroBatch<'a>) -> Pass<'a> {
+    fn pass<'a>(
+        &'a mut self,
+        pool: &'a Pool,
+        params: Params<'a>,
+        batch: MicroBatch<'a>,
+        keeper: &'a mut dyn Keeper,
+    ) -> Pass<'a> {
         let Self { trainable, shape, ropes, layers, streams, recompute, scratch, matrix_scratch, z_loss } =
             self;
         let values = trainable.values(params);
@@ -165,6 +203,7 @@ impl TrainModel {
             batch,
             ropes,
             matrices,
+            grads: Grads { keeper, all: trainable.lora_table().is_none() },
             layers,
             streams,
             recompute: *recompute,
@@ -176,22 +215,20 @@ impl TrainModel {
 
 impl Trainable {
     fn values<'a>(&'a self, params: Params<'a>) -> Values<'a> {
+        let values = |held, changes| Values { table: self.table(), held, changes };
+        let of_start = |why| Held::All(self.start().expect(why));
         match (params, self.lora_table()) {
-            (Params::Trained(params), changes) => {
+            (Params::Trained(None), None) => values(Held::Units(Vec::new()), None),
+            (Params::Trained(None), Some(_)) => panic!("LoRA's parameters are given"),
+            (Params::Trained(Some(params)), changes) => {
                 assert_eq!(params.len(), self.n_params(), "parameters");
                 match changes {
-                    None => Values { table: self.table(), values: params, changes: None },
-                    Some(lora) => Values {
-                        table: self.table(),
-                        values: self.start().expect("LoRA has a base"),
-                        changes: Some((lora, params)),
-                    },
+                    None => values(Held::All(params), None),
+                    Some(lora) => values(of_start("LoRA has a base"), Some((lora, params))),
                 }
             }
             (Params::Start, _) => {
-                let values =
-                    self.start().expect("the objective compares with the model the run started from");
-                Values { table: self.table(), values, changes: None }
+                values(of_start("the objective compares with the model the run started from"), None)
             }
         }
     }
@@ -205,6 +242,7 @@ struct Pass<'a> {
     batch: MicroBatch<'a>,
     ropes: &'a [Option<RopeTable>; 2],
     matrices: Matrices<'a>,
+    grads: Grads<'a>,
     layers: &'a mut Layers,
     streams: &'a mut Streams,
     recompute: bool,
@@ -213,11 +251,44 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
+    /// From now on a unit's parameters are there.
+    fn hold(&mut self, unit: usize) {
+        if let Held::Units(units) = &mut self.matrices.values.held
+            && units.iter().all(|(held, _)| *held != unit)
+        {
+            units.push((unit, self.grads.keeper.need(unit)));
+        }
+    }
+
+    fn release(&mut self, unit: usize) {
+        if let Held::Units(units) = &mut self.matrices.values.held
+            && let Some(at) = units.iter().position(|(held, _)| *held == unit)
+        {
+            units.swap_remove(at);
+            self.grads.keeper.release(unit);
+        }
+    }
+
+    /// The gradients of a unit are there.
+    fn complete(&mut self, unit: usize) {
+        if self.grads.all {
+            self.grads.keeper.complete(unit);
+        }
+    }
+
+    /// What comes after the layers.
+    fn last_unit(&self) -> usize {
+        self.config.n_layers + 1
+    }
+
     /// Fills the streams and the layers' memory; leaves the last normed rows in `scratch.normed_nc`.
     fn forward(&mut self) {
         self.batch.check(self.shape.n);
+        self.hold(0);
         self.embed();
-        let (pool, values, first) = (self.pool, self.matrices.values, &mut self.streams[0]);
+        self.release(0);
+        self.hold(1);
+        let (pool, values, first) = (self.pool, &self.matrices.values, &mut self.streams[0]);
         let norm = Norm::of(values, &values.table.layers[0].attention_norm, self.shape.norm_eps);
         norm.forward(pool, &mut self.scratch.normed_nc, first);
         for l in 0..self.config.n_layers {
@@ -226,7 +297,7 @@ impl Pass<'_> {
     }
 
     fn embed(&mut self) {
-        let (pool, values, c) = (self.pool, self.matrices.values, self.shape.c);
+        let (pool, values, c) = (self.pool, &self.matrices.values, self.shape.c);
         let x_nc = &mut self.streams[0].x_nc;
         embedding_forward(pool, x_nc, self.batch.tokens_bt, values.of(&values.table.embedding), c);
         if self.shape.block.scaled_embedding {
@@ -239,33 +310,37 @@ impl Pass<'_> {
     }
 
     /// From the gradient of the last normed rows (in `scratch.delta_nc`) to that of all parameters.
-    fn backward(&mut self, grads: &mut Grads) {
-        self.final_norm_backward(grads);
+    fn backward(&mut self) {
+        self.final_norm_backward();
         let n_layers = self.config.n_layers;
         for l in (0..n_layers).rev() {
+            self.hold(l + 1);
             // The last one is still there from the forward pass.
             if self.recompute && l + 1 < n_layers {
                 self.layer_again(l);
             }
-            self.feed_forward_backward(grads, l);
-            self.attention_backward(grads, l);
+            self.feed_forward_backward(l);
+            self.attention_backward(l);
+            self.release(l + 1);
+            self.complete(l + 1);
         }
-        self.embed_backward(grads);
+        self.embed_backward();
+        self.grads.keeper.complete(0);
     }
 
-    fn embed_backward(&mut self, grads: &mut Grads) {
-        let Grads::All(dparams) = grads else { return };
+    fn embed_backward(&mut self) {
+        let Grads { keeper, all: true } = &mut self.grads else { return };
         let (pool, table, c) = (self.pool, self.matrices.values.table, self.shape.c);
         let Scratch { dx_nc, positions_bt, .. } = &mut *self.scratch;
         if let Some(positions) = &table.positions {
-            let dpositions = &mut dparams[positions.clone()];
+            let dpositions = keeper.grads(positions.clone());
             dpositions.fill(0.0);
             embedding_backward(pool, dpositions, dx_nc, positions_bt, c);
         }
         if self.shape.block.scaled_embedding {
             scale(pool, dx_nc, (c as f32).sqrt());
         }
-        let dembedding = &mut dparams[table.embedding.clone()];
+        let dembedding = keeper.grads(table.embedding.clone());
         if table.head != table.embedding {
             dembedding.fill(0.0);
         }

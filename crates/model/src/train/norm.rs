@@ -20,7 +20,7 @@ pub(super) struct Norm<'a> {
 }
 
 impl<'a> Norm<'a> {
-    pub(super) fn of(values: Values<'a>, range: &NormRange, eps: f32) -> Self {
+    pub(super) fn of(values: &'a Values, range: &NormRange, eps: f32) -> Self {
         Self { w_c: values.of(&range.weight), b_c: range.bias.as_ref().map(|bias| values.of(bias)), eps }
     }
 

@@ -10,8 +10,7 @@ use serde::{Deserialize, Serialize};
 use tensor::Pool;
 use tensor::cross_entropy::IGNORED;
 
-use super::matrices::Grads;
-use super::{MicroBatch, Params, TrainModel};
+use super::{Keeper, MicroBatch, Params, TrainModel};
 
 /// See the module.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -48,28 +47,26 @@ pub struct LossSum {
 pub(super) fn loss_and_grads(
     model: &mut TrainModel,
     pool: &Pool,
-    params: &[f32],
+    params: Option<&[f32]>,
     (batch, objective): (MicroBatch, Objective),
-    dparams: &mut [f32],
+    keeper: &mut dyn Keeper,
 ) -> LossSum {
-    let all = model.trainable.lora_table().is_none();
-    let mut grads = if all { Grads::All(dparams) } else { Grads::Changes(dparams) };
     match objective {
         Objective::CrossEntropy => {
-            let mut pass = model.pass(pool, Params::Trained(params), batch);
+            let mut pass = model.pass(pool, Params::Trained(params), batch, keeper);
             pass.forward();
-            pass.head_backward(&mut grads, None);
+            pass.head_backward(None);
             let loss = sum_losses(&pass.scratch.losses_n, batch.targets_bt);
-            pass.backward(&mut grads);
+            pass.backward();
             loss
         }
         Objective::Dpo { beta } => {
             // The policy comes last: its activations are what the backward pass reads.
-            let pairs = Pairs::new(model, pool, params, batch, beta);
+            let pairs = Pairs::new(model, pool, (params, keeper), batch, beta);
             let factors_n = pairs.factors(model.shape.t);
-            let mut pass = model.pass(pool, Params::Trained(params), batch);
-            pass.head_backward(&mut grads, Some(&factors_n));
-            pass.backward(&mut grads);
+            let mut pass = model.pass(pool, Params::Trained(params), batch, keeper);
+            pass.head_backward(Some(&factors_n));
+            pass.backward();
             pairs.loss()
         }
     }
@@ -78,17 +75,18 @@ pub(super) fn loss_and_grads(
 pub(super) fn loss(
     model: &mut TrainModel,
     pool: &Pool,
-    params: &[f32],
+    params: Option<&[f32]>,
     (batch, objective): (MicroBatch, Objective),
+    keeper: &mut dyn Keeper,
 ) -> LossSum {
     match objective {
         Objective::CrossEntropy => {
-            let mut pass = model.pass(pool, Params::Trained(params), batch);
+            let mut pass = model.pass(pool, Params::Trained(params), batch, keeper);
             pass.forward();
             pass.token_losses();
             sum_losses(&pass.scratch.losses_n, batch.targets_bt)
         }
-        Objective::Dpo { beta } => Pairs::new(model, pool, params, batch, beta).loss(),
+        Objective::Dpo { beta } => Pairs::new(model, pool, (params, keeper), batch, beta).loss(),
     }
 }
 
@@ -108,11 +106,17 @@ struct Pairs {
 
 impl Pairs {
     /// Leaves the model as after a forward pass with `params`.
-    fn new(model: &mut TrainModel, pool: &Pool, params: &[f32], batch: MicroBatch, beta: f32) -> Self {
+    fn new(
+        model: &mut TrainModel,
+        pool: &Pool,
+        (params, keeper): (Option<&[f32]>, &mut dyn Keeper),
+        batch: MicroBatch,
+        beta: f32,
+    ) -> Self {
         let t = model.shape.t;
         assert!((model.shape.n / t).is_multiple_of(2), "pairs are two rows each");
-        let reference = row_losses(model, pool, Params::Start, batch);
-        let policy = row_losses(model, pool, Params::Trained(params), batch);
+        let reference = row_losses(model, pool, (Params::Start, keeper), batch);
+        let policy = row_losses(model, pool, (Params::Trained(params), keeper), batch);
         let beta = f64::from(beta);
         let margin = |i: usize| {
             let counts = batch.targets_bt[2 * i * t..2 * (i + 1) * t].iter().any(|target| *target != IGNORED);
@@ -145,8 +149,13 @@ impl Pairs {
 }
 
 /// The sum of the losses of every row.
-fn row_losses(model: &mut TrainModel, pool: &Pool, params: Params, batch: MicroBatch) -> Vec<f64> {
-    let mut pass = model.pass(pool, params, batch);
+fn row_losses(
+    model: &mut TrainModel,
+    pool: &Pool,
+    (params, keeper): (Params, &mut dyn Keeper),
+    batch: MicroBatch,
+) -> Vec<f64> {
+    let mut pass = model.pass(pool, params, batch, keeper);
     pass.forward();
     pass.token_losses();
     let rows = pass.scratch.losses_n.chunks_exact(pass.shape.t);

@@ -5,26 +5,26 @@ use super::*;
 use crate::config::tests::tiny;
 use crate::{Architecture, Lora, ParamSpec, Weights, Window};
 
-const B: usize = 3;
-const T: usize = 9;
+pub(super) const B: usize = 3;
+pub(super) const T: usize = 9;
 
-fn tokens(config: &Config, salt: u32) -> Vec<u32> {
+pub(super) fn tokens(config: &Config, salt: u32) -> Vec<u32> {
     (0..(B * T) as u32).map(|i| (i * i * 7 + i * 3 + salt) % config.vocab as u32).collect()
 }
 
 /// Weights far larger than at the start of training, so that every gradient is well above the noise.
-fn params(trainable: &Trainable) -> Buf<f32> {
+pub(super) fn params(trainable: &Trainable) -> Buf<f32> {
     let mut params = trainable.init(1);
     params.iter_mut().for_each(|x| *x *= if *x == 1.0 { 1.0 } else { 10.0 });
     params
 }
 
-fn plain<'a>(tokens: &'a [u32], targets: &'a [u32]) -> (MicroBatch<'a>, Objective) {
+pub(super) fn plain<'a>(tokens: &'a [u32], targets: &'a [u32]) -> (MicroBatch<'a>, Objective) {
     (MicroBatch::plain(tokens, targets), Objective::CrossEntropy)
 }
 
 /// One of every kind of block.
-fn configs() -> Vec<Config> {
+pub(super) fn configs() -> Vec<Config> {
     let of = |architecture| Config { architecture, ..tiny() };
     let window = Window { n_positions: 4, rope_theta: Some(100.0), layers: vec![true, false] };
     vec![

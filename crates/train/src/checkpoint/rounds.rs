@@ -20,7 +20,7 @@ impl Checkpoints {
         let mut bundle = BundleWriter::new(&self.store, &self.prefix(step))?;
         let mut files = Vec::new();
         if let Some(run) = run {
-            files.push(bundle.add(FILES[0], &bytes(&run.params))?);
+            files.push(bundle.add(&file_name(VECTORS[0], 0, 1), &bytes(&run.params))?);
             files.push(bundle.add(OUTER, &bytes(&run.adam_m))?);
         }
         for (number, worker) in workers {
@@ -53,23 +53,34 @@ impl Checkpoints {
             elapsed_seconds: run.elapsed_seconds,
             n_params: self.n_params,
             health: run.health,
+            parts: Vec::new(),
             workers,
         };
         let manifest = bundle.publish(KIND, serde_json::to_value(meta).map_err(Error::PlanJson)?)?;
         Ok(manifest.files.iter().map(|f| f.bytes).sum())
     }
 
-    pub(super) fn load_round(&self, bundle: &Bundle, meta: &Meta, workers: Range<usize>) -> Result<Loaded> {
-        let vector = |file: &str| Ok::<_, Error>(values(&self.vector(bundle, meta, file)?));
+    pub(super) fn load_round(
+        &self,
+        (step, bundle): (u64, &Bundle),
+        meta: &Meta,
+        (layout, workers): (&Layout, Range<usize>),
+    ) -> Result<Loaded> {
+        let whole = State::whole(self.n_params);
+        let vector = |file: &str| -> Result<Buf<f32>> {
+            let mut values = Buf::zeroed(self.n_params);
+            self.read((step, bundle, file), &whole, (&whole, &mut values))?;
+            Ok(values)
+        };
         let state = State {
-            params: vector(FILES[0])?,
-            owned: 0..self.n_params,
+            params: vector(&file_name(VECTORS[0], 0, 1))?,
             adam_m: vector(OUTER)?,
             adam_v: Buf::zeroed(0),
-            step: meta.step,
+            step,
             tokens: meta.tokens,
             elapsed_seconds: meta.elapsed_seconds,
             health: meta.health,
+            ..State::empty(layout)
         };
         let worker = |number: usize| -> Result<State> {
             let [adam_m, adam_v] = OF_WORKER.map(|suffix| vector(&of_worker(number, suffix)));

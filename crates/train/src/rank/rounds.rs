@@ -3,17 +3,18 @@
 //! Workers, not ranks, are what the result depends on: a rank runs its workers one after another, and their differences
 //! are summed in the tree of [`comm::tree`], so that any number of ranks that divides them gives the same bits.
 
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use comm::tree;
 use data::chain;
 use serde::{Deserialize, Serialize};
 use store::FileEntry;
+use tensor::adamw::sum_squares;
 
 use super::{Lead, Rank};
 use crate::checkpoint::Checkpoints;
 use crate::guard::{Health, Wrong};
+use crate::layout::Layout;
 use crate::loader::Loader;
 use crate::state::State;
 use crate::{BadBatch, Diloco, Error, Event, Ranks, Result, Round, Step};
@@ -31,6 +32,8 @@ pub(crate) struct Rounds {
     /// The number of the first worker here.
     pub(crate) first: usize,
     pub(crate) workers: Vec<State>,
+    /// Of a worker, which shares nothing with others.
+    pub(crate) alone: Layout,
     pub(crate) checkpoints: Checkpoints,
     /// The step of the newest checkpoint that this rank knows of.
     pub(crate) saved: u64,
@@ -97,6 +100,7 @@ impl Rank<'_> {
     ) -> Result<bool> {
         let loader = Loader::start(self.mixture.clone(), self.order());
         let n_steps = self.plan.steps;
+        self.memory.reserve(&rounds.alone);
         if self.state.step == 0 {
             self.look(&mut lead, &|_| true)?;
         }
@@ -147,9 +151,9 @@ impl Rank<'_> {
         let lr_share = self.plan.schedule.share(self.state.step, self.plan.steps);
         let mut of_first = None;
         for (i, worker) in rounds.workers.iter_mut().enumerate() {
-            let mine = tree::share(self.plan.micro_batches, rounds.first + i, rounds.diloco.workers);
+            let first = tree::share(self.plan.micro_batches, rounds.first + i, rounds.diloco.workers).start;
             std::mem::swap(&mut self.state, worker);
-            let inner = self.inner_step(loader, mine);
+            let inner = self.inner_step(loader, (&rounds.alone, first));
             std::mem::swap(&mut self.state, worker);
             let mut inner = inner?;
             report.workers[i].health = worker.health;
@@ -184,17 +188,17 @@ impl Rank<'_> {
     }
 
     /// A step of the worker whose state is this rank's at the moment.
-    fn inner_step(&mut self, loader: &Loader, mine: Range<usize>) -> Result<Inner> {
-        let first = mine.start;
-        let (sums, data_seconds) = self.gradients(loader, mine)?;
-        let squares = tensor::adamw::sum_squares(&self.pool, &self.grads, &mut self.squares);
+    fn inner_step(&mut self, loader: &Loader, (alone, first): (&Layout, usize)) -> Result<Inner> {
+        let (sums, data_seconds, _) = self.gradients(loader, Some(alone))?;
+        let grads = &self.memory.sums[0];
+        let squares = sum_squares(&self.pool, grads, &mut self.squares);
         let (nats, n_counted) = (sums.nats(), sums.n_counted());
         let (loss, grad_norm) = (nats / n_counted, squares.sqrt() / n_counted);
         let wrong = self.state.health.judge(loss, grad_norm, self.plan.guard);
         let bad = wrong.map(|wrong| (wrong, self.bad_batch(first + sums.worst())));
         if wrong.is_none() {
             let rate = self.rate(grad_norm, n_counted);
-            self.optimizer.update(&self.pool, &mut self.state, (&self.grads, rate), None);
+            self.optimizer.update(&self.pool, &mut self.state, (&self.memory.sums[0], rate), None);
         }
         self.finish_step(0.0);
         let number = |x: f64| x.is_finite().then_some(x);
@@ -236,18 +240,19 @@ impl Rank<'_> {
         (reports, n_steps, arrived): (&[Report], u64, f64),
         lead: &mut Option<&mut dyn Lead>,
     ) -> Result<()> {
-        let Rank { state, grads, spare, comm, pool, squares, .. } = self;
+        let Rank { state, memory, comm, pool, squares, .. } = self;
+        let grads = &mut memory.sums[0];
         let (first, workers) = (rounds.first, &rounds.workers);
         let mut leaf = |worker: usize, moved: &mut [f32]| -> Result<()> {
             let ends = &workers[worker - first].params;
             moved.iter_mut().zip(state.params.iter()).zip(ends.iter()).for_each(|((m, a), b)| *m = a - b);
             Ok(())
         };
-        tree::reduce(first..first + workers.len(), grads, spare, &mut leaf)?;
+        tree::reduce(first..first + workers.len(), grads, &mut Vec::new(), &mut leaf)?;
         let summed = (self.seconds)();
         comm.all_reduce_tree(grads)?;
         let exchanged = (self.seconds)() - summed;
-        let moved = tensor::adamw::sum_squares(pool, grads, squares).sqrt() / rounds.diloco.workers as f64;
+        let moved = sum_squares(pool, grads, squares).sqrt() / rounds.diloco.workers as f64;
         if !moved.is_finite() {
             return Err(Error::WorkersNotANumber { step: state.step });
         }
@@ -256,8 +261,8 @@ impl Rank<'_> {
         let sent = self.comm.bytes_sent() - self.bytes_told;
         self.bytes_told += sent;
         let of_round = reports[self.comm.rank()].seconds;
-        let times = self.comm.all_gather(&[of_round, exchanged, sent as f64, 0.0])?;
-        let times = times.as_chunks::<4>().0;
+        let times = self.comm.all_gather(&[of_round, exchanged, sent as f64, 0.0, exchanged])?;
+        let times = times.as_chunks::<5>().0;
         let seconds = (self.seconds)() - arrived;
         self.state.elapsed_seconds += seconds;
         let tallies = || reports.iter().flat_map(|report| &report.workers);

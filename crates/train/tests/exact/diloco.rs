@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use store::Store;
-use train::{Context, Diloco, Error, Event, Guard, Outcome, Plan, Round};
+use train::{Context, Diloco, Error, Event, Guard, Outcome, Plan, Round, Zero};
 
 use crate::{carry_out, context, prepared, results, whole_run};
 
@@ -151,10 +151,10 @@ fn plans_and_layouts_that_do_not_fit_are_refused() {
     refused(&|d| d.momentum = 1.0, "diloco.momentum");
     train::create(&store, "r", &plan, None).unwrap();
     let stop = AtomicBool::new(false);
-    let context = |n_ranks, divided| Context { n_ranks, divided, ..context(&store, "r", &stop) };
-    let error = train::run(&context(8, false), &mut |_| {}).unwrap_err();
+    let context = |n_ranks, zero| Context { n_ranks, zero, ..context(&store, "r", &stop) };
+    let error = train::run(&context(8, Zero::Nothing), &mut |_| {}).unwrap_err();
     assert!(matches!(error, Error::Workers { n_ranks: 8, workers: 4 }), "{error}");
-    assert!(matches!(train::run(&context(2, true), &mut |_| {}), Err(Error::DilocoDivided)));
+    assert!(matches!(train::run(&context(2, Zero::Optimizer), &mut |_| {}), Err(Error::DilocoDivided)));
 }
 
 /// What two ranks send for the same tokens, and what is learned from them.

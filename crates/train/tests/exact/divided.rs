@@ -1,31 +1,52 @@
-//! Optimizer state that is divided among ranks (ZeRO 1): the same bits, and checkpoints that any layout goes on from.
+//! State that is divided among ranks (ZeRO 1 to 3): the same bits, and checkpoints that any layout goes on from.
 
 use std::sync::atomic::AtomicBool;
 
-use train::{Context, Error, Event, Muon, Outcome, Plan};
+use store::Bundle;
+use train::{Context, Error, Event, Muon, Outcome, Plan, Zero};
 
 use crate::{carry_out_as, context, prepared, results};
 
-/// A model of several shards.
+const ALL: [Zero; 4] = [Zero::Nothing, Zero::Optimizer, Zero::Gradients, Zero::Parameters];
+
+/// A model of several shards, some of whose layers begin inside of one.
 fn wider(plan: Plan) -> Plan {
     let mut plan = plan;
+    plan.model["num_hidden_layers"] = 3.into();
     plan.model["hidden_size"] = 64.into();
     plan.model["intermediate_size"] = 128.into();
     plan
 }
 
+/// A head of its own, biases, learned positions.
+fn other_kind(plan: Plan) -> Plan {
+    let vocab = plan.model["vocab_size"].clone();
+    let model = serde_json::json!({
+        "model_type": "gpt2", "n_layer": 2, "n_embd": 96, "n_head": 4, "vocab_size": vocab, "n_positions": 32,
+    });
+    Plan { model, ..plan }
+}
+
 #[test]
-fn divided_state_changes_no_bit() {
+fn whatever_is_divided_changes_no_bit() {
     let (store, plan) = prepared();
-    let plan = wider(plan);
-    train::create(&store, "whole", &plan, None).unwrap();
-    carry_out_as(&store, "whole", ([1, 1], false), None);
-    let whole = results(&store, "whole");
-    for n_ranks in [1, 2, 4, 8] {
-        let run = format!("divided-{n_ranks}");
-        train::create(&store, &run, &plan, None).unwrap();
-        carry_out_as(&store, &run, ([n_ranks, 2], true), None);
-        assert!(results(&store, &run) == whole, "{n_ranks} ranks");
+    let mut untied = wider(plan.clone());
+    untied.model["tie_word_embeddings"] = false.into();
+    for (kind, plan) in [("tied", wider(plan.clone())), ("untied", untied), ("gpt2", other_kind(plan))] {
+        let whole = format!("{kind}-whole");
+        train::create(&store, &whole, &plan, None).unwrap();
+        carry_out_as(&store, &whole, ([1, 1], Zero::Nothing), None);
+        let whole = results(&store, &whole);
+        for n_ranks in [1, 2, 4, 8] {
+            for zero in ALL {
+                let run = format!("{kind}-{n_ranks}-{}", zero.stage());
+                train::create(&store, &run, &plan, None).unwrap();
+                let (_, events) = carry_out_as(&store, &run, ([n_ranks, 2], zero), None);
+                assert!(results(&store, &run) == whole, "{kind}: {n_ranks} ranks, {zero:?}");
+                let is_eval = |e: &&Event| matches!(e, Event::Eval { .. });
+                assert!(events.iter().filter(is_eval).count() > 2, "{events:?}");
+            }
+        }
     }
 }
 
@@ -34,25 +55,75 @@ fn checkpoints_of_divided_state_load_on_any_layout() {
     let (store, plan) = prepared();
     let plan = wider(plan);
     train::create(&store, "whole", &plan, None).unwrap();
-    carry_out_as(&store, "whole", ([1, 1], false), None);
+    carry_out_as(&store, "whole", ([1, 1], Zero::Nothing), None);
     let whole = results(&store, "whole");
-    train::create(&store, "parts", &plan, None).unwrap();
-    for (layout, divided, until) in
-        [([4, 4], true, Some(1)), ([2, 1], true, Some(3)), ([1, 1], false, Some(4)), ([8, 1], true, None)]
-    {
-        let (outcome, events) = carry_out_as(&store, "parts", (layout, divided), until);
-        assert_eq!(outcome, if until.is_some() { Outcome::Interrupted } else { Outcome::Finished });
-        assert!(!events.iter().any(|e| matches!(e, Event::CheckpointRefused { .. })), "{events:?}");
+    let then = [
+        ([1, 1], Zero::Nothing),
+        ([2, 1], Zero::Nothing),
+        ([2, 1], Zero::Optimizer),
+        ([2, 1], Zero::Gradients),
+        ([8, 1], Zero::Parameters),
+    ];
+    for (i, then) in then.into_iter().enumerate() {
+        let run = format!("parts-{i}");
+        train::create(&store, &run, &plan, None).unwrap();
+        let until =
+            [(([4, 4], Zero::Parameters), Some(2)), (then, Some(3)), (([2, 1], Zero::Parameters), None)];
+        for (layout, until) in until {
+            let (outcome, events) = carry_out_as(&store, &run, layout, until);
+            assert_eq!(outcome, if until.is_some() { Outcome::Interrupted } else { Outcome::Finished });
+            let went_wrong =
+                |e: &Event| matches!(e, Event::CheckpointRefused { .. } | Event::CheckpointFailed { .. });
+            assert!(!events.iter().any(went_wrong), "{events:?}");
+        }
+        assert!(results(&store, &run) == whole, "{then:?}");
     }
-    assert!(results(&store, "parts") == whole);
+}
+
+/// No file of a checkpoint of divided state has more than a rank's share, and together they are the state once.
+#[test]
+fn every_rank_writes_its_own_part() {
+    let (store, plan) = prepared();
+    let plan = wider(plan);
+    for zero in [Zero::Optimizer, Zero::Parameters] {
+        let run = format!("written-{}", zero.stage());
+        train::create(&store, &run, &plan, None).unwrap();
+        carry_out_as(&store, &run, ([4, 4], zero), Some(2));
+        let checkpoint = format!("runs/{run}/checkpoints/00000002");
+        let bundle = Bundle::open(&store, &checkpoint).unwrap().unwrap();
+        let files = &bundle.manifest().files;
+        assert_eq!(files.len(), 12, "{files:?}");
+        let n_params = bundle.manifest().meta["n_params"].as_u64().unwrap();
+        assert_eq!(files.iter().map(|file| file.bytes).sum::<u64>(), 12 * n_params);
+        assert!(files.iter().all(|file| file.bytes < 2 * n_params), "{files:?}");
+        // Parts that are not the whole are refused.
+        let mut meta = bundle.manifest().meta.clone();
+        meta["parts"][1][0]["end"] = 0.into();
+        let mut writer = store::BundleWriter::new(&store, &checkpoint).unwrap();
+        files.iter().for_each(|file| assert!(writer.add_stored(file).unwrap()));
+        writer.publish("checkpoint", meta).unwrap();
+        let stop = AtomicBool::new(false);
+        let refused = train::run(&context(&store, &run, &stop), &mut |_| {}).unwrap_err();
+        assert!(
+            matches!(&refused, Error::NoCheckpoint { last, .. } if last.to_string().contains("not the whole"))
+        );
+    }
 }
 
 #[test]
-fn muon_is_not_divided() {
+fn what_cannot_be_divided_is_refused() {
     let (store, plan) = prepared();
-    let plan = Plan { muon: Some(Muon::default()), ..plan };
-    train::create(&store, "muon", &plan, None).unwrap();
     let stop = AtomicBool::new(false);
-    let context = Context { n_ranks: 2, divided: true, ..context(&store, "muon", &stop) };
-    assert!(matches!(train::run(&context, &mut |_| {}), Err(Error::MuonDivided)));
+    let muon = Plan { muon: Some(Muon::default()), ..plan.clone() };
+    train::create(&store, "muon", &muon, None).unwrap();
+    train::create(&store, "odd", &Plan { micro_batches: 12, ..plan }, None).unwrap();
+    let begin = |run: &str, n_ranks, zero| {
+        let context = Context { n_ranks, zero, ..context(&store, run, &stop) };
+        train::run(&context, &mut |_| {}).unwrap_err()
+    };
+    for zero in &ALL[1..] {
+        assert!(matches!(begin("muon", 2, *zero), Error::MuonDivided));
+    }
+    let error = begin("odd", 4, Zero::Gradients);
+    assert!(matches!(error, Error::TurnsDivided { n_ranks: 4, micro_batches: 12 }), "{error}");
 }

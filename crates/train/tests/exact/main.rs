@@ -10,7 +10,7 @@ use model::Objective;
 use store::{Bundle, Store};
 use train::{
     AdamW, CheckpointPolicy, Context, DataPart, Decay, Error, Evaluate, Event, Guard, Method, Outcome,
-    PLAN_VERSION, Plan, Sample, Schedule,
+    PLAN_VERSION, Plan, Sample, Schedule, Zero,
 };
 
 mod diloco;
@@ -75,7 +75,7 @@ fn context<'a>(store: &Arc<dyn Store>, run: &str, stop: &'a AtomicBool) -> Conte
         n_ranks: 1,
         hosts: Vec::new(),
         after: None,
-        divided: false,
+        zero: Zero::Nothing,
         n_threads: 1,
         recompute: false,
         peak_flops: 1.0,
@@ -92,19 +92,19 @@ fn carry_out(
     [n_ranks, n_threads]: [usize; 2],
     stop_after: Option<u64>,
 ) -> (Outcome, Vec<Event>) {
-    carry_out_as(store, run, ([n_ranks, n_threads], false), stop_after)
+    carry_out_as(store, run, ([n_ranks, n_threads], Zero::Nothing), stop_after)
 }
 
 fn carry_out_as(
     store: &Arc<dyn Store>,
     run: &str,
-    ([n_ranks, n_threads], divided): ([usize; 2], bool),
+    ([n_ranks, n_threads], zero): ([usize; 2], Zero),
     stop_after: Option<u64>,
 ) -> (Outcome, Vec<Event>) {
     let stop = AtomicBool::new(false);
     // Some layouts compute layers again, and change no bit either.
     let recompute = n_ranks == 4;
-    let context = Context { n_ranks, divided, n_threads, recompute, ..context(store, run, &stop) };
+    let context = Context { n_ranks, zero, n_threads, recompute, ..context(store, run, &stop) };
     let mut events = Vec::new();
     let outcome = train::run(&context, &mut |event| {
         if matches!(event, Event::Step(s) if Some(s.step) == stop_after) {
