@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use mpi::{Request, Test, World};
 
-use crate::tree::Shards;
 use crate::sent::Sent;
+use crate::tree::Shards;
 use crate::{BYTES_MAX, CommError, Record, pieces, tree};
 
 /// Values of one message: 1 MiB. Large enough that its overhead does not count, small enough to be summed in the cache

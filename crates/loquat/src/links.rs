@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 
 use train::Link;
 
+/// Links that a line has room for.
+const SHOWN_MAX: usize = 4;
+
 /// Bytes from one place to another.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Traffic {
@@ -32,6 +35,14 @@ pub(crate) fn traffic(links: &[Link], hosts: &[String]) -> Vec<Traffic> {
     all
 }
 
+/// The busiest links; nothing where there are none.
+pub(crate) fn line(traffic: &[Traffic], seconds: f64) -> Option<String> {
+    let rate = |bytes: u64| bytes as f64 / 1e6 / seconds.max(1e-9);
+    let link = |t: &Traffic| format!("{} to {} {:.2} MB/s", t.from, t.to, rate(t.bytes));
+    let told: Vec<String> = traffic.iter().take(SHOWN_MAX).map(link).collect();
+    (!told.is_empty()).then(|| format!("links: {}", told.join(", ")))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -48,5 +59,8 @@ mod tests {
         let by_rank = ["rank 1>rank 2 8", "rank 0>rank 2 7", "rank 0>rank 1 5", "rank 2>rank 0 1"];
         assert_eq!(told(&["a", "a", "a"]), by_rank);
         assert_eq!(told(&[]), by_rank);
+        let between = traffic(&links, &["a", "a", "b"].map(str::to_owned));
+        assert_eq!(line(&between, 1e-5).as_deref(), Some("links: a to b 1.50 MB/s, b to a 0.10 MB/s"));
+        assert_eq!(line(&[], 1.0), None);
     }
 }

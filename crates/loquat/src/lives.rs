@@ -115,6 +115,10 @@ impl Lives {
         causes
     }
 
+    pub(crate) fn hosts(&self) -> &[String] {
+        &self.hosts
+    }
+
     pub(crate) fn name(&self, rank: usize) -> String {
         self.hosts.get(rank).map_or(format!("rank {rank}"), |host| format!("rank {rank} on {host}"))
     }
@@ -131,6 +135,13 @@ impl Lives {
         let told: Vec<String> = told.map(|(_, why, s)| format!("{s:.0} s to: {why}")).collect();
         let lost = if told.is_empty() { String::new() } else { format!("; lost {}", told.join(", ")) };
         Some(format!("goodput {:.0} % of {wall:.0} s{lost}", 100.0 * share))
+    }
+}
+
+impl Lives {
+    /// The same for a run that may be over: up to its last step, as far as steps tell when that was.
+    pub(crate) fn line_so_far(&self) -> Option<String> {
+        self.line(self.last_unix?)
     }
 }
 
@@ -192,8 +203,14 @@ mod tests {
 
     /// Of one second, of which the slower rank computes so long and both exchange 0.1 s.
     fn step(step: u64, slowest_seconds: f64) -> Event {
-        let ranks =
-            Ranks { slowest: 1, slowest_seconds, median_seconds: 0.4, exchange_seconds: 0.1, bytes_sent: 1 };
+        let ranks = Ranks {
+            slowest: 1,
+            slowest_seconds,
+            median_seconds: 0.4,
+            exchange_seconds: 0.1,
+            travel_seconds: 0.1,
+            bytes_sent: 1,
+        };
         Event::Step(Step {
             step,
             loss: 1.0,

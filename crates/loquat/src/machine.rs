@@ -10,6 +10,26 @@ pub(crate) fn memory_available() -> Option<u64> {
     system.into_iter().chain(container).min()
 }
 
+/// Bytes that this process may still take where its kinds of memory are limited (`ulimit -d` and `-v`); `None` where they
+/// are not.
+pub(crate) fn process_memory_left() -> Option<u64> {
+    let limits = fs::read_to_string("/proc/self/limits").ok()?;
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    limits_left(&limits, &status)
+}
+
+fn limits_left(limits: &str, status: &str) -> Option<u64> {
+    let left = |name: &str, used: &str| {
+        let limit = limits.lines().find_map(|line| line.strip_prefix(name))?;
+        let limit: u64 = limit.split_whitespace().next()?.parse().ok()?;
+        let used = status.lines().find_map(|line| line.strip_prefix(used))?;
+        let kib: u64 = used.split_whitespace().next()?.parse().ok()?;
+        Some(limit.saturating_sub(kib.checked_mul(1024)?))
+    };
+    let data = left("Max data size", "VmData:");
+    data.into_iter().chain(left("Max address space", "VmSize:")).min()
+}
+
 fn meminfo_available(text: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
@@ -64,6 +84,20 @@ mod tests {
         assert_eq!(count_text(134_515_008), "134.5 million");
         assert_eq!(count_text(7_000_000_000), "7.00 billion");
         assert_eq!(count_text(999), "999");
+    }
+
+    #[test]
+    fn limits_are_read() {
+        let limits = "Limit    Soft Limit  Hard Limit  Units\n\
+                      Max data size             4096000              unlimited            bytes\n\
+                      Max address space         unlimited            unlimited            bytes\n";
+        assert_eq!(limits_left(limits, "VmSize:\t 9000 kB\nVmData:\t    1000 kB\n"), Some(3_072_000));
+        assert_eq!(limits_left(limits, "VmData:\t 9000 kB\n"), Some(0));
+        assert_eq!(
+            limits_left(&limits.replace("4096000", "unlimited"), "VmData:\t 1 kB\nVmSize:\t 1 kB\n"),
+            None
+        );
+        assert_eq!(limits_left("", ""), None);
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod follow;
 mod home;
 mod http;
 mod hub;
+mod links;
 mod lives;
 mod machine;
 mod runs;

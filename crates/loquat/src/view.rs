@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use train::{Curve, Event, Ranks, Round, Started, Step, TaskScores};
 
+use crate::links::{self, Traffic, traffic};
 use crate::lives::Lives;
 
 /// How often plain output tells where the run is.
@@ -21,6 +22,8 @@ pub(crate) struct View {
     last: Option<Step>,
     /// Where workers train by themselves: their last meeting.
     met: Option<Round>,
+    /// The busiest links, and over how many seconds.
+    traffic: Option<(Vec<Traffic>, f64)>,
     bits_per_byte: Option<f64>,
     /// Tokens per second, smoothed over some steps.
     speed: Option<f64>,
@@ -42,6 +45,7 @@ impl View {
             started: None,
             last: None,
             met: None,
+            traffic: None,
             bits_per_byte: None,
             speed: None,
             tasks: BTreeMap::new(),
@@ -81,6 +85,9 @@ impl View {
                 self.last = Some(step.clone());
             }
             Event::Round(round) => self.met = Some(round.clone()),
+            Event::Links { links, seconds, .. } => {
+                self.traffic = Some((traffic(links, self.lives.hosts()), *seconds));
+            }
             Event::Eval { bits_per_byte, .. } => self.bits_per_byte = Some(*bits_per_byte),
             Event::Task { step, scores } => {
                 self.tasks.insert(scores.task.clone(), (*step, scores.clone()));
@@ -131,7 +138,7 @@ impl View {
     fn draw(&mut self, with_sample: bool) {
         if !self.terminal {
             let mut lines = self.status();
-            lines.truncate(4);
+            lines.truncate(6);
             if with_sample {
                 lines.extend(self.sample_line());
             }
@@ -188,6 +195,7 @@ impl View {
         let mut lines = vec![first, second];
         lines.extend(last.ranks.as_ref().map(|ranks| rank_line(ranks, last, &self.lives)));
         lines.extend(self.met.as_ref().map(|round| round_line(round, &self.lives)));
+        lines.extend(self.traffic.as_ref().and_then(|(busiest, seconds)| links::line(busiest, *seconds)));
         lines.extend(self.lives.line(crate::now_unix_s() as f64));
         lines
     }
@@ -216,11 +224,13 @@ fn score_text(scores: &TaskScores) -> String {
 fn rank_line(ranks: &Ranks, step: &Step, lives: &Lives) -> String {
     let step_seconds = (step.tokens as f64 / step.step.max(1) as f64 / step.tokens_per_second).max(1e-9);
     format!(
-        "slowest: {}, {:.3} s of computing, {:.3} s in the middle; {:.0} % of the step is exchange, {:.0} MB/s sent",
+        "slowest: {}, {:.3} s of computing, {:.3} s in the middle; {:.0} % of the step waits for exchange, {:.0} % of \
+         which is hidden, {:.0} MB/s sent",
         lives.name(ranks.slowest),
         ranks.slowest_seconds,
         ranks.median_seconds,
         100.0 * ranks.exchange_seconds / step_seconds,
+        100.0 * ranks.hidden(),
         ranks.bytes_sent as f64 / 1e6 / step_seconds,
     )
 }

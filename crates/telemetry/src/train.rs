@@ -66,8 +66,10 @@ pub struct TrainRanks {
     pub slowest: usize,
     pub slowest_seconds: f64,
     pub median_seconds: f64,
-    /// Of gradients on their way.
+    /// Of waiting for gradients on their way.
     pub exchange_seconds: f64,
+    /// Of gradients on their way, waited for or not.
+    pub travel_seconds: f64,
     /// Sent by all ranks.
     pub n_bytes: u64,
 }
@@ -109,6 +111,7 @@ impl TrainMetrics {
         set(&self.families.slowest_rank_seconds, ranks.slowest_seconds);
         set(&self.families.median_rank_seconds, ranks.median_seconds);
         set(&self.families.exchange_seconds, ranks.exchange_seconds);
+        set(&self.families.travel_seconds, ranks.travel_seconds);
         self.families.exchange_bytes.get_or_create_owned(&self.labels).inc_by(ranks.n_bytes);
     }
 
@@ -178,6 +181,7 @@ pub(crate) struct TrainFamilies {
     slowest_rank_seconds: GaugeFamily,
     median_rank_seconds: GaugeFamily,
     exchange_seconds: GaugeFamily,
+    travel_seconds: GaugeFamily,
     exchange_bytes: Family<RunLabels, Counter>,
     goodput: GaugeFamily,
     lost_seconds: Family<CauseLabels, GaugeF64>,
@@ -221,7 +225,8 @@ impl TrainFamilies {
             slowest_rank: gauge(r, "slowest_rank", "The rank that computed longest in the last step"),
             slowest_rank_seconds: gauge(r, "slowest_rank_seconds", "How long it computed"),
             median_rank_seconds: gauge(r, "median_rank_seconds", "How long the rank in the middle computed"),
-            exchange_seconds: gauge(r, "exchange_seconds", "How long the last step's gradients travelled"),
+            exchange_seconds: gauge(r, "exchange_seconds", "How long the last step waited for gradients"),
+            travel_seconds: gauge(r, "travel_seconds", "How long the last step's gradients travelled"),
             exchange_bytes: registered(
                 r,
                 "loquat_train_exchange_bytes",
@@ -296,6 +301,7 @@ impl TrainFamilies {
             &self.median_rank_seconds,
             &self.exchange_seconds,
             &self.goodput,
+            &self.travel_seconds,
         ] {
             family.remove(&labels);
         }

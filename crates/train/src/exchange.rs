@@ -18,8 +18,8 @@ use tensor::{Buf, Pool};
 use crate::layout::{Layout, Zero};
 
 /// Buckets under way at a time. Where gradients are divided each is memory that a rank would not have else.
-const UNDER_WAY_MAX: usize = 4;
-const UNDER_WAY_DIVIDED_MAX: usize = 2;
+pub(crate) const UNDER_WAY_MAX: usize = 4;
+pub(crate) const UNDER_WAY_DIVIDED_MAX: usize = 2;
 /// Values that one task adds.
 const ADD_LEN: usize = 16 << 10;
 

@@ -72,10 +72,18 @@ impl Layout {
     pub(crate) fn new(
         trainable: &Trainable,
         zero: Zero,
-        [rank, n_ranks]: [usize; 2],
+        ranks: [usize; 2],
         n_micro_batches: usize,
     ) -> Layout {
-        let (units, n) = (trainable.units(), trainable.n_params());
+        Layout::of_units(trainable.units(), trainable.n_params(), (zero, ranks), n_micro_batches)
+    }
+
+    pub(crate) fn of_units(
+        units: Vec<Range<usize>>,
+        n: usize,
+        (zero, [rank, n_ranks]): (Zero, [usize; 2]),
+        n_micro_batches: usize,
+    ) -> Layout {
         let up = |at: usize| at.next_multiple_of(SHARD_ALIGN).min(n);
         let buckets: Vec<Range<usize>> = units
             .iter()

@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 mod agree;
+mod budget;
 mod checkpoint;
 mod curve;
 mod diloco;
@@ -35,6 +36,7 @@ mod state;
 mod tasks;
 mod tensorboard;
 
+pub use budget::RankBytes;
 pub use curve::Curve;
 pub use diloco::Diloco;
 pub use error::{Error, Result};

@@ -225,7 +225,8 @@ pub fn run_rank(
     let loaded = found.unwrap_or_else(|| opened.initial(&layout, workers.len()));
     let step = loaded.state.step;
     opened.forget_start();
-    let mut leader = if comm.rank() == 0 { Some(Leader::new(context, &opened, step, on_event)?) } else { None };
+    let mut leader =
+        if comm.rank() == 0 { Some(Leader::new(context, &opened, step, on_event)?) } else { None };
     if let Some(leader) = &mut leader {
         leader.begin(refused, step, &opened);
     }

@@ -157,8 +157,9 @@ pub(crate) struct Distributed {
     /// The MPI library, where it is not the one of the mpirun that is found first.
     #[arg(long, value_name = "FILE")]
     pub(crate) mpi_library: Option<PathBuf>,
-    /// Divide the optimizer's state among the ranks (1) instead of copying it. The result does not depend on it.
-    #[arg(long, value_name = "STAGE", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=1))]
+    /// Divide among the ranks instead of copying: the optimizer's state (1), gradients, too (2), and the parameters (3). The
+    /// result does not depend on it.
+    #[arg(long, value_name = "STAGE", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=3))]
     pub(crate) zero: u8,
     /// Seconds without any progress after which a rank gives the others up.
     #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]

@@ -23,13 +23,15 @@ impl Rank<'_> {
         }
         let sent = self.comm.sent_to();
         self.links.told.resize(n_ranks, 0);
-        let own: Vec<f64> = sent.iter().zip(&self.links.told).map(|(now, told)| (now - told) as f64).collect();
+        let own: Vec<f64> =
+            sent.iter().zip(&self.links.told).map(|(now, told)| (now - told) as f64).collect();
         let all = self.comm.all_gather(&own)?;
         let now = (self.seconds)();
         let seconds = now - std::mem::replace(&mut self.links.since, now);
         self.links.told = sent;
         let Some(lead) = lead else { return Ok(()) };
-        let link = |(i, bytes): (usize, &f64)| Link { from: i / n_ranks, to: i % n_ranks, bytes: *bytes as u64 };
+        let link =
+            |(i, bytes): (usize, &f64)| Link { from: i / n_ranks, to: i % n_ranks, bytes: *bytes as u64 };
         let mut links: Vec<Link> = all.iter().enumerate().map(link).filter(|link| link.bytes > 0).collect();
         links.sort_by_key(|link| std::cmp::Reverse(link.bytes));
         links.truncate(TOLD_MAX);

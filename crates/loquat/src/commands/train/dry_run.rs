@@ -4,13 +4,13 @@ use anyhow::{Result, bail};
 use data::{Batches, Mixture, Split};
 use model::Config;
 use tensor::Pool;
-use train::Plan;
+use train::{Plan, Zero};
 
 use super::cluster::{Cluster, Work};
-use super::memory::Needs;
+use super::memory::{Needs, RanksHere};
 use super::plan::{self, Planned};
 use crate::args;
-use crate::machine::{bytes_text, count_text, memory_available};
+use crate::machine::{bytes_text, count_text, memory_available, process_memory_left};
 use crate::view::duration;
 
 /// Micro-batches that take longer than this are not tried out.
@@ -21,7 +21,8 @@ const SHARE_ASSUMED: f64 = 0.5;
 /// Prints the plan, for this machine or a described one.
 pub(super) fn run(args: &args::Train, mut planned: Planned, (pool, peak): (&Pool, f64)) -> Result<()> {
     let config = planned.plan.config()?;
-    let needs = Needs::new(&planned.plan, args.ranks, args.recompute)?;
+    let ranks = RanksHere::of(args, None);
+    let needs = Needs::new(&planned.plan, ranks, args.recompute)?;
     tell_model(&config, &needs);
     if let Some(path) = &args.cluster {
         tell_run(&planned)?;
@@ -33,9 +34,9 @@ pub(super) fn run(args: &args::Train, mut planned: Planned, (pool, peak): (&Pool
         plan::set_steps(&mut planned.plan, args, steps)?;
     }
     tell_run(&planned)?;
-    tell_here(&planned.plan, &needs, args);
+    tell_here(&planned.plan, &needs, args)?;
     tell_time(&planned.plan, &config, step_seconds, peak);
-    needs.check(memory_available())
+    needs.check(memory_available(), process_memory_left())
 }
 
 fn tell_model(config: &Config, needs: &Needs) {
@@ -87,8 +88,7 @@ fn tell_run(planned: &Planned) -> Result<()> {
     Ok(())
 }
 
-fn tell_here(plan: &Plan, needs: &Needs, args: &args::Train) {
-    let n_ranks = args.ranks;
+fn tell_here(plan: &Plan, needs: &Needs, args: &args::Train) -> Result<()> {
     for (kind, bytes) in needs.kinds.iter().filter(|(_, bytes)| *bytes > 0) {
         println!("memory     {:>9} {kind}", bytes_text(*bytes));
     }
@@ -98,9 +98,24 @@ fn tell_here(plan: &Plan, needs: &Needs, args: &args::Train) {
         println!("memory     {:>9} activations with --recompute", bytes_text(needs.recomputed));
     }
     println!(
-        "layout     data parallel on {n_ranks} rank(s) of this machine, each with all parameters; {}",
+        "layout     data parallel on {} rank(s) of this machine, each with {}; {}",
+        args.ranks,
+        match super::zero(args) {
+            Zero::Nothing => "all of the state",
+            Zero::Optimizer => "a part of what the optimizer remembers",
+            Zero::Gradients => "a part of the gradients and of what the optimizer remembers",
+            Zero::Parameters => "a part of parameters, gradients and what the optimizer remembers",
+        },
         if plan.bf16 { "products in bf16, sums and weights in f32" } else { "f32" }
     );
+    if args.ranks > 1 {
+        for stage in 0..=3 {
+            let ranks = RanksHere { stage, ..RanksHere::of(args, None) };
+            let of_rank = Needs::new(plan, ranks, args.recompute)?.of_rank;
+            println!("memory     {:>9} of each rank with --zero {stage}", bytes_text(of_rank));
+        }
+    }
+    Ok(())
 }
 
 /// Seconds of a step, and whether they were measured.

@@ -17,13 +17,13 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use tensor::Pool;
-use train::{Event, Outcome, Plan};
+use train::{Event, Outcome, Plan, Zero};
 
 use self::launch::Launched;
 
 use crate::args;
 use crate::home::Home;
-use crate::machine::memory_available;
+use crate::machine::{memory_available, process_memory_left};
 use crate::view::View;
 
 /// Micro-batches that are tried out to know how long a step takes.
@@ -77,7 +77,7 @@ pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
         n_ranks,
         hosts: member.as_ref().map_or(Vec::new(), |member| member.hosts.clone()),
         after: std::env::var(AFTER).ok(),
-        divided: args.distributed.zero > 0,
+        zero: zero(args),
         n_threads,
         recompute: args.recompute,
         peak_flops,
@@ -135,7 +135,12 @@ fn create(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<()> {
 }
 
 fn check_memory(plan: &Plan, args: &args::Train) -> Result<()> {
-    memory::Needs::new(plan, args.ranks, args.recompute)?.check(memory_available())
+    let ranks = memory::RanksHere::of(args, Launched::of(&|name| std::env::var(name).ok()).as_ref());
+    memory::Needs::new(plan, ranks, args.recompute)?.check(memory_available(), process_memory_left())
+}
+
+fn zero(args: &args::Train) -> Zero {
+    Zero::of_stage(args.distributed.zero).unwrap_or_default()
 }
 
 fn print_line(line: &str) {
