@@ -33,7 +33,7 @@ fn a_slow_link_is_no_limit_for_workers_that_seldom_meet() {
     let steps = 640;
     let of = |run: &str, extra: &str| -> Outcome {
         let begun = Instant::now();
-        let extra = format!("--ranks 2 --checkpoint-every 1000 {extra}");
+        let extra = format!("--ranks 2 {extra}");
         let output = hosts.command(&runs, run, steps, &extra).output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
@@ -53,7 +53,7 @@ fn a_slow_link_is_no_limit_for_workers_that_seldom_meet() {
     runs.must_run(
         "threads",
         steps,
-        "--ranks 2 --checkpoint-every 1000 --diloco workers=2,every=128,lr=0.9,momentum=0.5",
+        "--ranks 2 --diloco workers=2,every=128,lr=0.9,momentum=0.5",
     );
     assert!(runs.weights("threads") == runs.weights("apart"), "threads are as good as hosts");
 }
