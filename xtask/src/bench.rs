@@ -38,6 +38,7 @@ enum What {
     Comm,
     Engine,
     Serve,
+    Speculation,
     Stall,
     Gateway,
     /// Half an hour; only when it is named.
@@ -58,6 +59,7 @@ const ALL: &[What] = &[
     What::Comm,
     What::Engine,
     What::Serve,
+    What::Speculation,
     What::Stall,
     What::Gateway,
 ];
@@ -92,6 +94,7 @@ pub(crate) fn run(root: &Path, args: &Args) -> Result<()> {
                 crate::bench_engine::run(root, &args.models(), args.llama_bench.as_deref())?
             }
             What::Serve => crate::bench_serve::run(root, CHAT_MODEL, args.llama_server.as_deref())?,
+            What::Speculation => crate::bench_speculation::run(root, CHAT_MODEL, TEXT)?,
             What::Stall => example(root, "engine", "bench_stall", &[CHAT_MODEL])?,
             What::Gateway => example(root, "api", "bench_gateway", &[])?,
             What::Soak => example(root, "engine", "soak", &[CHAT_MODEL])?,

@@ -34,14 +34,28 @@ pub(crate) fn run(root: &Path, model: &str, llama_server: Option<&Path>) -> Resu
 }
 
 fn ours(root: &Path, model: &str, salt: u64) -> Result<()> {
+    with_ours(root, model, &[], |server, name| server.measure("loquat", name, salt))
+}
+
+/// Serves the model in a home of its own, with more flags, while `measure` is given the server and the model's name.
+pub(crate) fn with_ours<T>(
+    root: &Path,
+    model: &str,
+    flags: &[&str],
+    measure: impl FnOnce(&Server, &str) -> Result<T>,
+) -> Result<T> {
     let port = free_port()?;
     let home = std::env::temp_dir().join(format!("loquat-bench-{}", std::process::id()));
     let mut command = Command::new(root.join("target/release/loquat"));
-    command.arg("--home").arg(&home).args(["serve", model, "--threads", THREADS, "--port", &port]);
+    command
+        .arg("--home")
+        .arg(&home)
+        .args(["serve", model, "--threads", THREADS, "--port", &port])
+        .args(flags);
     let name = Path::new(model).file_stem().and_then(|n| n.to_str()).context("the model has no name")?;
     let name = name.to_lowercase();
-    let done = Server::start(command.current_dir(root), &port, &name)
-        .and_then(|server| server.measure("loquat", &name, salt));
+    let done =
+        Server::start(command.current_dir(root), &port, &name).and_then(|server| measure(&server, &name));
     std::fs::remove_dir_all(&home).with_context(|| format!("cannot remove {}", home.display()))?;
     done
 }
@@ -57,9 +71,9 @@ fn rival(root: &Path, model: &str, program: &Path) -> Result<()> {
 }
 
 /// A server of its own process group; killed when dropped.
-struct Server {
+pub(crate) struct Server {
     child: Child,
-    url: String,
+    pub(crate) url: String,
 }
 
 impl Server {

@@ -5,6 +5,7 @@ mod bench;
 mod bench_comm;
 mod bench_engine;
 mod bench_serve;
+mod bench_speculation;
 mod bench_train;
 mod ci;
 mod load;

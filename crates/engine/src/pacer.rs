@@ -3,8 +3,8 @@
 //! Every token beside the decoding ones lengthens the step, and every running stream waits for it. The
 //! pacer learns what a step of only decoding takes and what each further token adds. Prompt tokens may
 //! lengthen a step by [`STRETCH`] of its own length: a long prompt then leaves running streams at less
-//! than three times their usual gap and itself gets more than half of the machine. Where more prompts
-//! wait than streams run, more wait for a first token than for the next one, and they get more.
+//! than three times their usual gap and itself gets more than half of the machine. Prompts behind
+//! another one get more: see [`PROMPT_WEIGHT`].
 //! Which tokens come out never depends on it.
 
 use std::time::Duration;
@@ -14,10 +14,12 @@ use crate::scheduler::Crowd;
 /// Time for prompts beside decoding, in units of the decoding. Twice would be the limit of three
 /// times the usual gap; the rest is for what the estimates miss.
 const STRETCH: f64 = 1.25;
+/// Running streams that a prompt behind another one counts for: they go on meanwhile, if more slowly, and it stands still.
+const PROMPT_WEIGHT: f64 = 4.0;
 /// However slow the machine, a prompt gets on.
 const PREFILL_TOKENS_MIN: usize = 1;
 /// The first guess, before anything was measured.
-const PREFILL_TOKENS_GUESS: usize = 64;
+const PREFILL_TOKENS_GUESS: f64 = 64.0;
 /// Share of a new measurement in the estimate.
 const SMOOTHING: f64 = 0.2;
 /// Decoding times are kept for 1, 2, 3-4, 5-8, … sequences.
@@ -49,14 +51,13 @@ impl Pacer {
 
     /// Prompt tokens the next step may hold if it decodes as well. At least 1.
     pub(crate) fn max_prefill(&self, crowd: Crowd) -> usize {
+        let n_behind = crowd.n_prompts.saturating_sub(1) as f64;
+        let crowding = (PROMPT_WEIGHT * n_behind / crowd.n_decodes.max(1) as f64).max(1.0);
         let known = (self.decode_time(crowd.n_decodes), self.seconds_per_token());
+        // A cast of a float saturates, so a cost of nearly 0 is harmless.
         let n_tokens = match known {
-            (Some(decode), Some(seconds_per_token)) => {
-                let crowding = crowd.n_prompts as f64 / crowd.n_decodes.max(1) as f64;
-                // A cast of a float saturates, so a cost of nearly 0 is harmless.
-                (decode * STRETCH * crowding.max(1.0) / seconds_per_token.max(1e-9)) as usize
-            }
-            _ => PREFILL_TOKENS_GUESS,
+            (Some(decode), Some(per_token)) => (decode * STRETCH * crowding / per_token.max(1e-9)) as usize,
+            _ => (PREFILL_TOKENS_GUESS * crowding) as usize,
         };
         n_tokens.max(PREFILL_TOKENS_MIN).min(self.prefill_tokens_max)
     }
@@ -190,8 +191,8 @@ mod tests {
     #[test]
     fn many_prompts_beside_few_streams_get_more() {
         let pacer = settled(20.0, 0.5);
-        assert!(pacer.max_prefill(crowd(8, 8)).abs_diff(50) <= 1);
-        assert!(pacer.max_prefill(crowd(8, 24)).abs_diff(150) <= 1);
+        assert!(pacer.max_prefill(crowd(8, 2)).abs_diff(50) <= 1);
+        assert!(pacer.max_prefill(crowd(8, 7)).abs_diff(150) <= 1);
     }
 
     #[test]
@@ -207,7 +208,7 @@ mod tests {
 
     #[test]
     fn the_first_steps_get_a_guess_within_the_limit() {
-        assert_eq!(Pacer::new(256).max_prefill(crowd(1, 1)), PREFILL_TOKENS_GUESS);
+        assert_eq!(Pacer::new(256).max_prefill(crowd(1, 1)), PREFILL_TOKENS_GUESS as usize);
         assert_eq!(Pacer::new(5).max_prefill(crowd(1, 1)), 5);
     }
 

@@ -128,14 +128,21 @@ fn a_long_prompt_does_not_stall_running_streams() {
 
 #[test]
 fn a_burst_of_prompts_is_read_at_nearly_full_speed() {
-    let mut machine = Machine::new();
-    let burst: Vec<_> = (0..32).map(|_| machine.add(128, 128)).collect();
-    burst.iter().for_each(|&id| machine.run_until_first_token(id));
-    let mut first: Vec<_> = burst.iter().map(|id| machine.tokens_at[id][0]).collect();
-    first.sort_by(f64::total_cmp);
+    let (mut cold, mut warm) = (Machine::new(), Machine::new());
+    let before: Vec<_> = (0..8).map(|_| warm.add(128, 128)).collect();
+    while before.iter().any(|id| warm.tokens_at[id].len() < 128) {
+        warm.step();
+    }
     let alone = 32.0 * 128.0 * TOKEN_SECONDS;
-    assert!(first[16] < 0.75 * alone, "median {:.2} s of {alone:.2} s", first[16]);
-    assert!(first[31] < 1.7 * alone, "last {:.2} s of {alone:.2} s", first[31]);
+    for machine in [&mut cold, &mut warm] {
+        let arrival = machine.now;
+        let burst: Vec<_> = (0..32).map(|_| machine.add(128, 128)).collect();
+        burst.iter().for_each(|&id| machine.run_until_first_token(id));
+        let mut first: Vec<_> = burst.iter().map(|id| machine.tokens_at[id][0] - arrival).collect();
+        first.sort_by(f64::total_cmp);
+        assert!(first[16] < 0.7 * alone, "median {:.2} s of {alone:.2} s", first[16]);
+        assert!(first[31] < 1.35 * alone, "last {:.2} s of {alone:.2} s", first[31]);
+    }
 }
 
 #[test]

@@ -187,19 +187,25 @@ pub struct BundleWriter {
     files: Vec<FileEntry>,
 }
 
-/// Reads a slice with pauses.
+/// Reads a slice with pauses: as many for a reader of large pieces as for one of small ones.
 struct Paced<'a> {
     bytes: &'a [u8],
+    /// Since the last pause.
+    n_read: usize,
     pace: &'a mut dyn FnMut(),
 }
 
 impl Read for Paced<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let n = buffer.len().min(self.bytes.len()).min(PACED_BYTES);
+        let n = buffer.len().min(self.bytes.len()).min(PACED_BYTES - self.n_read);
         let (now, later) = self.bytes.split_at(n);
         buffer[..n].copy_from_slice(now);
         self.bytes = later;
-        (self.pace)();
+        self.n_read += n;
+        if self.n_read == PACED_BYTES {
+            self.n_read = 0;
+            (self.pace)();
+        }
         Ok(n)
     }
 }
@@ -229,7 +235,7 @@ impl BundleWriter {
         let sha256 = hex::encode(hash.finalize());
         let entry = FileEntry { name: file.to_string(), bytes: bytes.len() as u64, sha256 };
         let name = self.admit(&entry)?;
-        self.store.put_reader(&name, &mut Paced { bytes, pace }, entry.bytes)?;
+        self.store.put_reader(&name, &mut Paced { bytes, n_read: 0, pace }, entry.bytes)?;
         self.files.push(entry.clone());
         Ok(entry)
     }

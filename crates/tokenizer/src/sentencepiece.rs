@@ -52,6 +52,8 @@ pub(crate) fn merges_by_score(
             }
         }
     }
+    // They stay as long as the tokenizer.
+    merges.shrink_to_fit();
     Ok(merges)
 }
 

@@ -18,11 +18,11 @@ use crate::layout::Layout;
 use crate::state::{Snapshot, State};
 use crate::{Event, Result};
 
-/// The writer sleeps between bits of some 0.2 ms of work, this long divided by the threads: it takes 0.6 % of the machine,
-/// and where all threads wait for the one that it interrupts, 1.2 % of the time of two. 256 KiB in 16 ms, read twice: 8
-/// MB/s with two threads, a quarter of an hour for 12 bytes each of 600 million parameters, 25 steps of which take longer. A
-/// lower priority would do the same on a machine of our own, and starve where others want to run, too.
-const PAUSE_OF_ONE_THREAD: Duration = Duration::from_millis(32);
+/// The writer sleeps between bits of some 0.2 ms of work, this long divided by the threads: it takes 0.3 % of the machine,
+/// and where all threads wait for the one that it interrupts and find their caches emptied, 2 % of the time of two. 256 KiB
+/// in 32 ms, read twice: 4 MB/s with two threads, half an hour for 12 bytes each of 600 million parameters, 25 steps of
+/// which take longer. A lower priority would do the same on a machine of our own, and starve where others want to run, too.
+const PAUSE_OF_ONE_THREAD: Duration = Duration::from_millis(64);
 
 /// Writes at most one checkpoint at a time: this rank's part of it.
 pub(crate) struct Saver {

@@ -22,6 +22,8 @@ const SEED: u64 = 1234;
 /// Room for the keys and values of sequences that are computed together, in rows of the plan's context, and at least.
 const ROWS: usize = 8;
 const POSITIONS_MIN: usize = 8192;
+/// See `tensor::packed`.
+const CHUNK_BYTES: usize = 32 << 20;
 
 impl Tasks {
     /// Reads the files of tasks, so that a wrong one is told before the run begins. Each is its name and what it holds.
@@ -50,14 +52,17 @@ impl Tasks {
 }
 
 impl Plan {
-    /// Bytes of the copy of the model that writes samples and is asked tasks, with its keys and values.
+    /// Bytes of the copies of the model that write samples and are asked tasks, with keys and values: as tensors, and as the
+    /// engine lays them out, for which it takes memory in large chunks.
     ///
     /// # Errors
     /// If the plan has no model.
     pub fn copy_bytes(&self) -> Result<u64> {
         let config = self.config()?;
         let n_blocks = if self.tasks.is_some() { n_positions(self).div_ceil(BLOCK_TOKENS) } else { 0 };
-        Ok((4 * config.n_params() + n_blocks * config.kv_block_bytes(KvType::F32)) as u64)
+        let n_bytes = 4 * config.n_params();
+        let laid_out = n_bytes.next_multiple_of(CHUNK_BYTES);
+        Ok((n_bytes + laid_out + n_blocks * config.kv_block_bytes(KvType::F32)) as u64)
     }
 }
 

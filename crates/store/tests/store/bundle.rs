@@ -206,3 +206,17 @@ fn stored_files_are_taken_over() {
     assert_eq!(open(&store).read("a.bin").unwrap(), b"aaa");
     assert_eq!(open(&store).manifest().files.len(), 1);
 }
+
+#[test]
+fn pauses_depend_on_bytes_and_not_on_the_store() {
+    let dir = tempfile::tempdir().unwrap();
+    let local = store::open(&dir.path().display().to_string()).unwrap();
+    let bytes = vec![7; 1 << 20];
+    for store in [ram(), local] {
+        let mut n_pauses = 0;
+        let mut writer = BundleWriter::new(&store, "paced").unwrap();
+        writer.add_paced("file", &bytes, &mut || n_pauses += 1).unwrap();
+        // For the checksum and for the write, each 256 KiB.
+        assert_eq!(n_pauses, 8);
+    }
+}

@@ -93,7 +93,7 @@ impl Needs {
                 ("optimizer", first.optimizer + (here - 1) * other.optimizer),
                 ("activations", here * activations(recompute)),
                 ("checkpoint being written", first.checkpoint + (here - 1) * other.checkpoint),
-                ("a copy for samples and tasks", copy),
+                ("copies for samples and tasks", copy),
                 ("more, for the finished model's file", first.publication.saturating_sub(steps)),
                 ("the program", here * PROGRAM_BYTES),
             ],
