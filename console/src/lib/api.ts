@@ -65,6 +65,7 @@ export type Run = {
   steps_total: number | null;
   points: Point[];
   evals: Eval[];
+  notes: string[];
   last: Point | null;
 };
 

@@ -13,6 +13,7 @@ mod follow;
 mod home;
 mod http;
 mod hub;
+mod links;
 mod lives;
 mod machine;
 mod pods;
