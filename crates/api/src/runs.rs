@@ -1,5 +1,4 @@
-//! Training runs and jobs, for the console and for operators. Who knows them implements [`Runs`] and
-//! [`Jobs`](crate::Jobs).
+//! Training runs, for the console and for operators. Who knows them implements [`Runs`].
 
 use axum::Json;
 use axum::extract::rejection::PathRejection;
@@ -27,6 +26,8 @@ pub struct Curve {
     pub steps_total: Option<u64>,
     pub points: Vec<Point>,
     pub evals: Vec<Eval>,
+    /// What its ranks lose time to and send, in words.
+    pub notes: Vec<String>,
 }
 
 /// One training step.
@@ -83,14 +84,9 @@ pub(crate) async fn get(
         "n_steps": curve.points.len(),
         "points": thin(&curve.points),
         "evals": curve.evals,
+        "notes": curve.notes,
         "last": curve.points.last(),
     })))
-}
-
-pub(crate) async fn jobs(State(state): State<AppState>) -> Result<Json<Value>> {
-    let jobs = state.jobs.clone();
-    let data = blocking("list jobs", move || jobs.list()).await?;
-    Ok(Json(json!({"object": "list", "data": data})))
 }
 
 /// Runs what may touch a disk or a network away from the async threads.
