@@ -4,10 +4,13 @@
 use crate::clock::UnixMs;
 use crate::database::{Control, Stop};
 use crate::error::{Error, Result};
-use crate::job::{JobId, JobSpec};
+use crate::job::{JobId, JobSpec, Needs};
 use crate::jobs;
 use crate::leases::Lease;
 use crate::models::check_name;
+use crate::nodes;
+use crate::projects;
+use crate::room::check_exists;
 use crate::sql::{Fault, Row, Transaction, values};
 
 /// Replicas of one model.
@@ -17,8 +20,7 @@ pub const REPLICAS_MAX: u32 = 64;
 const DEPLOYMENTS_MAX: usize = 1_000;
 const ALL_REPLICAS_MAX: usize = 10_000;
 
-const COLUMNS: &str =
-    "model, n_replicas, n_min, n_max, live, canary, canary_percent, args, message, created_ms, changed_ms";
+const COLUMNS: &str = "model, n_replicas, n_min, n_max, live, canary, canary_percent, args, message, created_ms, changed_ms, needs";
 
 /// How one model is to be served by replicas.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +35,8 @@ pub struct Deployment {
     pub canary: Option<Canary>,
     /// More of the command line of `loquat serve`.
     pub args: Vec<String>,
+    /// Of each replica.
+    pub needs: Needs,
     /// The last decision, in words.
     pub message: Option<String>,
     pub created_at: UnixMs,
@@ -57,6 +61,7 @@ pub struct Ask {
     /// A source other than the live one replaces it, replica by replica.
     pub source: Option<String>,
     pub args: Option<Vec<String>>,
+    pub needs: Option<Needs>,
 }
 
 /// A process that serves a model.
@@ -104,6 +109,18 @@ impl Control {
     pub fn start_canary(&self, model: &str, source: &str, percent: u32) -> Result<Deployment> {
         let (now, canary) = (self.now(), Canary { source: source.to_owned(), percent });
         self.write("start a canary", |transaction| start_canary(transaction, model, canary, now))
+    }
+
+    /// A person ends the trial of a model, whatever is on trial; returns what was done, in words.
+    pub fn end_trial(&self, model: &str, promote: bool) -> Result<String> {
+        let no_trial = || Error::NoTrial { model: model.to_owned() };
+        let found = self.get_deployment(model)?.ok_or(Error::NoDeployment { model: model.to_owned() })?;
+        let source = found.canary.ok_or_else(no_trial)?.source;
+        let message = format!("{source} was {} by hand", if promote { "promoted" } else { "rolled back" });
+        match self.end_canary(model, &source, promote, &message)? {
+            true => Ok(message),
+            false => Err(no_trial()),
+        }
     }
 
     /// Ends the trial of `source`: it becomes live, or it goes. `false` when it was not on trial any more.
@@ -229,6 +246,8 @@ pub(crate) fn deploy(
         }
     }
     let wanted = changed(found, model, ask, now)?;
+    let replica = JobSpec { needs: wanted.needs, max_restarts: u32::MAX, ..JobSpec::default() };
+    check_exists(&replica, &nodes::all(transaction)?, &projects::all(transaction)?)?;
     put(transaction, &wanted)?;
     Ok(wanted)
 }
@@ -306,6 +325,7 @@ fn changed(found: Option<Deployment>, model: &str, ask: &Ask, now: UnixMs) -> Re
             live: source.clone(),
             canary: None,
             args: Vec::new(),
+            needs: Needs::default(),
             message: None,
             created_at: now,
             changed_at: now,
@@ -333,24 +353,26 @@ fn changed(found: Option<Deployment>, model: &str, ask: &Ask, now: UnixMs) -> Re
     if let Some(args) = &ask.args {
         wanted.args.clone_from(args);
     }
+    wanted.needs = ask.needs.unwrap_or(wanted.needs);
     wanted.changed_at = now;
     Ok(wanted)
 }
 
 fn put(transaction: &mut Transaction, wanted: &Deployment) -> Result<(), Stop> {
     let args = serde_json::to_string(&wanted.args).expect("a list of texts has a JSON form");
+    let needs = serde_json::to_string(&wanted.needs).expect("numbers have a JSON form");
     let (canary, percent) = match &wanted.canary {
         Some(canary) => (Some(&canary.source), canary.percent),
         None => (None, 0),
     };
     transaction.execute(
         "INSERT INTO deployments (model, n_replicas, n_min, n_max, live, canary, canary_percent, args, message,
-                                  created_ms, changed_ms)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
+                                  created_ms, changed_ms, needs)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)
          ON CONFLICT (model) DO UPDATE
          SET n_replicas = excluded.n_replicas, n_min = excluded.n_min, n_max = excluded.n_max,
              live = excluded.live, canary = excluded.canary, canary_percent = excluded.canary_percent,
-             args = excluded.args, message = excluded.message, changed_ms = excluded.changed_ms",
+             args = excluded.args, needs = excluded.needs, message = excluded.message, changed_ms = excluded.changed_ms",
         values![
             &wanted.model,
             wanted.n_replicas,
@@ -363,6 +385,7 @@ fn put(transaction: &mut Transaction, wanted: &Deployment) -> Result<(), Stop> {
             wanted.message.as_ref(),
             wanted.created_at.0,
             wanted.changed_at.0,
+            &needs,
         ],
     )?;
     Ok(())
@@ -374,6 +397,7 @@ pub(crate) fn find(transaction: &mut Transaction, model: &str) -> Result<Option<
 }
 
 fn deployment(row: &Row) -> Result<Deployment, Fault> {
+    let needs = row.text_or_null(11)?.map(serde_json::from_str).transpose();
     let canary = match row.text_or_null(5)? {
         Some(source) => Some(Canary { source: source.to_owned(), percent: row.u32(6)? }),
         None => None,
@@ -389,6 +413,7 @@ fn deployment(row: &Row) -> Result<Deployment, Fault> {
         message: row.text_or_null(8)?.map(str::to_owned),
         created_at: UnixMs(row.int(9)?),
         changed_at: UnixMs(row.int(10)?),
+        needs: needs.map_err(|error| Fault::row(11, error.to_string()))?.unwrap_or_default(),
     })
 }
 

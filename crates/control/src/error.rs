@@ -80,6 +80,23 @@ pub enum Error {
     TooMany { what: &'static str, max: usize },
     #[error("job {name} is not over yet and was submitted with another command line, as {id}")]
     JobConflict { name: String, id: JobId },
+    #[error(
+        "the job asks for more than there is: {field} {asked}, where {whose} has at most {at_most}; with {field} \
+         {at_most} it would fit"
+    )]
+    Beyond { field: &'static str, asked: u64, at_most: u64, whose: String },
+    #[error(
+        "node name {name} is used by another machine; give this one another name with --node, or forget the other"
+    )]
+    NodeTaken { name: String },
+    #[error("there is no node {name}")]
+    NoNode { name: String },
+    #[error("node {name} is alive: it was heard of just now; drain it, and stop its loquat")]
+    NodeAlive { name: String },
+    #[error("{id} is {state}; only what is over is run again")]
+    JobNotOver { id: JobId, state: &'static str },
+    #[error("{model} has nothing on trial")]
+    NoTrial { model: String },
     #[error("{model} is not deployed")]
     NoDeployment { model: String },
     #[error("{id} of {model} is not over yet; cancel it first")]

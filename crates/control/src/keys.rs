@@ -34,12 +34,36 @@ impl std::fmt::Display for KeyId {
     }
 }
 
+/// What a key may do; each may what those before it may.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Role {
+    /// Ask models.
+    Use,
+    /// See the cluster; cancel jobs and run them again.
+    Member,
+    /// Everything.
+    Admin,
+}
+
+impl Role {
+    pub const ALL: [Self; 3] = [Self::Use, Self::Member, Self::Admin];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Use => "use",
+            Self::Member => "member",
+            Self::Admin => "admin",
+        }
+    }
+}
+
 /// What may be known about a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KeyInfo {
     pub id: KeyId,
     /// Chosen by who created it; need not be unique.
     pub name: String,
+    pub role: Role,
     pub created_at: UnixMs,
     pub revoked_at: Option<UnixMs>,
 }
@@ -88,7 +112,7 @@ impl KeyCache {
 
 impl Control {
     /// A new key. Errors: an empty, overlong or unprintable name, too many keys, the database.
-    pub fn create_key(&self, name: &str) -> Result<SecretKey> {
+    pub fn create_key(&self, name: &str, role: Role) -> Result<SecretKey> {
         if name.is_empty() || name.len() > 128 || name.chars().any(char::is_control) {
             return Err(Error::Invalid {
                 what: "key name",
@@ -104,13 +128,13 @@ impl Control {
                 return Err(Stop::Refused(Error::TooMany { what: "keys", max: KEYS_MAX }));
             }
             let id = transaction.number(
-                "INSERT INTO keys (name, hash, created_ms) VALUES (?1, ?2, ?3) RETURNING id",
-                values![name, &hash, created_at.0],
+                "INSERT INTO keys (name, hash, created_ms, role) VALUES (?1, ?2, ?3, ?4) RETURNING id",
+                values![name, &hash, created_at.0, role.as_str()],
             )?;
             Ok(KeyId(id))
         })?;
         self.drop_key_cache();
-        let info = KeyInfo { id, name: name.to_owned(), created_at, revoked_at: None };
+        let info = KeyInfo { id, name: name.to_owned(), role, created_at, revoked_at: None };
         Ok(SecretKey { info, text })
     }
 
@@ -161,8 +185,8 @@ impl Control {
     /// All keys ever created, revoked ones included, newest last.
     pub fn list_keys(&self) -> Result<Vec<KeyInfo>> {
         self.read("list keys", |transaction| {
-            let rows =
-                transaction.rows("SELECT id, name, created_ms, revoked_ms FROM keys ORDER BY id", &[])?;
+            let rows = transaction
+                .rows("SELECT id, name, created_ms, revoked_ms, role FROM keys ORDER BY id", &[])?;
             Ok(rows.iter().map(key_info).collect::<Result<_, _>>()?)
         })
     }
@@ -182,10 +206,11 @@ impl Control {
     /// revocation can never replace one read after it.
     fn refresh_key_cache<T>(&self, now: UnixMs, look: impl FnOnce(&KeyCache) -> T) -> Result<T> {
         self.read("read the keys", |transaction| {
-            let sql = "SELECT id, name, created_ms, revoked_ms, hash FROM keys WHERE revoked_ms IS NULL";
+            let sql =
+                "SELECT id, name, created_ms, revoked_ms, role, hash FROM keys WHERE revoked_ms IS NULL";
             let mut keys = HashMap::<_, Vec<_>>::new();
             for row in transaction.rows(sql, &[])? {
-                let hash = row.hash(4)?;
+                let hash = row.hash(5)?;
                 keys.entry(head(&hash)).or_default().push((hash, key_info(&row)?));
             }
             let cache = KeyCache { read_at: now, keys };
@@ -209,7 +234,10 @@ fn head(hash: &[u8; 32]) -> [u8; 8] {
 }
 
 fn key_info(row: &Row) -> Result<KeyInfo, Fault> {
+    let word = row.text(4)?;
+    let role = Role::ALL.into_iter().find(|role| role.as_str() == word);
     Ok(KeyInfo {
+        role: role.ok_or_else(|| Fault::unknown_word(4, word))?,
         id: KeyId(row.int(0)?),
         name: row.text(1)?.to_owned(),
         created_at: UnixMs(row.int(2)?),

@@ -1,10 +1,8 @@
 //! The control plane as the API sees it.
 
-use api::{Cause, JobView, Jobs, KeyChecker, KeyOwner};
+use api::{Call, Cause, Cluster, KeyChecker, KeyOwner, LogPiece, Refusal, Role};
 use control::{Control, KeyInfo};
-
-/// Jobs in one answer, the newest first.
-const JOBS_SHOWN: usize = 200;
+use serde_json::{Value, json};
 
 pub(crate) struct ControlKeys(pub(crate) Control);
 
@@ -19,24 +17,12 @@ impl KeyChecker for ControlKeys {
 }
 
 fn owner(key: KeyInfo) -> KeyOwner {
-    KeyOwner { id: key.id.0.to_string(), name: key.name }
-}
-
-pub(crate) struct ControlJobs(pub(crate) Control);
-
-impl Jobs for ControlJobs {
-    fn list(&self) -> Result<Vec<JobView>, Cause> {
-        let view = |job: control::Job| JobView {
-            id: job.id.to_string(),
-            object: "job",
-            name: job.spec.name,
-            state: job.state.as_str().to_owned(),
-            restarts: job.n_starts.saturating_sub(1),
-            message: job.message,
-            created: job.created_at.seconds().unsigned_abs(),
-        };
-        Ok(self.0.list_jobs(JOBS_SHOWN)?.into_iter().map(view).collect())
-    }
+    let role = match key.role {
+        control::Role::Use => Role::Use,
+        control::Role::Member => Role::Member,
+        control::Role::Admin => Role::Admin,
+    };
+    KeyOwner { id: key.id.0.to_string(), name: key.name, role }
 }
 
 /// One fixed key, for a replica that runs without a control plane; `None` lets everybody in.
@@ -44,7 +30,7 @@ pub(crate) struct OneKey(pub(crate) Option<String>);
 
 impl OneKey {
     fn owner(&self, key: &str) -> Option<KeyOwner> {
-        let owner = || KeyOwner { id: "0".to_owned(), name: "only".to_owned() };
+        let owner = || KeyOwner { id: "0".to_owned(), name: "only".to_owned(), role: Role::Admin };
         // Digests of equal length are compared, so that the time taken says nothing about the key.
         let digest = |text: &str| crate::sha256_hex(text.as_bytes());
         match &self.0 {
@@ -64,7 +50,11 @@ impl KeyChecker for OneKey {
     }
 
     fn nobody(&self) -> Option<KeyOwner> {
-        self.0.is_none().then(|| KeyOwner { id: "0".to_owned(), name: "anybody".to_owned() })
+        self.0.is_none().then(|| KeyOwner {
+            id: "0".to_owned(),
+            name: "anybody".to_owned(),
+            role: Role::Admin,
+        })
     }
 }
 
@@ -75,7 +65,7 @@ impl GatewaysOnly {
     fn owner(&self, key: &str) -> Option<KeyOwner> {
         let (key, tenant) = key.split_once('.')?;
         OneKey(Some(self.0.clone())).owner(key)?;
-        Some(KeyOwner { id: tenant.to_owned(), name: "gateway".to_owned() })
+        Some(KeyOwner { id: tenant.to_owned(), name: "gateway".to_owned(), role: Role::Use })
     }
 }
 
@@ -89,11 +79,20 @@ impl KeyChecker for GatewaysOnly {
     }
 }
 
-/// No control plane, no jobs.
-pub(crate) struct NoJobs;
+/// No control plane, no cluster.
+pub(crate) struct NoCluster;
 
-impl Jobs for NoJobs {
-    fn list(&self) -> Result<Vec<JobView>, Cause> {
-        Ok(Vec::new())
+impl Cluster for NoCluster {
+    fn call(&self, call: Call) -> Result<Value, Refusal> {
+        match call {
+            Call::Jobs | Call::Nodes | Call::Deployments | Call::Promotions | Call::Projects => {
+                Ok(json!({"object": "list", "data": []}))
+            }
+            _ => Err(Refusal::Conflict("this server is one replica, without a control plane".to_owned())),
+        }
+    }
+
+    fn log(&self, job: &str, _: Option<u64>, _: usize) -> Result<LogPiece, Refusal> {
+        Err(Refusal::NotFound { what: "job", name: job.to_owned() })
     }
 }

@@ -231,7 +231,7 @@ impl Deployer {
                 .map(str::to_owned),
         );
         args.extend(deployment.args.iter().cloned());
-        Ok(JobSpec { name, args, env: BTreeMap::new(), max_restarts: u32::MAX })
+        Ok(JobSpec { name, args, max_restarts: u32::MAX, needs: deployment.needs, ..JobSpec::default() })
     }
 
     fn hold_lease(&mut self) -> Result<Option<Lease>> {

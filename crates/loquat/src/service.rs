@@ -11,14 +11,15 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use api::{AppState, Limits, Parts};
 use control::{
-    Control, KubernetesLauncher, KubernetesOptions, Launcher, LocalLauncher, ModelKind, NodeSpec, Reconciler,
-    ReconcilerOptions, Shutdown, SlurmLauncher, SlurmOptions,
+    Control, KubernetesLauncher, KubernetesOptions, Launcher, LocalLauncher, ModelKind, NodeLoad, NodeSpec,
+    Reconciler, ReconcilerOptions, Shutdown, SlurmLauncher, SlurmOptions,
 };
 use store::{Bundle, Store};
 use telemetry::Metrics;
 
-use crate::adapters::{ControlJobs, ControlKeys};
-use crate::args::Listen;
+use crate::adapters::ControlKeys;
+use crate::args::{Listen, Offer};
+use crate::cluster::ControlCluster;
 use crate::deployer::Deployer;
 use crate::home::Home;
 use crate::http::Http;
@@ -49,14 +50,19 @@ impl Service {
         let state = AppState::new(Parts {
             keys: Arc::new(ControlKeys(control.clone())),
             runs: Arc::new(StoredRuns::new(store.clone())),
-            jobs: Arc::new(ControlJobs(control.clone())),
+            cluster: Arc::new(ControlCluster { control: control.clone(), home: home.clone() }),
             metrics: Metrics::new(),
             limits: Limits::default(),
             now_unix_s: crate::now_unix_s,
         });
         let http = Http::start(&state, listen)?;
         let (launcher, node) = launcher(home, &control, runs_on)?;
-        let options = ReconcilerOptions { node, ..ReconcilerOptions::default() };
+        if let Some(node) = &node {
+            // A name that another machine uses is found out now, and not from a log.
+            control.put_node(node, &NodeLoad::default())?;
+        }
+        let disk = node.as_ref().map(|_| home.path().to_owned());
+        let options = ReconcilerOptions { node, disk, ..ReconcilerOptions::default() };
         let reconciler = Reconciler::start(&control, launcher, state.metrics.job(), options)?;
         let stop = Arc::new(AtomicBool::new(false));
         let keeper = Arc::new(ModelKeeper {
@@ -101,7 +107,7 @@ impl Service {
 
 /// What runs this machine's jobs.
 pub(crate) enum RunsOn {
-    ThisMachine,
+    ThisMachine(Offer),
     /// With more arguments of sbatch.
     Slurm(Vec<String>),
     Kubernetes(Box<KubernetesOptions>),
@@ -113,14 +119,10 @@ type AnyLauncher = Box<dyn Launcher + Send>;
 fn launcher(home: &Home, control: &Control, runs_on: &RunsOn) -> Result<(AnyLauncher, Option<NodeSpec>)> {
     let (program, logs) = (std::env::current_exe()?, home.job_logs());
     match runs_on {
-        RunsOn::ThisMachine => {
-            let (launcher, node) =
-                (LocalLauncher::new(&program, &logs)?.with_env(home.as_env()), home.node());
-            let launcher = match &node {
-                Some(node) => launcher.on_node(&node.name),
-                None => launcher,
-            };
-            Ok((Box::new(launcher), node))
+        RunsOn::ThisMachine(offer) => {
+            let node = home.node(offer);
+            let launcher = LocalLauncher::new(&program, &logs)?.with_env(home.as_env()).on_node(&node.name);
+            Ok((Box::new(launcher), Some(node)))
         }
         RunsOn::Slurm(sbatch) => {
             let options = SlurmOptions { conf: None, sbatch: sbatch.clone() };

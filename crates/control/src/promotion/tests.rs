@@ -128,8 +128,7 @@ impl World {
             let spec = JobSpec {
                 name: format!("promote/{}/{}", promotion.id.0, promotion.stage.as_str()),
                 args: vec!["x".to_owned()],
-                env: BTreeMap::new(),
-                max_restarts: 0,
+                ..JobSpec::default()
             };
             match self.control.record_move(&lease, &promotion, &next, Some(&spec)) {
                 Ok(true) => {}

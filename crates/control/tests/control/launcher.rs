@@ -108,7 +108,7 @@ pub(crate) fn quick() -> ReconcilerOptions {
         },
         lease_ttl: Duration::from_secs(5),
         tick: Duration::from_millis(20),
-        node: None,
+        ..ReconcilerOptions::default()
     }
 }
 

@@ -93,6 +93,10 @@ macro_rules! suite {
 
 suite! {
     nodes::jobs_are_shared_by_nodes_and_each_runs_once,
+    nodes::a_name_has_one_machine_until_it_is_given_up,
+    nodes::a_job_beyond_all_nodes_or_its_quota_is_refused,
+    nodes::a_gang_takes_its_part_of_several_nodes,
+    keys::a_key_keeps_its_role,
     deployments::a_deployment_is_asked_for_changed_and_forgotten,
     deployments::a_trial_ends_once_and_only_the_one_that_was_on,
     deployments::a_stale_deployer_changes_nothing,
@@ -120,8 +124,8 @@ fn shell(name: &str, script: &str, max_restarts: u32) -> JobSpec {
     JobSpec {
         name: name.to_owned(),
         args: vec!["-c".to_owned(), script.to_owned()],
-        env: Default::default(),
         max_restarts,
+        ..JobSpec::default()
     }
 }
 

@@ -12,6 +12,7 @@ mod hub;
 mod kill;
 #[cfg(feature = "long")]
 mod peers;
+mod placement;
 #[path = "../../../control/tests/support/postgres.rs"]
 mod postgres;
 mod promote;
