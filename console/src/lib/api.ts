@@ -13,6 +13,7 @@ export type Job = {
   waits_for: string | null;
   restarts: number;
   message: string | null;
+  created: number;
   priority: number;
   project: string;
   needs: Needs;
@@ -64,6 +65,7 @@ export type Run = {
   steps_total: number | null;
   points: Point[];
   evals: Eval[];
+  notes: string[];
   last: Point | null;
 };
 

@@ -26,6 +26,8 @@ pub struct Curve {
     pub steps_total: Option<u64>,
     pub points: Vec<Point>,
     pub evals: Vec<Eval>,
+    /// What its ranks lose time to and send, in words.
+    pub notes: Vec<String>,
 }
 
 /// One training step.
@@ -82,6 +84,7 @@ pub(crate) async fn get(
         "n_steps": curve.points.len(),
         "points": thin(&curve.points),
         "evals": curve.evals,
+        "notes": curve.notes,
         "last": curve.points.last(),
     })))
 }

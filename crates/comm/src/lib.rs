@@ -11,6 +11,7 @@ mod mpi_comm;
 mod pending;
 mod post;
 mod record;
+mod sent;
 mod threads;
 pub mod tree;
 
@@ -81,8 +82,12 @@ pub trait Comm: Send {
 
     fn receive(&self, from: usize, values: &mut [f32]) -> Result<(), CommError>;
 
-    /// Bytes that this rank has sent to others so far.
-    fn bytes_sent(&self) -> u64;
+    /// Bytes that this rank has sent to each so far.
+    fn sent_to(&self) -> Vec<u64>;
+
+    fn bytes_sent(&self) -> u64 {
+        self.sent_to().iter().sum()
+    }
 
     /// Ends in order, once every rank has come here. A rank that only drops its end has failed.
     fn leave(&self) -> Result<(), CommError>;

@@ -6,7 +6,6 @@
 use std::cell::RefCell;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
@@ -14,6 +13,7 @@ use mpi::World;
 
 use crate::pending::{Beside, Pending};
 use crate::post::{Job, Post, Reply, Spare, failed};
+use crate::sent::Sent;
 use crate::tree::Shards;
 use crate::{Comm, CommError, Record};
 
@@ -39,7 +39,7 @@ pub struct MpiComm {
     /// What is being sent. Kept, since fresh memory costs as much as sending it.
     outbox: RefCell<Arc<[f32]>>,
     spare: Spare,
-    bytes_sent: Arc<AtomicU64>,
+    sent: Sent,
 }
 
 impl MpiComm {
@@ -51,9 +51,9 @@ impl MpiComm {
         let (joined, answer) = channel();
         let (jobs, todo) = channel();
         let (limit, waiting, launched) = (settings.limit, settings.rank, settings.n_ranks);
-        let (spare, bytes_sent) = (Spare::default(), Arc::new(AtomicU64::default()));
+        let (spare, sent) = (Spare::default(), Sent::new(launched));
         let MpiSettings { libraries, record, .. } = settings;
-        let shared = (spare.clone(), bytes_sent.clone());
+        let shared = (spare.clone(), sent.clone());
         std::thread::spawn(move || {
             record.begin("join");
             let world = World::join(&libraries).map_err(failed("joining the other ranks"));
@@ -61,8 +61,8 @@ impl MpiComm {
             let world = world.and_then(|world| check(world, launched));
             match world {
                 Ok(world) => {
-                    let (spare, bytes_sent) = shared;
-                    let post = Post { world, limit, record, spare, bytes_sent };
+                    let (spare, sent) = shared;
+                    let post = Post { world, limit, record, spare, sent };
                     if joined.send(Ok((post.world.rank(), post.world.n_ranks()))).is_ok() {
                         speak(post, &todo);
                     }
@@ -79,7 +79,7 @@ impl MpiComm {
             }
         };
         let outbox = RefCell::new(Arc::from([]));
-        Ok(MpiComm { rank, n_ranks, limit, jobs, outbox, spare, bytes_sent })
+        Ok(MpiComm { rank, n_ranks, limit, jobs, outbox, spare, sent })
     }
 
     /// The sum that the MPI library takes itself, in its own order: what ours is measured against.
@@ -219,8 +219,8 @@ impl Comm for MpiComm {
         self.fill(&replies, values)
     }
 
-    fn bytes_sent(&self) -> u64 {
-        self.bytes_sent.load(Ordering::Relaxed)
+    fn sent_to(&self) -> Vec<u64> {
+        self.sent.by_rank()
     }
 
     fn leave(&self) -> Result<(), CommError> {

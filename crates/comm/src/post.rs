@@ -4,13 +4,13 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use mpi::{Request, Test, World};
 
+use crate::sent::Sent;
 use crate::tree::Shards;
 use crate::{BYTES_MAX, CommError, Record, pieces, tree};
 
@@ -68,7 +68,7 @@ pub(crate) struct Post {
     pub(crate) limit: Duration,
     pub(crate) record: Record,
     pub(crate) spare: Spare,
-    pub(crate) bytes_sent: Arc<AtomicU64>,
+    pub(crate) sent: Sent,
 }
 
 /// A message under way.
@@ -219,7 +219,7 @@ impl Post {
                     post.world.receive_bytes(*peer, tag, len_of(*peer)).map_err(failed(operation))?;
                 flights.push(Flight { peer: *peer, request, landed: None });
                 let request = post.world.send_bytes(*peer, tag, own).map_err(failed(operation))?;
-                post.bytes_sent.fetch_add(own.len() as u64, Ordering::Relaxed);
+                post.sent.add(*peer, own.len());
                 flights.push(Flight { peer: *peer, request, landed: None });
             }
             Ok(flights)
@@ -264,7 +264,7 @@ impl Post {
         (operation, tag): (&'static str, u16),
         (values, part): (&Arc<[f32]>, Range<usize>),
     ) -> Result<Flight, CommError> {
-        self.bytes_sent.fetch_add(4 * part.len() as u64, Ordering::Relaxed);
+        self.sent.add(peer, 4 * part.len());
         let request = self.world.send(peer, tag, (values.clone(), part)).map_err(failed(operation))?;
         Ok(Flight { peer, request, landed: None })
     }

@@ -6,13 +6,13 @@
 
 use std::cell::{Cell, OnceCell};
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use crate::pending::{Beside, Pending};
 use crate::post::{Job, Reply, Spare};
+use crate::sent::Sent;
 use crate::tree::Shards;
 use crate::{Comm, CommError, tree};
 
@@ -32,9 +32,9 @@ pub fn threads(n_ranks: usize) -> Result<Vec<ThreadComm>, CommError> {
     }
     let [group, beside] = [0, 1].map(|_| Arc::new(Group::new(n_ranks)));
     let comm = |rank| {
-        let (n_bytes, jobs) = (Arc::default(), OnceCell::new());
-        let member = Member { rank, group: group.clone(), n_bytes: Arc::clone(&n_bytes) };
-        let beside = Member { rank, group: beside.clone(), n_bytes };
+        let (sent, jobs) = (Sent::new(n_ranks), OnceCell::new());
+        let member = Member { rank, group: group.clone(), sent: sent.clone() };
+        let beside = Member { rank, group: beside.clone(), sent };
         ThreadComm { member, beside: Cell::new(Some(beside)), jobs }
     };
     Ok((0..n_ranks).map(comm).collect())
@@ -52,7 +52,7 @@ pub struct ThreadComm {
 struct Member {
     rank: usize,
     group: Arc<Group>,
-    n_bytes: Arc<AtomicU64>,
+    sent: Sent,
 }
 
 struct Group {
@@ -153,12 +153,17 @@ impl Member {
         self.group.meet(self.rank, operation)
     }
 
-    /// Lays values out for the others.
-    fn bring(&self, values: &[f32]) {
-        let n_others = self.n_ranks() as u64 - 1;
-        // Each of them reads its share.
-        self.n_bytes.fetch_add(size_of_val(values) as u64 * n_others / (n_others + 1), Ordering::Relaxed);
+    /// Lays values out for the others, of which each reads a share, or all.
+    fn bring(&self, values: &[f32], share_of: usize) {
+        self.count(size_of_val(values) / share_of);
         set(&self.group.slots[self.rank], values);
+    }
+
+    /// So many bytes are read by each of the others.
+    fn count(&self, n_bytes: usize) {
+        for other in (0..self.n_ranks()).filter(|other| *other != self.rank) {
+            self.sent.add(other, n_bytes);
+        }
     }
 
     /// Sums what all have brought, of this rank's shard.
@@ -207,23 +212,23 @@ impl Member {
         match job {
             Job::ReduceScatter(mine, shards) => {
                 let len = end_of(&shards, self.n_ranks());
-                self.bring(&mine[..len]);
+                self.bring(&mine[..len], self.n_ranks());
                 self.sum_brought((&shards, len), &mut values)?;
             }
             Job::GatherShards(shard, shards) => {
-                self.bring(&shard[..shards.len_of(self.rank)]);
+                self.bring(&shard[..shards.len_of(self.rank)], 1);
                 self.take_brought(&shards, &mut values)?;
             }
             Job::AllReduce(mine, shards) => {
                 let len = end_of(&shards, self.n_ranks());
                 let mut own = Vec::with_capacity(shards.len_of(self.rank));
-                self.bring(&mine[..len]);
+                self.bring(&mine[..len], self.n_ranks());
                 let mut keep = |at: usize, piece: &[f32]| {
                     own.extend(piece);
                     values(at, piece);
                 };
                 self.sum_brought((&shards, len), &mut keep)?;
-                self.bring(&own);
+                self.bring(&own, 1);
                 self.take_brought(&shards, &mut values)?;
             }
             other => unreachable!("{} does not go on beside", other.operation()),
@@ -292,7 +297,7 @@ impl Comm for ThreadComm {
         if self.n_ranks() == 1 {
             return Ok(());
         }
-        self.member.bring(values);
+        self.member.bring(values, self.n_ranks());
         let (shards, len) = (Shards::even(values.len(), self.n_ranks()), values.len());
         let mut put = |at: usize, piece: &[f32]| values[at..at + piece.len()].copy_from_slice(piece);
         self.member.sum_brought((&shards, len), &mut put)
@@ -303,7 +308,7 @@ impl Comm for ThreadComm {
             return Ok(());
         }
         let shards = Shards::even(values.len(), self.n_ranks());
-        self.member.bring(&values[shards.of(self.rank())[0].clone()]);
+        self.member.bring(&values[shards.of(self.rank())[0].clone()], 1);
         let mut put = |at: usize, piece: &[f32]| values[at..at + piece.len()].copy_from_slice(piece);
         self.member.take_brought(&shards, &mut put)
     }
@@ -326,6 +331,7 @@ impl Comm for ThreadComm {
 
     fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CommError> {
         let operation = "all_gather";
+        self.member.count(bytes.len());
         set(&self.member.group.gathered[self.member.rank], bytes);
         self.member.meet(operation)?;
         let all = self.member.group.gathered.iter().map(|part| read(part).clone()).collect();
@@ -336,7 +342,7 @@ impl Comm for ThreadComm {
     fn broadcast(&self, values: &mut [f32]) -> Result<(), CommError> {
         let operation = "broadcast";
         if self.member.rank == 0 {
-            self.member.bring(values);
+            self.member.bring(values, 1);
         }
         self.member.meet(operation)?;
         {
@@ -348,6 +354,7 @@ impl Comm for ThreadComm {
     }
 
     fn send(&self, to: usize, values: &[f32]) -> Result<(), CommError> {
+        self.member.sent.add(to, size_of_val(values));
         let mut mail = self.member.group.mail();
         mail.push_back(Letter { from: self.member.rank, to, values: values.to_vec() });
         drop(mail);
@@ -388,8 +395,8 @@ impl Comm for ThreadComm {
     }
 
     /// Threads share memory: what they read of each other counts as sent.
-    fn bytes_sent(&self) -> u64 {
-        self.member.n_bytes.load(Ordering::Relaxed)
+    fn sent_to(&self) -> Vec<u64> {
+        self.member.sent.by_rank()
     }
 
     fn leave(&self) -> Result<(), CommError> {

@@ -9,8 +9,8 @@
 //!
 //! **Where to start.** `reconcile.rs` decides and is pure; `reconciler.rs` does what was decided; `local.rs` starts child
 //! processes, `slurm.rs` batch jobs, `kubernetes.rs` Jobs; `database.rs` opens, checks and migrates the file; `keys.rs`, `models.rs`, `jobs.rs` and `leases.rs` are
-//! one table each, `deployments.rs` two; `nodes.rs` says who looks after what, `place.rs` what starts where and is pure.
-//! `rollout.rs` decides about the replicas of a model,
+//! one table each, `deployments.rs` two; `nodes.rs` says who looks after what, `place.rs` what starts
+//! where and is pure. `rollout.rs` decides about the replicas of a model,
 //! `promotion.rs` how a model comes to be live; both are pure, too.
 //!
 //! Exit codes of a job: 0 is success, [`EXIT_INTERRUPTED`] (75) means "stopped cleanly, run me again to go on", everything

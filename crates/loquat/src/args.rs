@@ -85,15 +85,15 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: DeployCommand,
     },
-    /// Train, evaluate, hold against thresholds, try and serve a model, as one declared pipeline.
-    Promote {
-        #[command(subcommand)]
-        command: PromoteCommand,
-    },
     /// What the jobs of each project may use at once.
     Project {
         #[command(subcommand)]
         command: ProjectCommand,
+    },
+    /// Train, evaluate, hold against thresholds, try and serve a model, as one declared pipeline.
+    Promote {
+        #[command(subcommand)]
+        command: PromoteCommand,
     },
     /// Keys that clients of the API need.
     Key {
@@ -218,12 +218,12 @@ pub(crate) struct Up {
     /// More arguments of sbatch, each one: --sbatch=--partition=gpu
     #[arg(long, value_name = "ARGUMENT", allow_hyphen_values = true)]
     pub(crate) sbatch: Vec<String>,
+    #[command(flatten)]
+    pub(crate) offer: Offer,
     /// How jobs run on Kubernetes: a TOML file with image, and as needed namespace, server, token_file, ca_file, secret,
     /// program, accelerator, pod and container.
     #[arg(long, value_name = "FILE", required_if_eq("launcher", "kubernetes"))]
     pub(crate) kubernetes: Option<PathBuf>,
-    #[command(flatten)]
-    pub(crate) offer: Offer,
 }
 
 /// What this machine gives to jobs, where that is not all it has.
@@ -468,30 +468,6 @@ pub(crate) enum DeployCommand {
 }
 
 #[derive(Subcommand)]
-pub(crate) enum PromoteCommand {
-    /// Declare a pipeline; whichever controller leads carries it out, also when others die.
-    Start {
-        /// A .toml or .json file: model; train.args or source; evaluate.tasks and .args; gates, each a metric with at_least or
-        /// at_most; canary.percent and .minutes; serve.replicas and .args.
-        file: PathBuf,
-        /// Tell what happens until it is over; exit with 1 where the model does not go live.
-        #[arg(long, short = 'f')]
-        follow: bool,
-    },
-    List,
-    /// Every stage of one, and why it came to it.
-    Show {
-        id: i64,
-        #[arg(long, short = 'f')]
-        follow: bool,
-    },
-    /// End one: its job is cancelled, its trial rolled back.
-    Cancel {
-        id: i64,
-    },
-}
-
-#[derive(Subcommand)]
 pub(crate) enum ProjectCommand {
     /// Set what the jobs of a project may use at once; what is left out is not limited.
     Set {
@@ -520,6 +496,30 @@ pub(crate) enum RoleName {
     Member,
     /// Everything.
     Admin,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum PromoteCommand {
+    /// Declare a pipeline; whichever controller leads carries it out, also when others die.
+    Start {
+        /// A .toml or .json file: model; train.args or source; evaluate.tasks and .args; gates, each a metric with at_least or
+        /// at_most; canary.percent and .minutes; serve.replicas and .args.
+        file: PathBuf,
+        /// Tell what happens until it is over; exit with 1 where the model does not go live.
+        #[arg(long, short = 'f')]
+        follow: bool,
+    },
+    List,
+    /// Every stage of one, and why it came to it.
+    Show {
+        id: i64,
+        #[arg(long, short = 'f')]
+        follow: bool,
+    },
+    /// End one: its job is cancelled, its trial rolled back.
+    Cancel {
+        id: i64,
+    },
 }
 
 #[derive(Subcommand)]

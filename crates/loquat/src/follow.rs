@@ -6,7 +6,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use telemetry::{TrainMetrics, TrainRanks, TrainStep};
-use train::Event;
+use train::{Event, Ranks};
+
+use crate::links::{Traffic, traffic};
+use crate::lives::Lives;
 
 /// The most that is read at once, and the longest line that is waited for.
 const READ_BYTES_MAX: u64 = 1 << 20;
@@ -59,14 +62,22 @@ pub(crate) struct Recorder {
     flops_per_token: f64,
     peak_flops: f64,
     tokens: Option<u64>,
+    lives: Lives,
 }
 
 impl Recorder {
     pub(crate) fn new(metrics: TrainMetrics) -> Recorder {
-        Recorder { metrics, flops_per_token: 0.0, peak_flops: f64::INFINITY, tokens: None }
+        Recorder {
+            metrics,
+            flops_per_token: 0.0,
+            peak_flops: f64::INFINITY,
+            tokens: None,
+            lives: Lives::default(),
+        }
     }
 
     pub(crate) fn record(&mut self, event: &Event) {
+        self.lives.event(event);
         match event {
             Event::Started(s) => (self.flops_per_token, self.peak_flops) = (s.flops_per_token, s.peak_flops),
             Event::Step(s) => {
@@ -81,16 +92,14 @@ impl Recorder {
                 });
                 let share = s.tokens_per_second * self.flops_per_token / self.peak_flops;
                 self.metrics.speed(s.tokens_per_second, share);
-                if let Some(ranks) = &s.ranks {
-                    self.metrics.ranks(&TrainRanks {
-                        slowest: ranks.slowest,
-                        slowest_seconds: ranks.slowest_seconds,
-                        median_seconds: ranks.median_seconds,
-                        exchange_seconds: ranks.exchange_seconds,
-                        travel_seconds: ranks.travel_seconds,
-                        n_bytes: ranks.bytes_sent,
-                    });
+                self.ranks(s.ranks.as_ref());
+            }
+            Event::Round(round) => self.ranks(round.ranks.as_ref()),
+            Event::Links { links, .. } => {
+                for Traffic { from, to, bytes } in traffic(links, self.lives.hosts()) {
+                    self.metrics.link(&from, &to, bytes);
                 }
+                self.goodput();
             }
             Event::Eval { bits_per_byte, .. } => self.metrics.validated(*bits_per_byte),
             Event::Task { scores, .. } => {
@@ -98,9 +107,33 @@ impl Recorder {
                     self.metrics.scored(&scores.task, &metric.name, metric.value, metric.stderr);
                 }
             }
-            Event::Checkpoint { bytes, seconds, .. } => self.metrics.checkpointed(*bytes, *seconds),
+            Event::Checkpoint { bytes, seconds, .. } => {
+                self.metrics.checkpointed(*bytes, *seconds);
+                self.goodput();
+            }
             _ => {}
         }
+    }
+
+    fn goodput(&self) {
+        let now = crate::now_unix_s() as f64;
+        let causes = self.lives.causes(now);
+        let lost: Vec<(&str, f64)> = causes.iter().map(|(kind, _, seconds)| (*kind, *seconds)).collect();
+        if let Some(share) = self.lives.goodput(now) {
+            self.metrics.goodput(share, &lost);
+        }
+    }
+
+    fn ranks(&self, ranks: Option<&Ranks>) {
+        let Some(ranks) = ranks else { return };
+        self.metrics.ranks(&TrainRanks {
+            slowest: ranks.slowest,
+            slowest_seconds: ranks.slowest_seconds,
+            median_seconds: ranks.median_seconds,
+            exchange_seconds: ranks.exchange_seconds,
+            travel_seconds: ranks.travel_seconds,
+            n_bytes: ranks.bytes_sent,
+        });
     }
 }
 

@@ -13,6 +13,7 @@ mod follow;
 mod home;
 mod http;
 mod hub;
+mod links;
 mod lives;
 mod machine;
 mod pods;
@@ -69,8 +70,8 @@ fn run(loquat: &Loquat) -> Result<ExitCode> {
         Command::Node { command } => commands::node::run(&home, command),
         Command::Plan(args) => commands::plan::run(args),
         Command::Deploy { command } => commands::deploy::run(&home, command),
-        Command::Promote { command } => commands::promote::run(&home, command),
         Command::Project { command } => commands::project::run(&home, command),
+        Command::Promote { command } => commands::promote::run(&home, command),
         Command::Key { command } => commands::key::run(&home, command),
         Command::Doctor => commands::doctor::run(&home),
     }

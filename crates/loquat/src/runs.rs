@@ -7,6 +7,9 @@ use api::{Cause, Curve, Eval, Point, Runs};
 use store::Store;
 use train::Event;
 
+use crate::links::{self, traffic};
+use crate::lives::Lives;
+
 /// Runs whose events are kept in memory; one more drops them all, which only costs reading them again.
 const CACHED_RUNS_MAX: usize = 16;
 
@@ -66,7 +69,9 @@ impl Runs for StoredRuns {
 
 fn curve(events: &[Event], n_steps: u64) -> Curve {
     let mut curve = Curve { steps_total: Some(n_steps), ..Curve::default() };
+    let (mut lives, mut links) = (Lives::default(), None);
     for event in events {
+        lives.event(event);
         match event {
             Event::Step(s) => curve.points.push(Point {
                 step: s.step,
@@ -80,8 +85,12 @@ fn curve(events: &[Event], n_steps: u64) -> Curve {
                 bits_per_byte: *bits_per_byte,
                 loss: Some(*nats_per_token),
             }),
+            Event::Links { links: busiest, seconds, .. } => {
+                links = links::line(&traffic(busiest, lives.hosts()), *seconds);
+            }
             _ => {}
         }
     }
+    curve.notes = lives.line_so_far().into_iter().chain(links).collect();
     curve
 }

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use train::{Curve, Event, Ranks, Started, Step, TaskScores};
+use train::{Curve, Event, Ranks, Round, Started, Step, TaskScores};
 
+use crate::links::{self, Traffic, traffic};
 use crate::lives::Lives;
 
 /// How often plain output tells where the run is.
@@ -19,6 +20,10 @@ const SAMPLE_CHARS_MAX: usize = 220;
 pub(crate) struct View {
     started: Option<Started>,
     last: Option<Step>,
+    /// Where workers train by themselves: their last meeting.
+    met: Option<Round>,
+    /// The busiest links, and over how many seconds.
+    traffic: Option<(Vec<Traffic>, f64)>,
     bits_per_byte: Option<f64>,
     /// Tokens per second, smoothed over some steps.
     speed: Option<f64>,
@@ -39,6 +44,8 @@ impl View {
         View {
             started: None,
             last: None,
+            met: None,
+            traffic: None,
             bits_per_byte: None,
             speed: None,
             tasks: BTreeMap::new(),
@@ -55,18 +62,14 @@ impl View {
     /// Takes an event that was seen before this view began: for the curve only.
     pub(crate) fn remember(&mut self, event: &Event) {
         self.curve.push(event);
-        match event {
-            Event::Started(started) => self.lives.begin(started),
-            Event::Step(step) => self.lives.step(step),
-            _ => {}
-        }
+        self.lives.event(event);
     }
 
     pub(crate) fn show(&mut self, event: &Event) {
         self.curve.push(event);
+        self.lives.event(event);
         match event {
             Event::Started(started) => {
-                self.lives.begin(started);
                 self.started = Some(started.clone());
                 let Started { chats_cut: cut, chats_dropped: dropped, .. } = *started;
                 if cut + dropped > 0 {
@@ -79,8 +82,11 @@ impl View {
             Event::Step(step) => {
                 let speed = self.speed.unwrap_or(step.tokens_per_second);
                 self.speed = Some(0.9 * speed + 0.1 * step.tokens_per_second);
-                self.lives.step(step);
                 self.last = Some(step.clone());
+            }
+            Event::Round(round) => self.met = Some(round.clone()),
+            Event::Links { links, seconds, .. } => {
+                self.traffic = Some((traffic(links, self.lives.hosts()), *seconds));
             }
             Event::Eval { bits_per_byte, .. } => self.bits_per_byte = Some(*bits_per_byte),
             Event::Task { step, scores } => {
@@ -132,7 +138,7 @@ impl View {
     fn draw(&mut self, with_sample: bool) {
         if !self.terminal {
             let mut lines = self.status();
-            lines.truncate(4);
+            lines.truncate(6);
             if with_sample {
                 lines.extend(self.sample_line());
             }
@@ -187,8 +193,10 @@ impl View {
             peak * 100.0
         );
         let mut lines = vec![first, second];
-        lines.extend(last.ranks.as_ref().map(|ranks| rank_line(ranks, last)));
-        lines.extend(self.lives.line(last.elapsed_seconds, crate::now_unix_s() as f64));
+        lines.extend(last.ranks.as_ref().map(|ranks| rank_line(ranks, last, &self.lives)));
+        lines.extend(self.met.as_ref().map(|round| round_line(round, &self.lives)));
+        lines.extend(self.traffic.as_ref().and_then(|(busiest, seconds)| links::line(busiest, *seconds)));
+        lines.extend(self.lives.line(crate::now_unix_s() as f64));
         lines
     }
 
@@ -213,17 +221,33 @@ fn score_text(scores: &TaskScores) -> String {
     format!("{}{text}", scores.task)
 }
 
-fn rank_line(ranks: &Ranks, step: &Step) -> String {
+fn rank_line(ranks: &Ranks, step: &Step, lives: &Lives) -> String {
     let step_seconds = (step.tokens as f64 / step.step.max(1) as f64 / step.tokens_per_second).max(1e-9);
     format!(
-        "slowest rank {}: {:.3} s of computing, {:.3} s in the middle; {:.0} % of the step waits for exchange, {:.0} % of \
+        "slowest: {}, {:.3} s of computing, {:.3} s in the middle; {:.0} % of the step waits for exchange, {:.0} % of \
          which is hidden, {:.0} MB/s sent",
-        ranks.slowest,
+        lives.name(ranks.slowest),
         ranks.slowest_seconds,
         ranks.median_seconds,
         100.0 * ranks.exchange_seconds / step_seconds,
         100.0 * ranks.hidden(),
         ranks.bytes_sent as f64 / 1e6 / step_seconds,
+    )
+}
+
+fn round_line(round: &Round, lives: &Lives) -> String {
+    let Round { step, n_steps, loss, moved, seconds, ranks } = round;
+    let sent = ranks.as_ref().map_or(String::new(), |ranks| {
+        format!(
+            ", {:.2} MB sent; slowest: {}, {:.1} s of computing, {:.1} s in the middle",
+            ranks.bytes_sent as f64 / 1e6,
+            lives.name(ranks.slowest),
+            ranks.slowest_seconds,
+            ranks.median_seconds
+        )
+    });
+    format!(
+        "workers met after {n_steps} steps at step {step}: loss {loss:.3}, moved {moved:.3}, {seconds:.2} s{sent}"
     )
 }
 
@@ -274,6 +298,7 @@ mod tests {
             flops_per_token,
             peak_flops,
             n_ranks: 1,
+            hosts: Vec::new(),
             chats_cut: 0,
             chats_dropped: 0,
             began_unix: 0.0,

@@ -27,6 +27,24 @@ struct TaskLabels {
     metric: String,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct CauseLabels {
+    run: String,
+    cause: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, EncodeLabelSet)]
+struct LinkLabels {
+    run: String,
+    from: String,
+    to: String,
+}
+
+/// What a run's time can be lost to.
+const CAUSES: [&str; 6] = ["lost_ranks", "slowest_rank", "exchange", "data", "checkpoints", "other"];
+/// Links of a run that have series of their own.
+const LINKS_MAX: usize = 256;
+
 /// One optimizer step in numbers.
 #[derive(Clone, Copy, Debug)]
 pub struct TrainStep {
@@ -97,6 +115,27 @@ impl TrainMetrics {
         self.families.exchange_bytes.get_or_create_owned(&self.labels).inc_by(ranks.n_bytes);
     }
 
+    /// The share (0 to 1) of the run's time in which its ranks computed what was kept, and seconds lost by cause, which is
+    /// one of [`CAUSES`].
+    pub fn goodput(&self, share: f64, lost: &[(&str, f64)]) {
+        self.families.goodput.get_or_create_owned(&self.labels).set(share);
+        for cause in CAUSES {
+            let seconds = lost.iter().filter(|(of, _)| *of == cause).map(|(_, seconds)| seconds).sum();
+            let labels = CauseLabels { run: self.labels.run.clone(), cause: cause.to_owned() };
+            self.families.lost_seconds.get_or_create_owned(&labels).set(seconds);
+        }
+    }
+
+    /// So many bytes went from one machine or rank to another.
+    pub fn link(&self, from: &str, to: &str, n_bytes: u64) {
+        let labels = LinkLabels { run: self.labels.run.clone(), from: from.to_owned(), to: to.to_owned() };
+        let mut links = self.families.links.lock().unwrap_or_else(PoisonError::into_inner);
+        if links.iter().filter(|link| link.run == labels.run).count() < LINKS_MAX || links.contains(&labels) {
+            self.families.link_bytes.get_or_create_owned(&labels).inc_by(n_bytes);
+            links.insert(labels);
+        }
+    }
+
     /// A validation pass is done: bits per byte of held-out text. Appears with the first pass.
     pub fn validated(&self, bits_per_byte: f64) {
         self.families.validation_bits_per_byte.get_or_create_owned(&self.labels).set(bits_per_byte);
@@ -144,6 +183,11 @@ pub(crate) struct TrainFamilies {
     exchange_seconds: GaugeFamily,
     travel_seconds: GaugeFamily,
     exchange_bytes: Family<RunLabels, Counter>,
+    goodput: GaugeFamily,
+    lost_seconds: Family<CauseLabels, GaugeF64>,
+    link_bytes: Family<LinkLabels, Counter>,
+    /// What the last has members for.
+    links: Arc<Mutex<BTreeSet<LinkLabels>>>,
 }
 
 impl TrainFamilies {
@@ -189,6 +233,24 @@ impl TrainFamilies {
                 "Bytes that ranks have sent to each other",
                 Family::default(),
             ),
+            goodput: gauge(
+                r,
+                "goodput_ratio",
+                "Share of the time in which ranks computed what was kept, 0 to 1",
+            ),
+            lost_seconds: registered(
+                r,
+                "loquat_train_lost_seconds",
+                "The rest of the time, by what took it",
+                Family::default(),
+            ),
+            link_bytes: registered(
+                r,
+                "loquat_train_link_bytes",
+                "Bytes sent from one machine to another",
+                Family::default(),
+            ),
+            links: Arc::default(),
         }
     }
 
@@ -213,6 +275,18 @@ impl TrainFamilies {
         self.tokens.remove(&labels);
         self.checkpoints.remove(&labels);
         self.exchange_bytes.remove(&labels);
+        for cause in CAUSES {
+            self.lost_seconds.remove(&CauseLabels { run: run.to_owned(), cause: cause.to_owned() });
+        }
+        let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        links.retain(|link| {
+            let goes = link.run == run;
+            if goes {
+                self.link_bytes.remove(link);
+            }
+            !goes
+        });
+        drop(links);
         for family in [
             &self.tokens_per_second,
             &self.loss,
@@ -226,6 +300,7 @@ impl TrainFamilies {
             &self.slowest_rank_seconds,
             &self.median_rank_seconds,
             &self.exchange_seconds,
+            &self.goodput,
             &self.travel_seconds,
         ] {
             family.remove(&labels);

@@ -47,7 +47,25 @@ impl Plan {
             }
         };
         let layout = Layout::of_units(units, n, (zero, [rank, n_ranks]), self.micro_batches);
-        Ok(layout.bytes(4 * config.n_params(), self.publish.is_some()))
+        let bytes = layout.bytes(4 * config.n_params(), self.publish.is_some());
+        Ok(match self.diloco {
+            Some(diloco) => bytes.with_workers(4 * n as u64, diloco.workers.div_ceil(n_ranks) as u64),
+            None => bytes,
+        })
+    }
+}
+
+impl RankBytes {
+    /// With workers that have parameters and means of their own, besides the run's parameters and its outer momentum. A
+    /// vector at a time is written of a checkpoint; all gradients travel at once, where they meet.
+    fn with_workers(self, vector: u64, workers: u64) -> RankBytes {
+        RankBytes {
+            parameters: (1 + workers) * vector,
+            optimizer: (1 + 2 * workers) * vector,
+            travelling: 2 * vector,
+            checkpoint: vector,
+            ..self
+        }
     }
 }
 

@@ -18,6 +18,8 @@ use crate::layout::{Layout, Place, places};
 use crate::state::{Snapshot, State};
 use crate::{Error, Event, Result};
 
+mod rounds;
+
 const KIND: &str = "checkpoint";
 /// Of [`Snapshot::vectors`].
 const VECTORS: [&str; 3] = ["params", "adam_m", "adam_v"];
@@ -40,6 +42,9 @@ struct Meta {
     /// has written all.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     parts: Vec<Vec<Range<usize>>>,
+    /// Of every worker of DiLoCo.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    workers: Vec<Health>,
 }
 
 /// Which run's checkpoints are meant, and of which plan.
@@ -49,6 +54,16 @@ pub(crate) struct Checkpoints {
     pub(crate) run: String,
     pub(crate) plan_sha256: String,
     pub(crate) n_params: usize,
+    /// Of DiLoCo; 0 without it.
+    pub(crate) n_workers: usize,
+}
+
+/// What one rank goes on from.
+#[derive(Clone)]
+pub(crate) struct Loaded {
+    pub(crate) state: State,
+    /// The state of its workers, where workers have one each.
+    pub(crate) workers: Vec<State>,
 }
 
 /// The name of a rank's file of a vector.
@@ -100,24 +115,25 @@ impl Checkpoints {
             n_params: self.n_params,
             health: counts.health,
             parts: if parts.len() > 1 { parts.to_vec() } else { Vec::new() },
+            workers: Vec::new(),
         };
         let meta = serde_json::to_value(meta).map_err(Error::PlanJson)?;
         let manifest = bundle.publish(KIND, meta)?;
         Ok(manifest.files.iter().map(|f| f.bytes).sum())
     }
 
-    /// The newest checkpoint that can be read and belongs to this plan, as far as a rank of this layout needs it. One that
-    /// cannot is reported and the one before it is tried; when there are some and none can be read, that is an error: a run
-    /// never starts over in silence.
+    /// The newest checkpoint that can be read and belongs to this plan, as far as a rank of this layout and these workers
+    /// need it. One that cannot is reported and the one before it is tried; when there are some and none can be read, that is
+    /// an error: a run never starts over in silence.
     pub(crate) fn load_newest(
         &self,
-        layout: &Layout,
+        (layout, workers): (&Layout, Range<usize>),
         report: &mut dyn FnMut(Event),
-    ) -> Result<Option<State>> {
+    ) -> Result<Option<Loaded>> {
         let mut refused = None;
         for step in self.steps()?.into_iter().rev() {
-            match self.load(step, layout) {
-                Ok(Some(state)) => return Ok(Some(state)),
+            match self.load(step, (layout, workers.clone())) {
+                Ok(Some(loaded)) => return Ok(Some(loaded)),
                 Ok(None) => {}
                 Err(error) => {
                     report(Event::CheckpointRefused { step, why: chain(&error) });
@@ -132,11 +148,18 @@ impl Checkpoints {
     }
 
     /// `None` when it was never published whole.
-    pub(crate) fn load(&self, step: u64, layout: &Layout) -> Result<Option<State>> {
+    pub(crate) fn load(
+        &self,
+        step: u64,
+        (layout, workers): (&Layout, Range<usize>),
+    ) -> Result<Option<Loaded>> {
         let Some(bundle) = Bundle::open(&self.store, &self.prefix(step))? else {
             return Ok(None);
         };
         let meta = self.meta(step, &bundle)?;
+        if self.n_workers > 0 {
+            return self.load_round((step, &bundle), &meta, (layout, workers)).map(Some);
+        }
         let mut state = State::empty(layout);
         let wanted = [state.params_kept(), state.places.clone(), state.places.clone()];
         let vectors = [&mut state.params, &mut state.adam_m, &mut state.adam_v];
@@ -148,12 +171,12 @@ impl Checkpoints {
         }
         (state.step, state.tokens, state.elapsed_seconds) = (step, meta.tokens, meta.elapsed_seconds);
         state.health = meta.health;
-        Ok(Some(state))
+        Ok(Some(Loaded { state, workers: Vec::new() }))
     }
 
     /// What the checkpoint says of itself, if it can be one of this run; `parts` covers the vectors.
     fn meta(&self, step: u64, bundle: &Bundle) -> Result<Meta> {
-        let refuse = |what: String| Error::Checkpoint { prefix: self.prefix(step), what };
+        let refuse = |what: String| self.refused(step, what);
         let mut meta: Meta = serde_json::from_value(bundle.manifest().meta.clone())
             .map_err(|e| refuse(format!("its manifest lacks what a checkpoint has: {e}")))?;
         if meta.plan_sha256 != self.plan_sha256 {
@@ -165,6 +188,10 @@ impl Checkpoints {
                 "it says step {found} and {n} parameters; {} expected",
                 self.n_params
             )));
+        }
+        if meta.workers.len() != self.n_workers {
+            let found = meta.workers.len();
+            return Err(refuse(format!("it has {found} workers; {} expected", self.n_workers)));
         }
         if meta.parts.is_empty() {
             meta.parts = std::iter::once(std::iter::once(0..self.n_params).collect()).collect();
@@ -178,6 +205,10 @@ impl Checkpoints {
             return Err(refuse("the parts of its ranks are not the whole".to_owned()));
         }
         Ok(meta)
+    }
+
+    pub(crate) fn refused(&self, step: u64, what: String) -> Error {
+        Error::Checkpoint { prefix: self.prefix(step), what }
     }
 
     /// Puts what is wanted of a rank's file where it belongs.
@@ -216,7 +247,7 @@ impl Checkpoints {
     }
 
     /// Steps of which anything is there, in order.
-    fn steps(&self) -> Result<Vec<u64>> {
+    pub(crate) fn steps(&self) -> Result<Vec<u64>> {
         let prefix = format!("runs/{}/checkpoints", self.run);
         let objects = self.store.list(&prefix)?;
         let step = |name: &str| name.strip_prefix(&prefix)?.split('/').nth(1)?.parse::<u64>().ok();

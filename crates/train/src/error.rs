@@ -17,6 +17,16 @@ pub enum Error {
         "{micro_batches} micro-batches a step cannot be shared by {n_ranks} ranks: a power of two that divides them"
     )]
     Ranks { n_ranks: usize, micro_batches: usize },
+    #[error(
+        "{workers} workers of DiLoCo cannot be shared by {n_ranks} ranks: a power of two that divides them"
+    )]
+    Workers { n_ranks: usize, workers: usize },
+    #[error("every worker of DiLoCo keeps its optimizer's state whole: it cannot be divided among ranks")]
+    DilocoDivided,
+    #[error("step {step}: what the workers have moved is not a number")]
+    WorkersNotANumber { step: u64 },
+    #[error("cannot read what a rank reports")]
+    Report(#[source] serde_json::Error),
     #[error("Muon needs whole matrices: its state cannot be divided among ranks")]
     MuonDivided,
     #[error("low-rank changes are small: divide their optimizer's state at most (--zero 1)")]

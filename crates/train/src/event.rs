@@ -12,6 +12,14 @@ pub enum Event {
     /// The run begins, or goes on from the checkpoint of `step`.
     Started(Started),
     Step(Step),
+    /// Workers that train by themselves have met (DiLoCo).
+    Round(Round),
+    /// Bytes that ranks have sent to each other since this was last told, the busiest links first.
+    Links {
+        step: u64,
+        seconds: f64,
+        links: Vec<Link>,
+    },
     /// A step that went wrong and changed nothing.
     Skipped {
         step: u64,
@@ -100,6 +108,9 @@ pub struct Started {
     /// What this machine can do at most, measured: floating-point operations a second.
     pub peak_flops: f64,
     pub n_ranks: u64,
+    /// The machine of each, where they are processes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hosts: Vec<String>,
     /// Chats that are longer than a row and end with it, and those of which nothing to learn is left.
     #[serde(default)]
     pub chats_cut: u64,
@@ -137,6 +148,23 @@ pub struct Step {
     pub ranks: Option<Ranks>,
 }
 
+/// Steps that workers took by themselves, and their meeting. (The steps between are told as the first worker took them.)
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Round {
+    /// The last of its steps.
+    pub step: u64,
+    pub n_steps: u64,
+    /// Mean over what all workers have learned from in it.
+    pub loss: f64,
+    /// Norm of their mean difference to where it began.
+    pub moved: f64,
+    /// How long they met, waiting for the last one among it.
+    pub seconds: f64,
+    /// Where they are on several ranks: the round as these went through it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ranks: Option<Ranks>,
+}
+
 /// A step as its ranks went through it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Ranks {
@@ -162,7 +190,8 @@ impl Ranks {
         Ranks {
             slowest,
             slowest_seconds: ranks[slowest][0],
-            median_seconds: ranks[order[order.len() / 2]][0],
+            // Of two the faster: a rank is never compared with itself.
+            median_seconds: ranks[order[(order.len() - 1) / 2]][0],
             exchange_seconds: least(1),
             travel_seconds: least(4),
             bytes_sent: ranks.iter().map(|rank| rank[2] as u64).sum(),
@@ -176,6 +205,14 @@ impl Ranks {
             false => 1.0,
         }
     }
+}
+
+/// Bytes from one rank to another.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Link {
+    pub from: usize,
+    pub to: usize,
+    pub bytes: u64,
 }
 
 /// Held-out loss on one of several datasets.
@@ -229,11 +266,13 @@ impl Event {
     pub fn step(&self) -> u64 {
         match self {
             Event::Step(s) => s.step,
+            Event::Round(r) => r.step,
             Event::Started(s) => s.step,
             Event::Eval { step, .. }
             | Event::Skipped { step, .. }
             | Event::Task { step, .. }
             | Event::Sample { step, .. }
+            | Event::Links { step, .. }
             | Event::Checkpoint { step, .. }
             | Event::CheckpointRefused { step, .. }
             | Event::CheckpointFailed { step, .. }

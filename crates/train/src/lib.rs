@@ -10,9 +10,11 @@
 //! and the numbers of ranks and threads change no bit (held by `tests/exact/`).
 #![forbid(unsafe_code)]
 
+mod agree;
 mod budget;
 mod checkpoint;
 mod curve;
+mod diloco;
 mod error;
 mod evaluate;
 mod event;
@@ -36,8 +38,9 @@ mod tensorboard;
 
 pub use budget::RankBytes;
 pub use curve::Curve;
+pub use diloco::Diloco;
 pub use error::{Error, Result};
-pub use event::{BadBatch, EvalPart, Event, Ranks, Score, Started, Step, TaskScores};
+pub use event::{BadBatch, EvalPart, Event, Link, Ranks, Round, Score, Started, Step, TaskScores};
 pub use guard::Wrong;
 pub use layout::Zero;
 pub use metrics_log::read_metrics;

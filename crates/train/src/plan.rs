@@ -4,10 +4,13 @@
 //! threads and however often they were killed. What may differ between two starts of one run (threads, ranks, the
 //! place of the store) is therefore not part of the plan.
 
+use std::ops::Range;
+
+use comm::tree;
 use model::{Config, Lora, Objective};
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result, Schedule};
+use crate::{Diloco, Error, Result, Schedule};
 
 /// The newest layout of `plan.json` that this build understands.
 ///
@@ -54,6 +57,9 @@ pub struct Plan {
     /// What trains the matrices of the layers, instead of AdamW.
     #[serde(default, skip_serializing_if = "is_default")]
     pub muon: Option<Muon>,
+    /// Workers that take the steps by themselves and meet now and then, instead of all ranks taking each together.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub diloco: Option<Diloco>,
     /// Weight of the square of the logits' logarithmic sum in the gradient.
     #[serde(default, skip_serializing_if = "is_default")]
     pub z_loss: f32,
@@ -253,6 +259,7 @@ impl Plan {
         self.check_method()?;
         self.check_data()?;
         self.check_optimizer()?;
+        self.check_diloco()?;
         check(finite(self.schedule.lr_peak), "schedule.lr_peak", "must be a number, 0 or more")?;
         let share = self.schedule.lr_final_share;
         check(finite(share) && share <= 1.0, "schedule.lr_final_share", "must be 0 to 1")?;
@@ -298,6 +305,16 @@ impl Plan {
         check(finite(muon.weight_decay), "muon.weight_decay", "must be a number, 0 or more")
     }
 
+    fn check_diloco(&self) -> Result<()> {
+        let Some(diloco) = &self.diloco else { return Ok(()) };
+        let is_even = diloco.workers >= 1 && self.micro_batches.is_multiple_of(diloco.workers);
+        check(is_even, "diloco.workers", "must be at least 1 and divide the micro-batches of a step")?;
+        check(diloco.every_steps >= 1, "diloco.every_steps", "must be at least 1")?;
+        let is_rate = |x: f32| x.is_finite() && x > 0.0;
+        check(is_rate(diloco.lr), "diloco.lr", "must be more than 0")?;
+        check((0.0..1.0).contains(&diloco.momentum), "diloco.momentum", "must be in [0, 1)")
+    }
+
     fn check_method(&self) -> Result<()> {
         let has_start = self.start.is_some();
         check(has_start || self.method.is_full(), "method", "changes a model: name one to start from")?;
@@ -307,10 +324,25 @@ impl Plan {
         check(self.rows.is_multiple_of(2), "rows", "must be even: preferences are pairs of rows")
     }
 
-    /// Refuses ranks among which the step's micro-batches cannot be shared evenly.
+    /// Parts of a step that ranks share: workers where there are some, or else micro-batches.
+    pub fn parts(&self) -> usize {
+        self.diloco.map_or(self.micro_batches, |diloco| diloco.workers)
+    }
+
+    /// Refuses ranks among which the step's parts cannot be shared evenly.
     pub fn check_ranks(&self, n_ranks: usize) -> Result<()> {
-        let even = n_ranks.is_power_of_two() && self.micro_batches.is_multiple_of(n_ranks);
-        if even { Ok(()) } else { Err(Error::Ranks { n_ranks, micro_batches: self.micro_batches }) }
+        if n_ranks.is_power_of_two() && self.parts().is_multiple_of(n_ranks) {
+            return Ok(());
+        }
+        Err(match self.diloco {
+            Some(Diloco { workers, .. }) => Error::Workers { n_ranks, workers },
+            None => Error::Ranks { n_ranks, micro_batches: self.micro_batches },
+        })
+    }
+
+    /// The workers of a rank; none where all take each step together.
+    pub(crate) fn workers_of(&self, rank: usize, n_ranks: usize) -> Range<usize> {
+        self.diloco.map_or(0..0, |diloco| tree::share(diloco.workers, rank, n_ranks))
     }
 }
 

@@ -1,5 +1,8 @@
 //! One rank of a run: the step loop. N ranks and one rank are the same code; collectives over one rank are no-ops.
 
+mod links;
+mod rounds;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -19,6 +22,8 @@ use crate::optimizer::{Optimizer, Rate};
 use crate::saver::Saver;
 use crate::state::State;
 use crate::{BadBatch, Error, Event, Plan, Ranks, Result, Step};
+pub(crate) use links::Links;
+pub(crate) use rounds::Rounds;
 
 /// What a rank needs beyond the plan.
 pub(crate) struct Rank<'a> {
@@ -33,6 +38,8 @@ pub(crate) struct Rank<'a> {
     /// Bytes of text that each token id stands for.
     pub(crate) token_bytes: Arc<[u32]>,
     pub(crate) state: State,
+    /// Where workers train by themselves and meet now and then (DiLoCo).
+    pub(crate) rounds: Option<Rounds>,
     pub(crate) optimizer: Optimizer,
     /// Which part of it all is this rank's.
     pub(crate) layout: Layout,
@@ -46,6 +53,7 @@ pub(crate) struct Rank<'a> {
     pub(crate) seconds: &'a (dyn Fn() -> f64 + Sync),
     /// Bytes sent to other ranks that a step has told of.
     pub(crate) bytes_told: u64,
+    pub(crate) links: Links,
     /// What this rank is doing, for those who ask.
     pub(crate) record: Record,
 }
@@ -104,9 +112,12 @@ impl Rank<'_> {
     /// Runs steps until the plan is done or `stop` is set on any rank; returns whether it is done.
     /// `lead` is `Some` on rank 0 and `None` elsewhere.
     pub(crate) fn run(&mut self, mut lead: Option<&mut dyn Lead>, stop: &AtomicBool) -> Result<bool> {
+        if let Some(rounds) = self.rounds.take() {
+            return self.run_rounds(rounds, lead, stop);
+        }
         let loader = Loader::start(self.mixture.clone(), self.order());
         if self.state.step == 0 {
-            self.look(&mut lead, true)?;
+            self.look(&mut lead, &|_| true)?;
         }
         let (mut is_save_due, first) = (false, self.state.step);
         while self.state.step < self.plan.steps {
@@ -138,7 +149,8 @@ impl Rank<'_> {
             if let Some(lead) = &mut lead {
                 lead.event(event);
             }
-            self.look(&mut lead, self.state.step == self.plan.steps)?;
+            let (step, is_done) = (self.state.step, self.state.step == self.plan.steps);
+            self.look(&mut lead, &|every| is_done || step.is_multiple_of(every))?;
             is_save_due |= self.state.step.is_multiple_of(self.plan.checkpoint.every_steps);
         }
         if self.state.step > first {
@@ -240,16 +252,15 @@ impl Rank<'_> {
         }
     }
 
-    /// Evaluates, samples and asks where the plan says so, or where it must.
-    fn look(&mut self, lead: &mut Option<&mut dyn Lead>, must: bool) -> Result<()> {
+    /// Evaluates, samples and asks, each where what happens every so many steps is due.
+    fn look(&mut self, lead: &mut Option<&mut dyn Lead>, is_due: &dyn Fn(u64) -> bool) -> Result<()> {
         let step = self.state.step;
-        if (must || step.is_multiple_of(self.plan.evaluate.every_steps))
-            && let Some(event) = self.evaluate()?
-            && let Some(lead) = lead
-        {
-            lead.event(event);
+        if is_due(self.plan.evaluate.every_steps) {
+            if let (Some(event), Some(lead)) = (self.evaluate()?, lead.as_mut()) {
+                lead.event(event);
+            }
+            self.tell_links(lead)?;
         }
-        let is_due = |every: u64| must || step.is_multiple_of(every);
         if is_due(self.plan.sample.every_steps) {
             self.record.work(step, "sampling");
             if let (Some(weights), Some(lead)) = (self.weights()?, lead.as_mut()) {
@@ -270,7 +281,7 @@ impl Rank<'_> {
         let start = (self.seconds)();
         let plan = self.plan;
         self.record.work(self.state.step, "gradients");
-        let (mut sums, data_seconds, spent) = self.gradients(loader)?;
+        let (mut sums, data_seconds, spent) = self.gradients(loader, None)?;
         let computed = (self.seconds)() - start - spent.waited;
         let squares = self.squares_of_sums()?;
         let sent = self.comm.bytes_sent() - self.bytes_told;
@@ -283,7 +294,6 @@ impl Rank<'_> {
         let grad_norm = squares.sqrt() / n_counted;
         // From numbers that all ranks have alike, so that all decide alike.
         let wrong = self.state.health.judge(loss, grad_norm, plan.guard);
-        let lr_share = plan.schedule.share(self.state.step, plan.steps);
         if let Some(wrong) = wrong {
             // There may be no update for long.
             if let Some(snapshot) = self.saver.due() {
@@ -296,8 +306,7 @@ impl Rank<'_> {
             let rank = wrong_rank(&times, (0..times.len()).find(computes).unwrap_or_default());
             return self.skip(wrong, [loss, grad_norm], (self.bad_batch(micro_batch), rank));
         }
-        let clip = (f64::from(plan.clip_norm) / grad_norm).min(1.0);
-        let rate = Rate { lr_share, grad_scale: (clip / n_counted) as f32 };
+        let rate = self.rate(grad_norm, n_counted);
         let grads = &self.memory.sums[0];
         self.optimizer.update(&self.pool, &mut self.state, (grads, rate), self.saver.due());
         self.saver.begin(self.seconds);
@@ -310,7 +319,7 @@ impl Rank<'_> {
         Ok(Event::Step(Step {
             step: self.state.step,
             loss,
-            lr: plan.schedule.lr_peak * lr_share as f32,
+            lr: plan.schedule.lr_peak * rate.lr_share as f32,
             grad_norm,
             tokens: self.state.tokens,
             tokens_per_second: n_tokens / seconds.max(1e-9),
@@ -319,6 +328,13 @@ impl Rank<'_> {
             margin: plan.objective.is_of_pairs().then(|| sums.margin() / n_counted),
             ranks: (times.len() > 1).then(|| Ranks::of(&times)),
         }))
+    }
+
+    /// What the update of this step is multiplied by.
+    fn rate(&self, grad_norm: f64, n_counted: f64) -> Rate {
+        let lr_share = self.plan.schedule.share(self.state.step, self.plan.steps);
+        let clip = (f64::from(self.plan.clip_norm) / grad_norm).min(1.0);
+        Rate { lr_share, grad_scale: (clip / n_counted) as f32 }
     }
 
     /// The square of the norm of the gradient, from the sums that each rank has of what it owns.
@@ -400,10 +416,11 @@ impl Rank<'_> {
     }
 
     /// The sums of the gradients, as far as this rank needs them, in `memory`. Returns what each of its micro-batches lost,
-    /// the seconds waited for data, and what the exchange took.
-    fn gradients(&mut self, loader: &Loader) -> Result<(Sums, f64, Spent)> {
+    /// the seconds waited for data, and what the exchange took. `alone` is the layout of a worker that exchanges nothing.
+    fn gradients(&mut self, loader: &Loader, alone: Option<&Layout>) -> Result<(Sums, f64, Spent)> {
         let (mut sums, mut data_seconds) = (Sums::default(), 0.0);
         let Rank { plan, pool, model, state, memory, layout, comm, seconds, .. } = self;
+        let layout = alone.unwrap_or(layout);
         memory.reserve(layout);
         let (pool, layout, seconds): (&Pool, &Layout, _) = (pool, layout, *seconds);
         let fixed = Fixed { pool, comm: &**comm, layout, params: &state.params, seconds };

@@ -15,20 +15,20 @@ use store::{BundleWriter, ObjectName, Put, Store};
 use tensor::packed::WeightKind;
 use tensor::{Buf, Pool, Precision};
 
-use crate::checkpoint::Checkpoints;
+use crate::checkpoint::{Checkpoints, Loaded};
 use crate::exchange::Memory;
 use crate::layout::{Layout, Zero};
 use crate::metrics_log::MetricsLog;
 use crate::optimizer::Optimizer;
 use crate::plan::Method;
-use crate::rank::{Lead, Rank};
+use crate::rank::{Lead, Links, Rank, Rounds};
 use crate::sample::Sampler;
 use crate::saver::Saver;
 use crate::sources::Sources;
 use crate::state::State;
 use crate::tasks::Asker;
 use crate::tensorboard::TensorBoard;
-use crate::{Curve, Error, Event, Plan, Result, Started, read_metrics, start};
+use crate::{Curve, Error, Event, Plan, Result, Started, agree, read_metrics, start};
 
 /// How often metrics reach the store while steps go on.
 const FLUSH_SECONDS: f64 = 2.0;
@@ -38,6 +38,8 @@ pub struct Context<'a> {
     pub store: Arc<dyn Store>,
     pub run: String,
     pub n_ranks: usize,
+    /// The machine of each rank, where they are processes.
+    pub hosts: Vec<String>,
     /// What ended the ranks before these, where that is known.
     pub after: Option<String>,
     /// What is divided among the ranks instead of copied.
@@ -135,6 +137,7 @@ impl Opened {
             run: run.clone(),
             plan_sha256,
             n_params: trainable.n_params(),
+            n_workers: plan.diloco.map_or(0, |diloco| diloco.workers),
         };
         Ok(Opened { plan, sources, trainable, checkpoints })
     }
@@ -144,16 +147,37 @@ impl Opened {
         Layout::new(&self.trainable, context.zero, ranks, self.plan.micro_batches)
     }
 
-    /// The state after a step that has a checkpoint, or before the first.
-    fn state_at(&self, step: u64, layout: &Layout) -> Result<State> {
-        match step {
-            0 => Ok(self.initial_state(layout)),
-            _ => self.checkpoints.load(step, layout)?.ok_or(Error::CheckpointMissing { step }),
+    /// What a rank with so many workers begins with.
+    fn initial(&self, layout: &Layout, n_workers: usize) -> Loaded {
+        let mut state = State::initial(layout, &self.trainable, self.plan.seed);
+        let workers = vec![state.clone(); n_workers];
+        if self.plan.diloco.is_some() {
+            // The outer step keeps one mean.
+            state.adam_v = Buf::zeroed(0);
         }
+        Loaded { state, workers }
     }
 
-    fn initial_state(&self, layout: &Layout) -> State {
-        State::initial(layout, &self.trainable, self.plan.seed)
+    /// What the ranks of this process go on from, where they are all; tells of checkpoints that cannot be read.
+    fn load_all(&self, context: &Context, refused: &mut Vec<Event>) -> Result<Vec<Loaded>> {
+        let (first, workers) = (self.layout(context, 0), 0..self.checkpoints.n_workers);
+        let mut report = |event| refused.push(event);
+        let found = self.checkpoints.load_newest((&first, workers.clone()), &mut report)?;
+        let step = found.as_ref().map_or(0, |loaded| loaded.state.step);
+        let mut found = found.unwrap_or_else(|| self.initial(&first, workers.len()));
+        let per_rank = workers.len() / context.n_ranks;
+        let mut of_rank = |rank: usize| -> Result<Loaded> {
+            let workers: Vec<State> = found.workers.drain(..per_rank).collect();
+            if rank == 0 || first.zero == Zero::Nothing {
+                return Ok(Loaded { state: found.state.clone(), workers });
+            }
+            let layout = self.layout(context, rank);
+            match step {
+                0 => Ok(self.initial(&layout, 0)),
+                _ => self.checkpoints.load(step, (&layout, 0..0))?.ok_or(Error::CheckpointMissing { step }),
+            }
+        };
+        (0..context.n_ranks).map(&mut of_rank).collect()
     }
 
     /// What only comparing with the start needs is forgotten where nothing is compared.
@@ -169,16 +193,8 @@ impl Opened {
 pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcome> {
     let mut opened = Opened::open(context)?;
     let mut refused = Vec::new();
-    let first = opened.layout(context, 0);
-    let state = opened.checkpoints.load_newest(&first, &mut |event| refused.push(event))?;
-    let step = state.as_ref().map_or(0, |state| state.step);
-    let mut states = vec![state.unwrap_or_else(|| opened.initial_state(&first))];
-    for rank in 1..context.n_ranks {
-        states.push(match first.zero {
-            Zero::Nothing => states[0].clone(),
-            _ => opened.state_at(step, &opened.layout(context, rank))?,
-        });
-    }
+    let loaded = opened.load_all(context, &mut refused)?;
+    let step = loaded[0].state.step;
     opened.forget_start();
     let mut leader = Leader::new(context, &opened, step, on_event)?;
     leader.begin(refused, step, &opened);
@@ -186,8 +202,8 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
     let group = comm::threads(context.n_ranks)?;
     let ranks = group
         .into_iter()
-        .zip(states)
-        .map(|(comm, state)| parts.rank(Box::new(comm), state, Record::default()));
+        .zip(loaded)
+        .map(|(comm, loaded)| parts.rank(Box::new(comm), loaded, Record::default()));
     let (finished, trained) = run_ranks(ranks.collect(), &mut leader, context.stop)?;
     leader.end(finished, &opened, trained)
 }
@@ -202,22 +218,19 @@ pub fn run_rank(
     record.work(0, "opening the run");
     let mut opened = Opened::open(context)?;
     let mut refused = Vec::new();
-    let is_first = comm.rank() == 0;
     let layout = opened.layout(context, comm.rank());
-    let mut report = |event| refused.push(event);
-    let found = if is_first { opened.checkpoints.load_newest(&layout, &mut report)? } else { None };
-    // Rank 0 chooses where to go on; what it found may have changed since another rank would look.
-    let step = comm.all_gather(&[found.as_ref().map_or(0.0, |state| state.step as f64)])?[0] as u64;
-    let state = match found {
-        Some(state) => state,
-        None => opened.state_at(step, &layout)?,
-    };
+    let workers = opened.plan.workers_of(comm.rank(), comm.n_ranks());
+    let load = |step| opened.checkpoints.load(step, (&layout, workers.clone()));
+    let found = agree::newest(&opened.checkpoints, comm.as_ref(), &load, &mut refused)?;
+    let loaded = found.unwrap_or_else(|| opened.initial(&layout, workers.len()));
+    let step = loaded.state.step;
     opened.forget_start();
-    let mut leader = if is_first { Some(Leader::new(context, &opened, step, on_event)?) } else { None };
+    let mut leader =
+        if comm.rank() == 0 { Some(Leader::new(context, &opened, step, on_event)?) } else { None };
     if let Some(leader) = &mut leader {
         leader.begin(refused, step, &opened);
     }
-    let mut rank = RankParts::new(context, &opened)?.rank(comm, state, record);
+    let mut rank = RankParts::new(context, &opened)?.rank(comm, loaded, record);
     let lead = leader.as_mut().map(|leader| leader as &mut dyn Lead);
     let finished = rank.run(lead, context.stop)?;
     let trained = rank.trained(finished)?;
@@ -251,10 +264,19 @@ impl<'a> RankParts<'a> {
         Ok(RankParts { context, opened, precision, token_bytes })
     }
 
-    fn rank(&self, comm: Box<dyn Comm>, state: State, record: Record) -> Rank<'a> {
+    fn rank(&self, comm: Box<dyn Comm>, loaded: Loaded, record: Record) -> Rank<'a> {
         let RankParts { context, opened, precision, .. } = *self;
         let Opened { plan, sources, trainable, checkpoints } = opened;
         let layout = opened.layout(context, comm.rank());
+        let Loaded { state, workers } = loaded;
+        let rounds = plan.diloco.map(|diloco| Rounds {
+            diloco,
+            first: plan.workers_of(comm.rank(), comm.n_ranks()).start,
+            alone: Layout::new(trainable, Zero::Nothing, [0, 1], plan.micro_batches / diloco.workers),
+            workers,
+            checkpoints: checkpoints.clone(),
+            saved: state.step,
+        });
         let how = (plan.checkpoint.keep, context.threads_of_a_rank());
         Rank {
             saver: Saver::new(checkpoints.clone(), &layout, how),
@@ -274,6 +296,8 @@ impl<'a> RankParts<'a> {
             token_bytes: self.token_bytes.clone(),
             squares: Vec::new(),
             state,
+            rounds,
+            links: Links::default(),
             seconds: context.seconds,
             bytes_told: 0,
             record,
@@ -394,6 +418,7 @@ impl<'a, 'b> Leader<'a, 'b> {
             flops_per_token: trainable.flops_per_token(self.plan.context),
             peak_flops: self.context.peak_flops,
             n_ranks: self.context.n_ranks as u64,
+            hosts: self.context.hosts.clone(),
             began_unix: self.context.started_unix,
             after: self.context.after.clone(),
             chats_cut: sources.n_cut,
@@ -517,6 +542,7 @@ fn check_division(plan: &Plan, zero: Zero, n_ranks: usize) -> Result<()> {
     let n_turns = plan.micro_batches / n_ranks;
     match () {
         () if plan.muon.is_some() => Err(Error::MuonDivided),
+        () if plan.diloco.is_some() => Err(Error::DilocoDivided),
         () if zero >= Zero::Gradients && !plan.method.is_full() => Err(Error::LoraDivided),
         // See comm::tree: what all ranks compute at a time must be a node.
         () if zero >= Zero::Gradients && !n_turns.is_power_of_two() => {

@@ -82,7 +82,9 @@ impl Saver {
     pub(crate) fn new(checkpoints: Checkpoints, layout: &Layout, (keep, n_threads): (usize, usize)) -> Saver {
         let parts = layout.writes();
         let writer = Some(layout.rank).filter(|rank| *rank < parts.len());
-        let spare = Snapshot::new(if writer.is_some() { layout.n_own() } else { 0 });
+        // Workers of DiLoCo store their own state.
+        let is_used = writer.is_some() && checkpoints.n_workers == 0;
+        let spare = Snapshot::new(if is_used { layout.n_own() } else { 0 });
         let pause = PAUSE_OF_ONE_THREAD / n_threads.max(1) as u32;
         Saver {
             checkpoints,

@@ -82,8 +82,13 @@ impl State {
     pub(crate) fn params_kept(&self) -> Vec<Place> {
         match self.zero {
             Zero::Parameters => self.places.clone(),
-            _ => vec![Place { at: 0..self.params.len(), own: 0..self.params.len() }],
+            _ => State::whole(self.params.len()),
         }
+    }
+
+    /// All of so many, where they lie in the flat vector.
+    pub(crate) fn whole(n: usize) -> Vec<Place> {
+        vec![Place { at: 0..n, own: 0..n }]
     }
 
     /// Where the parameters of a place lie.

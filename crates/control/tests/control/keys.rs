@@ -94,6 +94,16 @@ pub(crate) fn keys_are_checked_while_they_are_created_and_revoked(stage: &Stage)
     });
 }
 
+pub(crate) fn a_key_keeps_its_role(stage: &Stage) {
+    let (control, _) = stage.one();
+    for role in Role::ALL {
+        let key = control.create_key(role.as_str(), role).unwrap();
+        assert_eq!(control.check_key(key.expose()).unwrap().unwrap().role, role);
+    }
+    let roles: Vec<Role> = control.list_keys().unwrap().iter().map(|key| key.role).collect();
+    assert_eq!(roles, Role::ALL);
+}
+
 pub(crate) fn keys_that_are_read_in_time_are_known_without_waiting(stage: &Stage) {
     let ([control, other], clock) = stage.many();
     let key = control.create_key("a", Role::Use).unwrap();
@@ -111,14 +121,4 @@ pub(crate) fn keys_that_are_read_in_time_are_known_without_waiting(stage: &Stage
     assert_eq!(control.known_key(key.expose()), Some(None));
     clock.advance(1_000);
     assert_eq!(control.known_key(key.expose()), None);
-}
-
-pub(crate) fn a_key_keeps_its_role(stage: &Stage) {
-    let (control, _) = stage.one();
-    for role in Role::ALL {
-        let key = control.create_key(role.as_str(), role).unwrap();
-        assert_eq!(control.check_key(key.expose()).unwrap().unwrap().role, role);
-    }
-    let roles: Vec<Role> = control.list_keys().unwrap().iter().map(|key| key.role).collect();
-    assert_eq!(roles, Role::ALL);
 }

@@ -60,6 +60,11 @@ pub(crate) struct Train {
     /// Train the layers' matrices with Muon (the rest stays with AdamW); its peak learning rate.
     #[arg(long, value_name = "LR", num_args = 0..=1, default_missing_value = "0.02", conflicts_with = "lora_rank")]
     pub(crate) muon: Option<f32>,
+    /// For slow links: workers that train by themselves and meet every so many steps (DiLoCo), for that many times fewer
+    /// bytes: workers=2,every=100,lr=0.7,momentum=0.9. The result depends on it, but not on the ranks that the workers share.
+    /// Where they meet a few times only, less momentum is better: lr=0.9,momentum=0.5.
+    #[arg(long, value_name = "SETTINGS", value_parser = diloco)]
+    pub(crate) diloco: Option<train::Diloco>,
     /// Keep logits from drifting: the weight of the square of their logarithmic sum.
     #[arg(long, value_name = "WEIGHT", default_value_t = 0.0)]
     pub(crate) z_loss: f32,
@@ -104,6 +109,30 @@ pub(crate) struct Train {
     /// Report as JSON lines instead of the live view.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// `workers=2,every=100,lr=0.7,momentum=0.9`, of which all but the workers may be left out.
+fn diloco(text: &str) -> Result<train::Diloco, String> {
+    let (mut diloco, mut has_workers) = (train::Diloco::DEFAULT, false);
+    for setting in text.split(',') {
+        let (name, value) = setting.split_once('=').unwrap_or((setting, ""));
+        let wrong = |what: &str| format!("{name}={value}: {value:?} is not {what}");
+        match name {
+            "workers" => {
+                diloco.workers = value.parse().map_err(|_| wrong("a number of workers"))?;
+                has_workers = true;
+            }
+            "every" => diloco.every_steps = value.parse().map_err(|_| wrong("a number of steps"))?,
+            "lr" => diloco.lr = value.parse().map_err(|_| wrong("a learning rate"))?,
+            "momentum" => diloco.momentum = value.parse().map_err(|_| wrong("a momentum"))?,
+            _ => return Err(format!("{name:?} is none of workers, every, lr, momentum")),
+        }
+    }
+    if has_workers {
+        Ok(diloco)
+    } else {
+        Err("workers=N is missing: the result depends on their number".into())
+    }
 }
 
 /// How ranks are started and held together.
@@ -208,5 +237,29 @@ impl Train {
             }
         };
         self.dataset.iter().map(choice).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn diloco_is_told_as_settings() {
+        let all = train::Diloco { workers: 4, every_steps: 50, lr: 0.5, momentum: 0.8 };
+        assert_eq!(diloco("workers=4,every=50,lr=0.5,momentum=0.8"), Ok(all));
+        let short = diloco("every=7,workers=8").unwrap();
+        assert_eq!(short, train::Diloco { workers: 8, every_steps: 7, ..train::Diloco::DEFAULT });
+        for (text, words) in [
+            ("every=50", "workers=N is missing"),
+            ("", "is none of workers, every, lr, momentum"),
+            ("workers=2,evry=3", "\"evry\" is none of"),
+            ("workers=-1", "\"-1\" is not a number of workers"),
+            ("workers", "\"\" is not a number of workers"),
+            ("workers=2,lr=fast", "\"fast\" is not a learning rate"),
+        ] {
+            let error = diloco(text).unwrap_err();
+            assert!(error.contains(words), "{text}: {error}");
+        }
     }
 }

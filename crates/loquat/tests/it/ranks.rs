@@ -1,6 +1,13 @@
 //! One run on several processes that a real `mpirun` starts, on one machine and on three that are network namespaces:
 //! the same bytes as on one rank, whatever happens to ranks and links on the way.
 
+#[cfg(feature = "long")]
+mod bad_links;
+mod bad_ranks;
+mod diloco;
+
+#[cfg(feature = "long")]
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -302,13 +309,17 @@ fn a_rank_that_hangs_is_named_and_replaced() {
 }
 
 /// Three machines: network namespaces on one switch, which nothing else is tied to.
-struct Hosts(String);
+struct Hosts {
+    name: String,
+    /// A program that stands for the switch.
+    switch: Option<Child>,
+}
 
 impl Hosts {
     /// `None`, and said so, where this user may make none.
     fn up(name: &str) -> Option<Hosts> {
-        let hosts = Hosts(format!("lq{}{name}", std::process::id()));
-        let sw = format!("{}s", hosts.0);
+        let hosts = Hosts { name: format!("lq{}{name}", std::process::id()), switch: None };
+        let sw = format!("{}s", hosts.name);
         let made = ip(&["netns", "add", &sw])
             && ip(&["-n", &sw, "link", "add", "br0", "type", "bridge"])
             && ip(&["-n", &sw, "link", "set", "br0", "up"])
@@ -320,8 +331,42 @@ impl Hosts {
         Some(hosts)
     }
 
+    /// On a switch that holds each frame for so many milliseconds and loses so many of a hundred.
+    #[cfg(feature = "long")]
+    fn up_behind_slow_switch(name: &str, [delay_ms, loss_percent]: [u32; 2]) -> Option<Hosts> {
+        let mut hosts = Hosts { name: format!("lq{}{name}", std::process::id()), switch: None };
+        let names: Vec<String> = (1..=3).map(|i| format!("{}{i}", hosts.name)).collect();
+        let mut command = Command::new("python3");
+        command
+            .arg(root().join("tests/slow_switch.py"))
+            .args([delay_ms, loss_percent].map(|n| n.to_string()));
+        command.args(&names).stdout(Stdio::piped());
+        let mut is_up = names.iter().all(|name| ip(&["netns", "add", name]));
+        if is_up && let Ok(mut switch) = command.spawn() {
+            let mut word = [0; 2];
+            is_up = switch
+                .stdout
+                .take()
+                .is_some_and(|mut out| out.read_exact(&mut word).is_ok() && word == *b"up");
+            hosts.switch = Some(switch);
+        }
+        let set_up = |(i, host): (usize, &String)| {
+            ip(&["-n", host, "link", "set", "lo", "up"])
+                && ip(&["-n", host, "addr", "add", &format!("198.18.7.{}/24", i + 1), "dev", "eth0"])
+                && ip(&["-n", host, "link", "set", "eth0", "up"])
+        };
+        if !(is_up && names.iter().enumerate().all(set_up)) {
+            eprintln!(
+                "SKIPPED: no switch can be made here (it needs root, iproute2, python3 and /dev/net/tun)"
+            );
+            return None;
+        }
+        Some(hosts)
+    }
+
     fn add(&self, sw: &str, i: usize) -> bool {
-        let (host, port, address) = (format!("{}{i}", self.0), format!("p{i}"), format!("198.18.7.{i}/24"));
+        let (host, port, address) =
+            (format!("{}{i}", self.name), format!("p{i}"), format!("198.18.7.{i}/24"));
         ip(&["netns", "add", &host])
             && ip(&["-n", &host, "link", "set", "lo", "up"])
             && ip(&[
@@ -334,7 +379,20 @@ impl Hosts {
     }
 
     fn set_link(&self, i: usize, state: &str) {
-        assert!(ip(&["-n", &format!("{}s", self.0), "link", "set", &format!("p{i}"), state]));
+        assert!(ip(&["-n", &format!("{}s", self.name), "link", "set", &format!("p{i}"), state]));
+    }
+
+    /// What comes to each host comes at this rate.
+    #[cfg(feature = "long")]
+    fn slow_down(&self, rate: &str) {
+        for i in 1..=3 {
+            let (host, port) = (format!("{}s", self.name), format!("p{i}"));
+            let slow = ["rate", rate, "burst", "64kb", "latency", "100ms"];
+            let words =
+                [&["netns", "exec", &host, "tc", "qdisc", "add", "dev", &port, "root", "tbf"][..], &slow]
+                    .concat();
+            assert!(ip(&words), "links cannot be shaped");
+        }
     }
 
     /// What stands for ssh: a host whose link is down does not answer.
@@ -344,7 +402,7 @@ impl Hosts {
             "#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nhost={}${{1##*.}}; shift\n\
              ip -n $host link show eth0 | grep -q LOWER_UP || exit 255\n\
              exec nsenter --net=/run/netns/$host unshare --uts bash -c \"hostname $host; export PATH={}; $*\"\n",
-            self.0,
+            self.name,
             path_with(&runs.mpi)
         );
         std::fs::write(&file, text).unwrap();
@@ -365,7 +423,7 @@ impl Hosts {
         ] {
             words.extend(["--mpirun-option".to_owned(), option.to_owned()]);
         }
-        let host = format!("{}1", self.0);
+        let host = format!("{}1", self.name);
         let mut command = Command::new("nsenter");
         command.args([&format!("--net=/run/netns/{host}"), "unshare", "--uts", "sh", "-c"]);
         command.arg(format!("hostname {host}; exec \"$@\"")).arg("sh").arg(env!("CARGO_BIN_EXE_loquat"));
@@ -377,8 +435,12 @@ impl Hosts {
 
 impl Drop for Hosts {
     fn drop(&mut self) {
+        if let Some(switch) = &mut self.switch {
+            let _ = switch.kill();
+            let _ = switch.wait();
+        }
         for end in ["1", "2", "3", "s"] {
-            let host = format!("{}{end}", self.0);
+            let host = format!("{}{end}", self.name);
             let inside = Command::new("ip").args(["netns", "pids", &host]).output().map(|o| o.stdout);
             for pid in String::from_utf8_lossy(&inside.unwrap_or_default()).split_whitespace() {
                 let _ = Command::new("kill").args(["-KILL", pid]).status();
@@ -423,13 +485,7 @@ fn a_cut_link_is_explained_and_the_run_goes_on_without_that_host() {
 #[test]
 fn eight_ranks_on_slow_links_that_lose_two_of_them() {
     let (Some(runs), Some(hosts)) = (Runs::prepared(), Hosts::up("b")) else { return };
-    for i in 1..=3 {
-        let (host, port) = (format!("{}s", hosts.0), format!("p{i}"));
-        let slow = ["rate", "50mbit", "burst", "64kb", "latency", "100ms"];
-        let words = [&["netns", "exec", &host, "tc", "qdisc", "add", "dev", &port, "root", "tbf"][..], &slow]
-            .concat();
-        assert!(ip(&words), "links cannot be shaped");
-    }
+    hosts.slow_down("50mbit");
     let steps = 60;
     runs.must_run("whole", steps, "");
     let begun = runs.begin(hosts.command(&runs, "slow", steps, "--ranks 8 --zero 1 --rank-limit 20"), "slow");

@@ -13,6 +13,7 @@ use train::{
     PLAN_VERSION, Plan, Sample, Schedule, Zero,
 };
 
+mod diloco;
 mod divided;
 mod methods;
 mod mishaps;
@@ -52,6 +53,7 @@ fn prepared() -> (Arc<dyn Store>, Plan) {
         schedule: Schedule { decay: Decay::Cosine, lr_peak: 1e-2, lr_final_share: 0.1, warmup_steps: 2 },
         adamw: AdamW { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 },
         muon: None,
+        diloco: None,
         z_loss: 0.0,
         guard: Guard::default(),
         clip_norm: 1.0,
@@ -71,6 +73,7 @@ fn context<'a>(store: &Arc<dyn Store>, run: &str, stop: &'a AtomicBool) -> Conte
         store: store.clone(),
         run: run.into(),
         n_ranks: 1,
+        hosts: Vec::new(),
         after: None,
         zero: Zero::Nothing,
         n_threads: 1,

@@ -77,6 +77,7 @@ pub(super) fn plan(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<
         schedule: schedule(args),
         adamw: AdamW { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 },
         muon: muon(args),
+        diloco: args.diloco,
         z_loss: args.z_loss,
         guard: Guard { skips_max: SKIPS_MAX, spike_sigmas: args.skip_spikes },
         clip_norm: 1.0,
@@ -119,6 +120,7 @@ pub(super) fn as_asked(store: &Arc<dyn Store>, old: &Plan, args: &args::Train) -
         micro_batches: args.micro_batches,
         steps: args.steps.unwrap_or(old.steps),
         muon: muon(args),
+        diloco: args.diloco,
         z_loss: args.z_loss,
         seed: args.seed,
         ..old.clone()

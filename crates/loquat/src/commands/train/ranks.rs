@@ -35,6 +35,8 @@ pub(super) struct Member {
     comm: MpiComm,
     record: Record,
     own: Hello,
+    /// Of every rank.
+    pub(super) hosts: Vec<String>,
     limit: Duration,
 }
 
@@ -51,7 +53,7 @@ impl Member {
         let comm = MpiComm::join(settings)?;
         let own =
             Hello { host: launch::host(), pid: std::process::id(), rank, n_ranks, same: Default::default() };
-        Ok(Member { comm, record, own, limit })
+        Ok(Member { comm, record, own, hosts: Vec::new(), limit })
     }
 
     /// Rank 0 plans the run, if there is none yet. Where it cannot, no rank goes on.
@@ -85,7 +87,10 @@ impl Member {
         }
         self.own.same = same.into_iter().collect();
         match handshake(&self.comm, &self.own)? {
-            Ok(_) => Ok(None),
+            Ok(all) => {
+                self.hosts = all.into_iter().map(|hello| hello.host).collect();
+                Ok(None)
+            }
             Err(refused) => {
                 eprintln!("error: {refused}");
                 self.comm.leave()?;
@@ -96,7 +101,7 @@ impl Member {
 
     /// Trains to the end. Where ranks are lost, tells which and what each was doing.
     pub(super) fn train(self, context: &train::Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcome> {
-        let Member { comm, record, own, limit } = self;
+        let Member { comm, record, own, limit, .. } = self;
         let board = Board::new(context.store.clone(), &context.run);
         let every = (limit / 4).clamp(POST_EVERY[0], POST_EVERY[1]);
         let posting = board.keep_posting(own.clone(), record.clone(), every);

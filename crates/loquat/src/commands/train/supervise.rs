@@ -31,7 +31,8 @@ struct Supervisor<'a> {
     args: &'a args::Train,
     board: Board,
     stop: Stop,
-    n_micro_batches: usize,
+    /// What ranks share of a step.
+    n_parts: usize,
 }
 
 /// How a life of the ranks ended.
@@ -44,9 +45,10 @@ enum Ended {
 pub(super) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
     let store = home.store()?;
     let board = Board::new(store.clone(), args.run_name());
-    let planned = train::read_plan(&store, args.run_name())?.map(|plan| plan.micro_batches);
-    let n_micro_batches = planned.unwrap_or(args.micro_batches);
-    Supervisor { args, board, stop: Stop::on_signals()?, n_micro_batches }.run()
+    let planned = train::read_plan(&store, args.run_name())?.map(|plan| plan.parts());
+    let asked = args.diloco.map_or(args.micro_batches, |diloco| diloco.workers);
+    let n_parts = planned.unwrap_or(asked);
+    Supervisor { args, board, stop: Stop::on_signals()?, n_parts }.run()
 }
 
 impl Supervisor<'_> {
@@ -88,7 +90,7 @@ impl Supervisor<'_> {
     fn n_ranks(&self, n_hosts: usize) -> usize {
         let (asked, hosts) = (self.args.ranks, self.args.distributed.hosts.len());
         let possible = if hosts == 0 { asked } else { (asked.div_ceil(hosts) * n_hosts).min(asked) };
-        let is_even = |n: &usize| n.is_power_of_two() && self.n_micro_batches.is_multiple_of(*n);
+        let is_even = |n: &usize| n.is_power_of_two() && self.n_parts.is_multiple_of(*n);
         (1..=possible).rev().find(is_even).unwrap_or(1)
     }
 
