@@ -14,9 +14,9 @@ pub(crate) struct Offer {
     /// Memory for jobs, in GB.
     #[arg(long, value_name = "GB", value_parser = gigabytes)]
     pub(crate) node_memory_gb: Option<u64>,
-    /// Accelerators for jobs.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub(crate) node_accelerators: u32,
+    /// Accelerators for jobs. [default: the NVIDIA devices that this process sees]
+    #[arg(long, value_name = "N")]
+    pub(crate) node_accelerators: Option<u32>,
     /// Jobs beside each other, services aside.
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub(crate) node_jobs: u32,
