@@ -96,7 +96,7 @@ fn default_project() -> String {
     DEFAULT_PROJECT.to_owned()
 }
 
-fn is_default_project(name: &String) -> bool {
+fn is_default_project(name: &str) -> bool {
     name == DEFAULT_PROJECT
 }
 
