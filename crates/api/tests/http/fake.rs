@@ -59,7 +59,8 @@ impl OneRun {
     pub(crate) fn begun() -> Arc<OneRun> {
         let first = Point { step: 1, loss: 8.3, tokens_per_second: Some(9000.0), ..Point::default() };
         let eval = Eval { step: 1, bits_per_byte: 3.1, loss: None };
-        let curve = Curve { steps_total: Some(600), points: vec![first], evals: vec![eval], notes: Vec::new() };
+        let curve =
+            Curve { steps_total: Some(600), points: vec![first], evals: vec![eval], notes: Vec::new() };
         Arc::new(OneRun(Mutex::new(curve)))
     }
 }

@@ -5,6 +5,7 @@
 mod bad_links;
 mod bad_ranks;
 mod diloco;
+mod teams;
 
 #[cfg(feature = "long")]
 use std::io::Read;
@@ -337,12 +338,17 @@ impl Hosts {
         let mut hosts = Hosts { name: format!("lq{}{name}", std::process::id()), switch: None };
         let names: Vec<String> = (1..=3).map(|i| format!("{}{i}", hosts.name)).collect();
         let mut command = Command::new("python3");
-        command.arg(root().join("tests/slow_switch.py")).args([delay_ms, loss_percent].map(|n| n.to_string()));
+        command
+            .arg(root().join("tests/slow_switch.py"))
+            .args([delay_ms, loss_percent].map(|n| n.to_string()));
         command.args(&names).stdout(Stdio::piped());
         let mut is_up = names.iter().all(|name| ip(&["netns", "add", name]));
         if is_up && let Ok(mut switch) = command.spawn() {
             let mut word = [0; 2];
-            is_up = switch.stdout.take().is_some_and(|mut out| out.read_exact(&mut word).is_ok() && word == *b"up");
+            is_up = switch
+                .stdout
+                .take()
+                .is_some_and(|mut out| out.read_exact(&mut word).is_ok() && word == *b"up");
             hosts.switch = Some(switch);
         }
         let set_up = |(i, host): (usize, &String)| {
@@ -351,14 +357,17 @@ impl Hosts {
                 && ip(&["-n", host, "link", "set", "eth0", "up"])
         };
         if !(is_up && names.iter().enumerate().all(set_up)) {
-            eprintln!("SKIPPED: no switch can be made here (it needs root, iproute2, python3 and /dev/net/tun)");
+            eprintln!(
+                "SKIPPED: no switch can be made here (it needs root, iproute2, python3 and /dev/net/tun)"
+            );
             return None;
         }
         Some(hosts)
     }
 
     fn add(&self, sw: &str, i: usize) -> bool {
-        let (host, port, address) = (format!("{}{i}", self.name), format!("p{i}"), format!("198.18.7.{i}/24"));
+        let (host, port, address) =
+            (format!("{}{i}", self.name), format!("p{i}"), format!("198.18.7.{i}/24"));
         ip(&["netns", "add", &host])
             && ip(&["-n", &host, "link", "set", "lo", "up"])
             && ip(&[

@@ -90,7 +90,7 @@ pub(super) fn plan(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<
     };
     spread(&mut plan, args);
     plan.check()?;
-    plan.check_ranks(args.ranks)?;
+    plan.check_teams(args.ranks, args.distributed.tp)?;
     Ok(Planned { plan, weights, files: start.map(|(_, files)| files), task_files, datasets })
 }
 

@@ -23,7 +23,9 @@ fn a_cut_of_half_a_minute_is_sat_out() {
 /// One frame of a hundred is lost, each takes 20 ms.
 #[test]
 fn losses_and_delays_change_no_bit() {
-    let (Some(runs), Some(hosts)) = (Runs::prepared(), Hosts::up_behind_slow_switch("l", [20, 1])) else { return };
+    let (Some(runs), Some(hosts)) = (Runs::prepared(), Hosts::up_behind_slow_switch("l", [20, 1])) else {
+        return;
+    };
     let steps = 30;
     runs.must_run("whole", steps, "");
     for (run, extra) in [("plain", "--ranks 2"), ("divided", "--ranks 2 --zero 1")] {

@@ -50,11 +50,7 @@ fn a_slow_link_is_no_limit_for_workers_that_seldom_meet() {
     assert!(together.bytes_sent >= 100 * apart.bytes_sent, "{together:?} {apart:?}");
     assert!(apart.seconds < together.seconds, "{together:?} {apart:?}");
     assert!(apart.nats_per_token < together.nats_per_token + 0.15, "{together:?} {apart:?}");
-    runs.must_run(
-        "threads",
-        steps,
-        "--ranks 2 --diloco workers=2,every=128,lr=0.9,momentum=0.5",
-    );
+    runs.must_run("threads", steps, "--ranks 2 --diloco workers=2,every=128,lr=0.9,momentum=0.5");
     assert!(runs.weights("threads") == runs.weights("apart"), "threads are as good as hosts");
 }
 
