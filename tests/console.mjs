@@ -120,6 +120,56 @@ const steps = {
     assert.match(await page.locator('figcaption').innerText(), /step \d+: loss/);
     await page.close();
   },
+  async 'the cluster is shown and steered'() {
+    const page = await open();
+    await page.getByRole('button', { name: 'Cluster' }).click();
+    const node = page.locator('section.node').first();
+    await node.getByRole('img', { name: /^Cores: .* of .* in use$/ }).waitFor();
+    await node.getByRole('img', { name: /^Memory: .* of .* in use$/ }).waitFor();
+    assert.match(await node.innerText(), /cores reserved/);
+    await node.getByRole('button', { name: 'cordon' }).click();
+    await node.locator('.state.cordoned').waitFor();
+    await shot(page, 'cluster-nodes');
+    // With every node closed a job waits, and says why.
+    const tell = (path, body) =>
+      page.request.post(url + path, { data: body, headers: { authorization: `Bearer ${key}` } });
+    const name = `waits-${Date.now()}`;
+    assert.equal((await tell('/v1/jobs', { name, args: ['doctor'], needs: { cores: 1 } })).status(), 200);
+    await page.getByRole('tab', { name: 'Jobs' }).click();
+    const job = page.locator('.queue li', { hasText: name });
+    await job.locator('.reason', { hasText: 'no node is open' }).waitFor();
+    await shot(page, 'cluster-jobs');
+    await job.getByRole('button', { name: `Cancel ${name}` }).click();
+    await job.locator('.state.cancelled').waitFor();
+    await page.getByRole('tab', { name: 'Nodes' }).click();
+    await node.getByRole('button', { name: 'uncordon' }).click();
+    await node.locator('.state.open').waitFor();
+    // A deployment of an engine that is not there, with a canary that is rolled back.
+    const model = `m${Date.now()}`;
+    const ask = { source: 'http://127.0.0.1:9', replicas: 0 };
+    assert.equal((await tell(`/v1/deployments/${model}`, ask)).status(), 200);
+    const trial = { source: 'http://127.0.0.1:8', percent: 10 };
+    assert.equal((await tell(`/v1/deployments/${model}/canary`, trial)).status(), 200);
+    await page.getByRole('tab', { name: 'Deployments' }).click();
+    const deployment = page.locator('section.node', { hasText: model });
+    await deployment.getByText('10 % of the requests to').waitFor();
+    await shot(page, 'cluster-deployments');
+    await deployment.getByRole('button', { name: 'roll back' }).click();
+    await deployment.getByText('was rolled back by hand').waitFor();
+    await page.request.delete(`${url}/v1/deployments/${model}`, { headers: { authorization: `Bearer ${key}` } });
+    await deployment.waitFor({ state: 'detached' });
+    await page.close();
+  },
+  async 'a refused order is shown'() {
+    const page = await open();
+    await page.route('**/v1/nodes/*/cordon', (route) =>
+      route.fulfill({ status: 403, contentType: 'application/json', body: '{"error":{"message":"This key may not."}}' }));
+    await page.getByRole('button', { name: 'Cluster' }).click();
+    await page.locator('section.node').first().getByRole('button', { name: 'cordon' }).click();
+    await page.getByRole('alert').getByText('This key may not.').waitFor();
+    await page.close();
+    complaints.length = 0; // Chromium reports the 403 itself.
+  },
   async 'errors are shown'() {
     const page = await open();
     await choose(page, chatModel);
@@ -153,7 +203,7 @@ const steps = {
       await page.getByRole('button', { name: 'Send' }).click();
       await page.locator('.turn.assistant .note').waitFor();
       await shot(page, `narrow-${colorScheme}`);
-      for (const panel of ['Training', 'Settings']) {
+      for (const panel of ['Training', 'Cluster', 'Settings']) {
         await page.getByRole('button', { name: panel, exact: true }).click();
         const wide = await page.evaluate(() => document.documentElement.scrollWidth);
         assert(wide <= 360, `${panel}: ${wide} px`);

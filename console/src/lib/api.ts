@@ -4,7 +4,60 @@ export type Model = { id: string; is_base: boolean; embeds_only: boolean; max_mo
 export type Role = 'system' | 'user' | 'assistant';
 export type Message = { role: Role; content: string };
 export type Usage = { prompt_tokens: number; completion_tokens: number };
-export type Job = { id: string; name: string; state: string; restarts: number; message: string | null };
+export type Needs = { cores?: number; memory_bytes?: number; accelerators?: number; ranks?: number };
+export type Job = {
+  id: string;
+  name: string;
+  state: string;
+  stopping: boolean;
+  waits_for: string | null;
+  restarts: number;
+  message: string | null;
+  created: number;
+  priority: number;
+  project: string;
+  needs: Needs;
+  nodes: { node: string; ranks: number }[];
+};
+export type NodeJob = {
+  id: string;
+  name: string;
+  cores_reserved: number;
+  cores_used: number;
+  memory_bytes_used: number;
+};
+export type Node = {
+  id: string;
+  state: string;
+  mode: string;
+  problem: string | null;
+  cores: number;
+  cores_used: number;
+  memory_bytes: number;
+  memory_bytes_used: number;
+  accelerators: number;
+  disk_free_bytes: number;
+  jobs: NodeJob[];
+};
+export type Deployment = {
+  id: string;
+  replicas: number;
+  min: number;
+  max: number;
+  live: string;
+  canary: { source: string; percent: number } | null;
+  message: string | null;
+};
+export type Replica = {
+  id: string;
+  model: string;
+  version: string;
+  url: string | null;
+  state: string;
+  in_flight: number;
+  answered: number;
+  failed: number;
+};
 export type Point = { step: number; loss: number; tokens_per_second: number | null };
 export type Eval = { step: number; bits_per_byte: number };
 export type Run = {
@@ -55,6 +108,11 @@ const list = async <T>(key: string, path: string) => (await get<{ data: T[] }>(k
 
 export const models = (key: string) => list<Model>(key, '/v1/models');
 export const jobs = (key: string) => list<Job>(key, '/v1/jobs');
+export const nodes = (key: string) => list<Node>(key, '/v1/nodes');
+export const deployments = (key: string) => list<Deployment>(key, '/v1/deployments');
+export const replicas = (key: string) => list<Replica>(key, '/v1/replicas');
+export const order = (key: string, path: string, body: object) =>
+  send(key, path, { method: 'POST', body: JSON.stringify(body) });
 export const runs = (key: string) => list<{ id: string }>(key, '/v1/runs');
 
 export async function run(key: string, name: string): Promise<Run> {

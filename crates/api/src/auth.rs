@@ -52,6 +52,9 @@ fn bearer(text: &str) -> Option<&str> {
 }
 
 async fn check(state: &AppState, key: String) -> Result<KeyOwner> {
+    if let Some(owner) = state.keys.known(&key) {
+        return owner.ok_or(ApiError::KeyWrong);
+    }
     let keys = state.keys.clone();
     let checked = tokio::task::spawn_blocking(move || keys.check(&key)).await.map_err(ApiError::internal)?;
     let owner = checked.map_err(|e| ApiError::internal(format!("cannot check keys: {e}")))?;

@@ -10,6 +10,8 @@ use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
+use crate::state::Role;
+
 /// The longest piece of a client's own text that an error repeats.
 const ECHO_CHARS_MAX: usize = 100;
 
@@ -33,6 +35,14 @@ pub enum ApiError {
     KeyMissing,
     #[error("Incorrect API key provided.")]
     KeyWrong,
+    #[error(
+        "This key may not {what}: it has the role `{}`, and that takes the role `{}`.",
+        .has.as_str(),
+        .needs.as_str()
+    )]
+    Forbidden { what: &'static str, has: Role, needs: Role },
+    #[error("{0}")]
+    Conflict(String),
     #[error(
         "The host name `{}` is not one of this server's. Allow it in the server's configuration if it should be.",
         echo(.0)
@@ -77,6 +87,8 @@ impl ApiError {
         match self {
             Invalid { .. } | Json(_) | ContextLength { .. } | BodyBroken => StatusCode::BAD_REQUEST,
             KeyMissing | KeyWrong => StatusCode::UNAUTHORIZED,
+            Forbidden { .. } => StatusCode::FORBIDDEN,
+            Conflict(_) => StatusCode::CONFLICT,
             ModelNotFound(_) | NotFound { .. } | NoRoute(_) => StatusCode::NOT_FOUND,
             Method(_) => StatusCode::METHOD_NOT_ALLOWED,
             BodyTimeout(_) => StatusCode::REQUEST_TIMEOUT,
@@ -107,6 +119,8 @@ impl ApiError {
             ModelNotFound(_) => Some("model_not_found"),
             NotFound { .. } | NoRoute(_) => Some("not_found"),
             KeyMissing | KeyWrong => Some("invalid_api_key"),
+            Forbidden { .. } => Some("insufficient_role"),
+            Conflict(_) => Some("conflict"),
             QueueFull { .. } => Some("rate_limit_exceeded"),
             Draining | EngineDown(_) => Some("server_is_overloaded"),
             _ => None,

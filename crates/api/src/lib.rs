@@ -8,6 +8,7 @@
 //!
 //! **Where to start.** `routes.rs` is the table of routes. A chat's way: `edge.rs` (id, host, accounting), `auth.rs`,
 //! `body.rs`, `chat.rs` (fields), `prompt.rs` (ids), `generate.rs` (submit, answer), `choice.rs` (ids back to text).
+//! `cluster.rs` shows and steers jobs, nodes and deployments, by the role of the key.
 //! `replicas/` sends requests for models that other processes serve there. `error.rs` alone decides HTTP statuses, `limits.rs` names every bound, `serve.rs` is the accept loop.
 #![forbid(unsafe_code)]
 
@@ -17,6 +18,7 @@ mod body;
 mod calls;
 mod chat;
 mod choice;
+mod cluster;
 mod completions;
 mod connections;
 mod console;
@@ -42,6 +44,9 @@ mod structured;
 mod tokenize;
 mod tools;
 
+pub use cluster::{
+    Call, CanaryAsk, Cluster, DeployAsk, JobAsk, LogPiece, NeedsAsk, NodeOrder, QuotaAsk, Refusal,
+};
 pub use embeddings::{Embedder, Embedders, ServedEmbedder};
 pub use error::ApiError;
 pub use limits::Limits;
@@ -50,5 +55,5 @@ pub use routes::app;
 pub use runs::{Curve, Eval, Point, Runs};
 pub use serve::serve;
 pub use state::{
-    AppState, Cause, JobView, Jobs, KeyChecker, KeyOwner, Lifecycle, LoadAdapter, Models, Parts, ServedModel,
+    AppState, Cause, KeyChecker, KeyOwner, Lifecycle, LoadAdapter, Models, Parts, Role, ServedModel,
 };

@@ -21,7 +21,8 @@ pub struct Limits {
     pub head_time_max: Duration,
     /// A client that takes no byte of its answer for this long is cut off.
     pub write_stall_max: Duration,
-    /// Open connections; at the limit the longest idle one makes room for a new one.
+    /// Open connections; at the limit the longest idle one makes room for a new one. An idle one
+    /// takes 14 kB.
     pub connections_max: usize,
     /// Sequences one request may ask for: prompts times `n`.
     pub sequences_max: usize,
@@ -52,7 +53,7 @@ impl Default for Limits {
             head_bytes_max: 64 << 10,
             head_time_max: Duration::from_secs(30),
             write_stall_max: Duration::from_secs(60),
-            connections_max: 4096,
+            connections_max: 16_384,
             sequences_max: 256,
             n_compiling: 2,
             compile_time_max: Duration::from_secs(5),

@@ -11,7 +11,8 @@ use tower_http::catch_panic::CatchPanicLayer;
 use crate::error::ApiError;
 use crate::state::AppState;
 use crate::{
-    adapters, auth, chat, completions, console, edge, embeddings, models, probes, replicas, runs, tokenize,
+    adapters, auth, chat, cluster, completions, console, edge, embeddings, models, probes, replicas, runs,
+    tokenize,
 };
 
 /// Routes that need no key and are answered whatever else the server does.
@@ -32,6 +33,16 @@ const TEMPLATES: &[&str] = &[
     "/v1/runs",
     "/v1/runs/{name}",
     "/v1/jobs",
+    "/v1/jobs/{name}",
+    "/v1/jobs/{name}/logs",
+    "/v1/jobs/{name}/{order}",
+    "/v1/nodes",
+    "/v1/nodes/{name}/{order}",
+    "/v1/deployments",
+    "/v1/deployments/{model}",
+    "/v1/deployments/{model}/{order}",
+    "/v1/projects",
+    "/v1/projects/{name}",
     "/v1/replicas",
     "/metrics",
 ];
@@ -54,7 +65,20 @@ pub fn app(state: AppState) -> Router {
         .route("/detokenize", post(tokenize::detokenize))
         .route("/v1/runs", get(runs::list))
         .route("/v1/runs/{name}", get(runs::get))
-        .route("/v1/jobs", get(runs::jobs))
+        .route("/v1/jobs", get(cluster::jobs).post(cluster::submit_job))
+        .route("/v1/jobs/{name}", get(cluster::job))
+        .route("/v1/jobs/{name}/logs", get(cluster::logs))
+        .route("/v1/jobs/{name}/{order}", post(cluster::steer_job))
+        .route("/v1/nodes", get(cluster::nodes))
+        .route("/v1/nodes/{name}/{order}", post(cluster::steer_node))
+        .route("/v1/deployments", get(cluster::deployments))
+        .route(
+            "/v1/deployments/{model}",
+            get(cluster::deployment).post(cluster::deploy).delete(cluster::undeploy),
+        )
+        .route("/v1/deployments/{model}/{order}", post(cluster::steer_deployment))
+        .route("/v1/projects", get(cluster::projects))
+        .route("/v1/projects/{name}", post(cluster::set_project).delete(cluster::delete_project))
         .route("/v1/replicas", get(replicas::list))
         .route("/metrics", get(probes::metrics))
         .route_layer(from_fn_with_state(state.clone(), auth::require_key))

@@ -1,5 +1,4 @@
-//! Training runs and jobs, for the console and for operators. Who knows them implements [`Runs`] and
-//! [`Jobs`](crate::Jobs).
+//! Training runs, for the console and for operators. Who knows them implements [`Runs`].
 
 use axum::Json;
 use axum::extract::rejection::PathRejection;
@@ -88,12 +87,6 @@ pub(crate) async fn get(
         "notes": curve.notes,
         "last": curve.points.last(),
     })))
-}
-
-pub(crate) async fn jobs(State(state): State<AppState>) -> Result<Json<Value>> {
-    let jobs = state.jobs.clone();
-    let data = blocking("list jobs", move || jobs.list()).await?;
-    Ok(Json(json!({"object": "list", "data": data})))
 }
 
 /// Runs what may touch a disk or a network away from the async threads.

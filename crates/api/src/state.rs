@@ -8,11 +8,11 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use constrain::Grammars;
 use engine::{Adapter, Engine};
-use serde::Serialize;
 use telemetry::Metrics;
 use tokenizer::{ChatTemplate, Tokenizer};
 use tokio::sync::Semaphore;
 
+use crate::cluster::Cluster;
 use crate::embeddings::Embedders;
 use crate::limits::Limits;
 use crate::replicas::Replicas;
@@ -27,7 +27,7 @@ pub struct AppState {
     pub replicas: Replicas,
     pub keys: Arc<dyn KeyChecker>,
     pub runs: Arc<dyn Runs>,
-    pub jobs: Arc<dyn Jobs>,
+    pub cluster: Arc<dyn Cluster>,
     pub metrics: Metrics,
     pub limits: Arc<Limits>,
     pub lifecycle: Lifecycle,
@@ -44,7 +44,7 @@ pub struct AppState {
 pub struct Parts {
     pub keys: Arc<dyn KeyChecker>,
     pub runs: Arc<dyn Runs>,
-    pub jobs: Arc<dyn Jobs>,
+    pub cluster: Arc<dyn Cluster>,
     pub metrics: Metrics,
     pub limits: Limits,
     pub now_unix_s: fn() -> u64,
@@ -59,7 +59,7 @@ impl AppState {
             replicas: Replicas::default(),
             keys: parts.keys,
             runs: parts.runs,
-            jobs: parts.jobs,
+            cluster: parts.cluster,
             metrics: parts.metrics,
             large_bodies: Arc::new(Semaphore::new(parts.limits.n_large_bodies)),
             heavy: Arc::new(Semaphore::new(parts.limits.n_heavy)),
@@ -74,9 +74,15 @@ impl AppState {
 /// Another part of the system could not answer; the text goes to the log only.
 pub type Cause = Box<dyn std::error::Error + Send + Sync>;
 
-/// Says whether a key is valid. Called on a blocking thread, once per request, so that a revoked key stops at once.
+/// Says whether a key is valid. Asked once per request, so that a revoked key stops at once.
 pub trait KeyChecker: Send + Sync {
+    /// Called on a blocking thread, where [`KeyChecker::known`] has no answer.
     fn check(&self, key: &str) -> Result<Option<KeyOwner>, Cause>;
+
+    /// What can be said at once, from memory: handing a request to another thread and back costs more than the look.
+    fn known(&self, _key: &str) -> Option<Option<KeyOwner>> {
+        None
+    }
 
     /// Whom a request without any key belongs to; `None` refuses it. For a server that is open on purpose.
     fn nobody(&self) -> Option<KeyOwner> {
@@ -91,27 +97,28 @@ pub struct KeyOwner {
     pub id: String,
     /// For the log.
     pub name: String,
+    pub role: Role,
 }
 
-/// The jobs the control plane knows. Called on a blocking thread.
-pub trait Jobs: Send + Sync {
-    fn list(&self) -> Result<Vec<JobView>, Cause>;
+/// What a key may do; each may what those before it may.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Role {
+    /// Ask models.
+    Use,
+    /// See the cluster; cancel jobs and run them again.
+    Member,
+    /// Everything.
+    Admin,
 }
 
-/// One job, as `GET /v1/jobs` shows it.
-#[derive(Clone, Debug, Serialize)]
-pub struct JobView {
-    pub id: String,
-    /// Always `job`.
-    pub object: &'static str,
-    pub name: String,
-    /// The control plane's own word, e.g. `running`.
-    pub state: String,
-    pub restarts: u32,
-    /// Why the job is in this state, where there is something to say.
-    pub message: Option<String>,
-    /// Seconds since 1970.
-    pub created: u64,
+impl Role {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Role::Use => "use",
+            Role::Member => "member",
+            Role::Admin => "admin",
+        }
+    }
 }
 
 /// The models being served, by name. They come and go while the server runs.

@@ -4,10 +4,13 @@
 use crate::clock::UnixMs;
 use crate::database::{Control, Stop};
 use crate::error::{Error, Result};
-use crate::job::{JobId, JobSpec};
+use crate::job::{JobId, JobSpec, Needs};
 use crate::jobs;
 use crate::leases::Lease;
 use crate::models::check_name;
+use crate::nodes;
+use crate::projects;
+use crate::room::check_exists;
 use crate::sql::{Fault, Row, Transaction, values};
 
 /// Replicas of one model.
@@ -17,8 +20,7 @@ pub const REPLICAS_MAX: u32 = 64;
 const DEPLOYMENTS_MAX: usize = 1_000;
 const ALL_REPLICAS_MAX: usize = 10_000;
 
-const COLUMNS: &str =
-    "model, n_replicas, n_min, n_max, live, canary, canary_percent, args, message, created_ms, changed_ms";
+const COLUMNS: &str = "model, n_replicas, n_min, n_max, live, canary, canary_percent, args, message, created_ms, changed_ms, needs";
 
 /// How one model is to be served by replicas.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +35,8 @@ pub struct Deployment {
     pub canary: Option<Canary>,
     /// More of the command line of `loquat serve`.
     pub args: Vec<String>,
+    /// Of each replica.
+    pub needs: Needs,
     /// The last decision, in words.
     pub message: Option<String>,
     pub created_at: UnixMs,
@@ -57,6 +61,7 @@ pub struct Ask {
     /// A source other than the live one replaces it, replica by replica.
     pub source: Option<String>,
     pub args: Option<Vec<String>>,
+    pub needs: Option<Needs>,
 }
 
 /// A process that serves a model.
@@ -77,20 +82,8 @@ pub struct Replica {
 impl Control {
     /// Makes `model` one that replicas serve, or changes how.
     pub fn deploy(&self, model: &str, ask: &Ask) -> Result<Deployment> {
-        check_name("model name", model)?;
         let now = self.now();
-        self.write("deploy a model", |transaction| {
-            let found = find(transaction, model)?;
-            if found.is_none() {
-                let n = transaction.number("SELECT count(*) FROM deployments", &[])?;
-                if usize::try_from(n).is_ok_and(|n| n >= DEPLOYMENTS_MAX) {
-                    return Err(Error::TooMany { what: "deployments", max: DEPLOYMENTS_MAX }.into());
-                }
-            }
-            let wanted = changed(found, model, ask, now)?;
-            put(transaction, &wanted)?;
-            Ok(wanted)
-        })
+        self.write("deploy a model", |transaction| deploy(transaction, model, ask, now))
     }
 
     pub fn list_deployments(&self) -> Result<Vec<Deployment>> {
@@ -114,50 +107,27 @@ impl Control {
 
     /// Puts `source` on trial with a share of the model's requests.
     pub fn start_canary(&self, model: &str, source: &str, percent: u32) -> Result<Deployment> {
-        let invalid = |why: &str| Err(Error::Invalid { what: "canary", why: why.to_owned() });
-        if !(1..=99).contains(&percent) {
-            return invalid("its share must be 1 to 99 percent");
+        let (now, canary) = (self.now(), Canary { source: source.to_owned(), percent });
+        self.write("start a canary", |transaction| start_canary(transaction, model, canary, now))
+    }
+
+    /// A person ends the trial of a model, whatever is on trial; returns what was done, in words.
+    pub fn end_trial(&self, model: &str, promote: bool) -> Result<String> {
+        let no_trial = || Error::NoTrial { model: model.to_owned() };
+        let found = self.get_deployment(model)?.ok_or(Error::NoDeployment { model: model.to_owned() })?;
+        let source = found.canary.ok_or_else(no_trial)?.source;
+        let message = format!("{source} was {} by hand", if promote { "promoted" } else { "rolled back" });
+        match self.end_canary(model, &source, promote, &message)? {
+            true => Ok(message),
+            false => Err(no_trial()),
         }
-        let now = self.now();
-        self.write("start a canary", |transaction| {
-            let found = find(transaction, model)?;
-            let mut wanted = found.ok_or(Error::NoDeployment { model: model.to_owned() })?;
-            if wanted.live == source {
-                let why = format!("{source} is live already");
-                return Err(Error::Invalid { what: "canary", why }.into());
-            }
-            check_source(source)?;
-            wanted.canary = Some(Canary { source: source.to_owned(), percent });
-            wanted.message = Some(format!("{source} on trial with {percent} % of the requests"));
-            wanted.changed_at = now;
-            put(transaction, &wanted)?;
-            Ok(wanted)
-        })
     }
 
     /// Ends the trial of `source`: it becomes live, or it goes. `false` when it was not on trial any more.
     pub fn end_canary(&self, model: &str, source: &str, promote: bool, message: &str) -> Result<bool> {
         let now = self.now();
         self.write("end a canary", |transaction| {
-            let Some(mut wanted) = find(transaction, model)? else { return Ok(false) };
-            match wanted.canary.take() {
-                Some(canary) if canary.source == source => {}
-                _ => return Ok(false),
-            }
-            if promote {
-                wanted.live = source.to_owned();
-            } else {
-                // No gateway asks it any more, whoever runs it.
-                let of_it = values![model, source];
-                transaction
-                    .execute("DELETE FROM replicas WHERE model = ?1 AND version = ?2 AND own = 0", of_it)?;
-                transaction
-                    .execute("UPDATE replicas SET draining = 1 WHERE model = ?1 AND version = ?2", of_it)?;
-            }
-            wanted.message = Some(message.to_owned());
-            wanted.changed_at = now;
-            put(transaction, &wanted)?;
-            Ok(true)
+            end_canary(transaction, model, source, (promote, message), now)
         })
     }
 
@@ -260,6 +230,80 @@ impl Control {
     }
 }
 
+/// A deployment, inside of a transaction.
+pub(crate) fn deploy(
+    transaction: &mut Transaction,
+    model: &str,
+    ask: &Ask,
+    now: UnixMs,
+) -> Result<Deployment, Stop> {
+    check_name("model name", model)?;
+    let found = find(transaction, model)?;
+    if found.is_none() {
+        let n = transaction.number("SELECT count(*) FROM deployments", &[])?;
+        if usize::try_from(n).is_ok_and(|n| n >= DEPLOYMENTS_MAX) {
+            return Err(Error::TooMany { what: "deployments", max: DEPLOYMENTS_MAX }.into());
+        }
+    }
+    let wanted = changed(found, model, ask, now)?;
+    let replica = JobSpec { needs: wanted.needs, max_restarts: u32::MAX, ..JobSpec::default() };
+    check_exists(&replica, &nodes::all(transaction)?, &projects::all(transaction)?)?;
+    put(transaction, &wanted)?;
+    Ok(wanted)
+}
+
+/// A trial begins, inside of a transaction.
+pub(crate) fn start_canary(
+    transaction: &mut Transaction,
+    model: &str,
+    canary: Canary,
+    now: UnixMs,
+) -> Result<Deployment, Stop> {
+    let invalid = |why: String| Stop::Refused(Error::Invalid { what: "canary", why });
+    let Canary { source, percent } = &canary;
+    if !(1..=99).contains(percent) {
+        return Err(invalid("its share must be 1 to 99 percent".to_owned()));
+    }
+    let found = find(transaction, model)?;
+    let mut wanted = found.ok_or(Error::NoDeployment { model: model.to_owned() })?;
+    if wanted.live == *source {
+        return Err(invalid(format!("{source} is live already")));
+    }
+    check_source(source)?;
+    wanted.message = Some(format!("{source} on trial with {percent} % of the requests"));
+    wanted.canary = Some(canary);
+    wanted.changed_at = now;
+    put(transaction, &wanted)?;
+    Ok(wanted)
+}
+
+/// A trial ends, inside of a transaction.
+pub(crate) fn end_canary(
+    transaction: &mut Transaction,
+    model: &str,
+    source: &str,
+    (promote, message): (bool, &str),
+    now: UnixMs,
+) -> Result<bool, Stop> {
+    let Some(mut wanted) = find(transaction, model)? else { return Ok(false) };
+    match wanted.canary.take() {
+        Some(canary) if canary.source == source => {}
+        _ => return Ok(false),
+    }
+    if promote {
+        wanted.live = source.to_owned();
+    } else {
+        // No gateway asks it any more, whoever runs it.
+        let of_it = values![model, source];
+        transaction.execute("DELETE FROM replicas WHERE model = ?1 AND version = ?2 AND own = 0", of_it)?;
+        transaction.execute("UPDATE replicas SET draining = 1 WHERE model = ?1 AND version = ?2", of_it)?;
+    }
+    wanted.message = Some(message.to_owned());
+    wanted.changed_at = now;
+    put(transaction, &wanted)?;
+    Ok(true)
+}
+
 fn check_source(source: &str) -> Result<()> {
     if source.is_empty() || source.len() > 4096 || source.contains('\0') {
         let why = "it must have 1 to 4096 bytes and no zero byte".to_owned();
@@ -281,6 +325,7 @@ fn changed(found: Option<Deployment>, model: &str, ask: &Ask, now: UnixMs) -> Re
             live: source.clone(),
             canary: None,
             args: Vec::new(),
+            needs: Needs::default(),
             message: None,
             created_at: now,
             changed_at: now,
@@ -308,24 +353,26 @@ fn changed(found: Option<Deployment>, model: &str, ask: &Ask, now: UnixMs) -> Re
     if let Some(args) = &ask.args {
         wanted.args.clone_from(args);
     }
+    wanted.needs = ask.needs.unwrap_or(wanted.needs);
     wanted.changed_at = now;
     Ok(wanted)
 }
 
 fn put(transaction: &mut Transaction, wanted: &Deployment) -> Result<(), Stop> {
     let args = serde_json::to_string(&wanted.args).expect("a list of texts has a JSON form");
+    let needs = serde_json::to_string(&wanted.needs).expect("numbers have a JSON form");
     let (canary, percent) = match &wanted.canary {
         Some(canary) => (Some(&canary.source), canary.percent),
         None => (None, 0),
     };
     transaction.execute(
         "INSERT INTO deployments (model, n_replicas, n_min, n_max, live, canary, canary_percent, args, message,
-                                  created_ms, changed_ms)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
+                                  created_ms, changed_ms, needs)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)
          ON CONFLICT (model) DO UPDATE
          SET n_replicas = excluded.n_replicas, n_min = excluded.n_min, n_max = excluded.n_max,
              live = excluded.live, canary = excluded.canary, canary_percent = excluded.canary_percent,
-             args = excluded.args, message = excluded.message, changed_ms = excluded.changed_ms",
+             args = excluded.args, needs = excluded.needs, message = excluded.message, changed_ms = excluded.changed_ms",
         values![
             &wanted.model,
             wanted.n_replicas,
@@ -338,17 +385,19 @@ fn put(transaction: &mut Transaction, wanted: &Deployment) -> Result<(), Stop> {
             wanted.message.as_ref(),
             wanted.created_at.0,
             wanted.changed_at.0,
+            &needs,
         ],
     )?;
     Ok(())
 }
 
-fn find(transaction: &mut Transaction, model: &str) -> Result<Option<Deployment>, Fault> {
+pub(crate) fn find(transaction: &mut Transaction, model: &str) -> Result<Option<Deployment>, Fault> {
     let sql = format!("SELECT {COLUMNS} FROM deployments WHERE model = ?1");
     transaction.row(&sql, values![model])?.as_ref().map(deployment).transpose()
 }
 
 fn deployment(row: &Row) -> Result<Deployment, Fault> {
+    let needs = row.text_or_null(11)?.map(serde_json::from_str).transpose();
     let canary = match row.text_or_null(5)? {
         Some(source) => Some(Canary { source: source.to_owned(), percent: row.u32(6)? }),
         None => None,
@@ -364,6 +413,7 @@ fn deployment(row: &Row) -> Result<Deployment, Fault> {
         message: row.text_or_null(8)?.map(str::to_owned),
         created_at: UnixMs(row.int(9)?),
         changed_at: UnixMs(row.int(10)?),
+        needs: needs.map_err(|error| Fault::row(11, error.to_string()))?.unwrap_or_default(),
     })
 }
 

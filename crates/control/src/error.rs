@@ -6,6 +6,7 @@ use postgres::error::SqlState;
 use rusqlite::ErrorCode;
 
 use crate::job::JobId;
+use crate::promotion::PromotionId;
 use crate::sql::Fault;
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -79,8 +80,29 @@ pub enum Error {
     TooMany { what: &'static str, max: usize },
     #[error("job {name} is not over yet and was submitted with another command line, as {id}")]
     JobConflict { name: String, id: JobId },
+    #[error(
+        "the job asks for more than there is: {field} {asked}, where {whose} has at most {at_most}; with {field} \
+         {at_most} it would fit"
+    )]
+    Beyond { field: &'static str, asked: u64, at_most: u64, whose: String },
+    #[error(
+        "node name {name} is used by another machine; give this one another name with --node, or forget the other"
+    )]
+    NodeTaken { name: String },
+    #[error("there is no node {name}")]
+    NoNode { name: String },
+    #[error("node {name} is alive: it was heard of just now; drain it, and stop its loquat")]
+    NodeAlive { name: String },
+    #[error("{id} is {state}; only what is over is run again")]
+    JobNotOver { id: JobId, state: &'static str },
+    #[error("{model} has nothing on trial")]
+    NoTrial { model: String },
     #[error("{model} is not deployed")]
     NoDeployment { model: String },
+    #[error("{id} of {model} is not over yet; cancel it first")]
+    PromotionConflict { model: String, id: PromotionId },
+    #[error("no {0}")]
+    NoPromotion(PromotionId),
     #[error("no job {0}")]
     NoJob(JobId),
     #[error("job {0} is not over yet; cancel it first")]
@@ -101,6 +123,16 @@ pub enum Error {
     },
     #[error("Slurm's {program} refuses: {why}")]
     Slurm { program: String, why: String },
+    #[error("Kubernetes refuses to {doing} {path}: {why}")]
+    Kubernetes { doing: &'static str, path: String, why: String },
+    #[error("Kubernetes cannot {doing} {path} now: {why}")]
+    KubernetesBusy { doing: &'static str, path: String, why: String },
+    #[error("Kubernetes cannot be reached at {server}")]
+    KubernetesUnreachable {
+        server: String,
+        #[source]
+        source: Box<ureq::Error>,
+    },
     #[error("cannot observe process {pid}")]
     ObserveProcess {
         pid: u32,
@@ -118,6 +150,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether what starts processes is only not there at present: no job's fault, and not to be held against it.
+    pub(crate) fn is_of_the_launcher(&self) -> bool {
+        matches!(self, Self::KubernetesBusy { .. } | Self::KubernetesUnreachable { .. })
+    }
+
     /// The failure of a statement, sorted by what a person would do about it.
     pub(crate) fn of_statement(database: &str, doing: &'static str, source: Fault) -> Self {
         let database = database.to_owned();

@@ -8,10 +8,18 @@ use serde::{Deserialize, Serialize};
 use crate::clock::UnixMs;
 use crate::error::{Error, Result};
 use crate::models::check_name;
+use crate::place::Share;
 use crate::process::ProcessRef;
+use crate::projects::DEFAULT_PROJECT;
 
 /// Bytes of a job's command line and environment together.
 const SPEC_BYTES_MAX: usize = 64 << 10;
+
+/// A priority is between minus this and this.
+pub const PRIORITY_MAX: i32 = 100;
+
+/// Ranks of one job.
+const RANKS_MAX: u32 = 16_384;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct JobId(pub i64);
@@ -34,6 +42,62 @@ pub struct JobSpec {
     pub env: BTreeMap<String, String>,
     /// Failures after which the job is started again; one more and it has failed. Interruptions do not count.
     pub max_restarts: u32,
+    #[serde(default, skip_serializing_if = "Needs::is_nothing")]
+    pub needs: Needs,
+    /// Who stands higher starts earlier, and moves those below it.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub priority: i32,
+    /// Whose quota it counts against.
+    #[serde(default = "default_project", skip_serializing_if = "is_default_project")]
+    pub project: String,
+}
+
+/// What a job needs to run: of each rank, where it has several. Nothing is as much as it finds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Needs {
+    pub cores: u32,
+    pub memory_bytes: u64,
+    pub accelerators: u32,
+    /// All of them start together or none does; 0 is 1.
+    pub ranks: u32,
+}
+
+impl Needs {
+    pub fn n_ranks(&self) -> u32 {
+        self.ranks.max(1)
+    }
+
+    fn is_nothing(&self) -> bool {
+        *self == Needs::default()
+    }
+}
+
+/// A job without a name, which has to be given one.
+impl Default for JobSpec {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            args: Vec::new(),
+            env: BTreeMap::new(),
+            max_restarts: 0,
+            needs: Needs::default(),
+            priority: 0,
+            project: default_project(),
+        }
+    }
+}
+
+fn is_zero(priority: &i32) -> bool {
+    *priority == 0
+}
+
+fn default_project() -> String {
+    DEFAULT_PROJECT.to_owned()
+}
+
+fn is_default_project(name: &String) -> bool {
+    name == DEFAULT_PROJECT
 }
 
 impl JobSpec {
@@ -44,6 +108,7 @@ impl JobSpec {
 
     pub(crate) fn check(&self) -> Result<()> {
         check_name("job name", &self.name)?;
+        check_name("project name", &self.project)?;
         let invalid = |why: &str| Err(Error::Invalid { what: "job", why: why.to_owned() });
         let env = self.env.iter().flat_map(|(k, v)| [k, v]);
         let words: Vec<&String> = self.args.iter().chain(env).collect();
@@ -52,6 +117,12 @@ impl JobSpec {
         }
         if words.iter().any(|w| w.contains('\0')) {
             return invalid("its command line or environment holds a zero byte");
+        }
+        if !(-PRIORITY_MAX..=PRIORITY_MAX).contains(&self.priority) {
+            return invalid("its priority is not between -100 and 100");
+        }
+        if self.needs.ranks > RANKS_MAX {
+            return invalid("it has more than 16384 ranks");
         }
         if self.env.keys().any(|k| k.is_empty() || k.contains('=')) {
             return invalid("an environment variable's name is empty or holds '='");
@@ -151,12 +222,16 @@ pub struct Job {
     pub n_short: u32,
     /// The process; there is one exactly while the job is `Running`.
     pub process: Option<ProcessRef>,
+    /// Where it runs, or ran last; empty where that was not placed.
+    pub placed: Vec<Share>,
     /// How the last attempt ended.
     pub ending: Option<Ending>,
     /// The last failure in words.
     pub message: Option<String>,
     pub log_path: Option<PathBuf>,
     pub created_at: UnixMs,
+    /// Since when it waits, or waited for its last start.
+    pub waiting_at: UnixMs,
     /// Start of the last attempt.
     pub started_at: Option<UnixMs>,
     /// When the job was over.

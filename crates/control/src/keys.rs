@@ -34,12 +34,36 @@ impl std::fmt::Display for KeyId {
     }
 }
 
+/// What a key may do; each may what those before it may.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Role {
+    /// Ask models.
+    Use,
+    /// See the cluster; cancel jobs and run them again.
+    Member,
+    /// Everything.
+    Admin,
+}
+
+impl Role {
+    pub const ALL: [Self; 3] = [Self::Use, Self::Member, Self::Admin];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Use => "use",
+            Self::Member => "member",
+            Self::Admin => "admin",
+        }
+    }
+}
+
 /// What may be known about a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KeyInfo {
     pub id: KeyId,
     /// Chosen by who created it; need not be unique.
     pub name: String,
+    pub role: Role,
     pub created_at: UnixMs,
     pub revoked_at: Option<UnixMs>,
 }
@@ -88,7 +112,7 @@ impl KeyCache {
 
 impl Control {
     /// A new key. Errors: an empty, overlong or unprintable name, too many keys, the database.
-    pub fn create_key(&self, name: &str) -> Result<SecretKey> {
+    pub fn create_key(&self, name: &str, role: Role) -> Result<SecretKey> {
         if name.is_empty() || name.len() > 128 || name.chars().any(char::is_control) {
             return Err(Error::Invalid {
                 what: "key name",
@@ -104,13 +128,13 @@ impl Control {
                 return Err(Stop::Refused(Error::TooMany { what: "keys", max: KEYS_MAX }));
             }
             let id = transaction.number(
-                "INSERT INTO keys (name, hash, created_ms) VALUES (?1, ?2, ?3) RETURNING id",
-                values![name, &hash, created_at.0],
+                "INSERT INTO keys (name, hash, created_ms, role) VALUES (?1, ?2, ?3, ?4) RETURNING id",
+                values![name, &hash, created_at.0, role.as_str()],
             )?;
             Ok(KeyId(id))
         })?;
         self.drop_key_cache();
-        let info = KeyInfo { id, name: name.to_owned(), created_at, revoked_at: None };
+        let info = KeyInfo { id, name: name.to_owned(), role, created_at, revoked_at: None };
         Ok(SecretKey { info, text })
     }
 
@@ -121,17 +145,12 @@ impl Control {
     pub fn check_key(&self, text: &str) -> Result<Option<KeyInfo>> {
         let hash = hash(text);
         let now = self.now();
-        let known = |max_age: Duration| {
-            let cache = self.0.keys.read().unwrap_or_else(PoisonError::into_inner);
-            let usable = cache.as_ref().filter(|c| c.age(now).is_some_and(|age| age < max_age));
-            usable.map(|cache| cache.find(&hash).cloned())
-        };
-        if let Some(answer) = known(CACHE_FRESH) {
+        if let Some(answer) = self.cached_key(&hash, now, CACHE_FRESH) {
             return Ok(answer);
         }
-        match self.refresh_key_cache(&hash, now) {
+        match self.refresh_key_cache(now, |cache| cache.find(&hash).cloned()) {
             Ok(answer) => Ok(answer),
-            Err(error) => match known(CACHE_STALE_MAX) {
+            Err(error) => match self.cached_key(&hash, now, CACHE_STALE_MAX) {
                 Some(answer) => {
                     tracing::warn!(%error, "keys are checked from memory");
                     Ok(answer)
@@ -141,11 +160,33 @@ impl Control {
         }
     }
 
+    /// As [`Control::check_key`], but only from memory and without waiting: `None` where the database has to be asked.
+    pub fn known_key(&self, text: &str) -> Option<Option<KeyInfo>> {
+        self.cached_key(&hash(text), self.now(), CACHE_FRESH)
+    }
+
+    /// Reads the keys again before they are too old to be checked from memory. Called often enough, it spares requests
+    /// the wait for the database, which others use, too.
+    pub fn freshen_keys(&self) -> Result<()> {
+        let now = self.now();
+        let is_fresh = {
+            let cache = self.0.keys.read().unwrap_or_else(PoisonError::into_inner);
+            cache.as_ref().and_then(|cache| cache.age(now)).is_some_and(|age| age < CACHE_FRESH / 2)
+        };
+        if is_fresh { Ok(()) } else { self.refresh_key_cache(now, |_| ()) }
+    }
+
+    fn cached_key(&self, hash: &[u8; 32], now: UnixMs, max_age: Duration) -> Option<Option<KeyInfo>> {
+        let cache = self.0.keys.read().unwrap_or_else(PoisonError::into_inner);
+        let usable = cache.as_ref().filter(|cache| cache.age(now).is_some_and(|age| age < max_age));
+        usable.map(|cache| cache.find(hash).cloned())
+    }
+
     /// All keys ever created, revoked ones included, newest last.
     pub fn list_keys(&self) -> Result<Vec<KeyInfo>> {
         self.read("list keys", |transaction| {
-            let rows =
-                transaction.rows("SELECT id, name, created_ms, revoked_ms FROM keys ORDER BY id", &[])?;
+            let rows = transaction
+                .rows("SELECT id, name, created_ms, revoked_ms, role FROM keys ORDER BY id", &[])?;
             Ok(rows.iter().map(key_info).collect::<Result<_, _>>()?)
         })
     }
@@ -161,18 +202,19 @@ impl Control {
         Ok(n_revoked == 1)
     }
 
-    /// Reads the keys, looks `hash` up, and stores the keys while the connection is held, so that a cache read before a
+    /// Reads the keys, looks at them, and stores them while the connection is held, so that a cache read before a
     /// revocation can never replace one read after it.
-    fn refresh_key_cache(&self, hash: &[u8; 32], now: UnixMs) -> Result<Option<KeyInfo>> {
+    fn refresh_key_cache<T>(&self, now: UnixMs, look: impl FnOnce(&KeyCache) -> T) -> Result<T> {
         self.read("read the keys", |transaction| {
-            let sql = "SELECT id, name, created_ms, revoked_ms, hash FROM keys WHERE revoked_ms IS NULL";
+            let sql =
+                "SELECT id, name, created_ms, revoked_ms, role, hash FROM keys WHERE revoked_ms IS NULL";
             let mut keys = HashMap::<_, Vec<_>>::new();
             for row in transaction.rows(sql, &[])? {
-                let hash = row.hash(4)?;
+                let hash = row.hash(5)?;
                 keys.entry(head(&hash)).or_default().push((hash, key_info(&row)?));
             }
             let cache = KeyCache { read_at: now, keys };
-            let answer = cache.find(hash).cloned();
+            let answer = look(&cache);
             *self.0.keys.write().unwrap_or_else(PoisonError::into_inner) = Some(cache);
             Ok(answer)
         })
@@ -192,7 +234,10 @@ fn head(hash: &[u8; 32]) -> [u8; 8] {
 }
 
 fn key_info(row: &Row) -> Result<KeyInfo, Fault> {
+    let word = row.text(4)?;
+    let role = Role::ALL.into_iter().find(|role| role.as_str() == word);
     Ok(KeyInfo {
+        role: role.ok_or_else(|| Fault::unknown_word(4, word))?,
         id: KeyId(row.int(0)?),
         name: row.text(1)?.to_owned(),
         created_at: UnixMs(row.int(2)?),

@@ -91,7 +91,7 @@ impl Control {
     }
 
     /// The one clock that all holders go by: the server's where there are many machines.
-    fn lease_now(&self, transaction: &mut Transaction) -> Result<UnixMs, Fault> {
+    pub(crate) fn lease_now(&self, transaction: &mut Transaction) -> Result<UnixMs, Fault> {
         match transaction {
             Transaction::Postgres(..) if self.0.clock.is_system() => {
                 let now = "SELECT floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint";

@@ -8,8 +8,10 @@
 //! in `spawn_blocking`.
 //!
 //! **Where to start.** `reconcile.rs` decides and is pure; `reconciler.rs` does what was decided; `local.rs` starts child
-//! processes, `slurm.rs` batch jobs; `database.rs` opens, checks and migrates the file; `keys.rs`, `models.rs`, `jobs.rs` and `leases.rs` are
-//! one table each, `deployments.rs` two; `nodes.rs` says who looks after what. `rollout.rs` decides about the replicas of a model and is pure, too.
+//! processes, `slurm.rs` batch jobs, `kubernetes.rs` Jobs; `database.rs` opens, checks and migrates the file; `keys.rs`, `models.rs`, `jobs.rs` and `leases.rs` are
+//! one table each, `deployments.rs` two; `nodes.rs` says who looks after what, `place.rs` what starts
+//! where and is pure. `rollout.rs` decides about the replicas of a model,
+//! `promotion.rs` how a model comes to be live; both are pure, too.
 //!
 //! Exit codes of a job: 0 is success, [`EXIT_INTERRUPTED`] (75) means "stopped cleanly, run me again to go on", everything
 //! else is a failure and counts against the job's `max_restarts`.
@@ -22,16 +24,23 @@ mod error;
 mod job;
 mod jobs;
 mod keys;
+mod kubernetes;
 mod launcher;
 mod leases;
 mod local;
 mod log;
+mod meter;
 mod models;
 mod nodes;
+mod place;
 mod process;
+mod projects;
+mod promotion;
+mod promotions;
 mod reconcile;
 mod reconciler;
 mod rollout;
+mod room;
 mod slurm;
 mod sql;
 
@@ -39,15 +48,23 @@ pub use clock::{Clock, UnixMs};
 pub use database::Control;
 pub use deployments::{Ask, Canary, Deployment, REPLICAS_MAX, Replica};
 pub use error::{Error, Result};
-pub use job::{Desired, Ending, Job, JobId, JobSpec, JobState, Submitted};
+pub use job::{Desired, Ending, Job, JobId, JobSpec, JobState, Needs, PRIORITY_MAX, Submitted};
 pub use jobs::End;
-pub use keys::{KeyId, KeyInfo, SecretKey};
+pub use keys::{KeyId, KeyInfo, Role, SecretKey};
+pub use kubernetes::{KubernetesLauncher, KubernetesOptions};
 pub use launcher::{Launcher, Observed, Prepared, StopHow};
 pub use leases::{Lease, LeaseInfo};
 pub use local::LocalLauncher;
+pub use meter::disk_bytes;
 pub use models::{Model, ModelKind};
-pub use nodes::{NODE_SILENT_MAX, Node, NodeMode, NodeSpec};
+pub use nodes::{JobLoad, NODE_SILENT_MAX, Node, NodeLoad, NodeMode, NodeSpec};
+pub use place::{Cluster, Placement, Share, Wait, place};
 pub use process::ProcessRef;
+pub use projects::{DEFAULT_PROJECT, Project, Quota};
+pub use promotion::{
+    CanaryStage, Effect, EvaluateStage, Happening, Move, Pipeline, Promotion, PromotionId, Seen, ServeStage,
+    Stage, Threshold, TrainStage, advance,
+};
 pub use reconcile::{Action, EXIT_INTERRUPTED, Policy, reconcile};
 pub use reconciler::{Reconciler, ReconcilerOptions, Shutdown};
 pub use rollout::{Running, Step, rollout};

@@ -62,10 +62,10 @@ impl LocalLauncher {
             .map_err(|source| Error::JobLog { path: log_dir.to_owned(), source })
     }
 
-    /// A variable for the environment of every job: what must not stand in a command line.
+    /// Variables for the environment of every job: what must not stand in a command line.
     #[must_use]
-    pub fn with_env(mut self, variable: Option<(&'static str, String)>) -> Self {
-        self.env.extend(variable);
+    pub fn with_env(mut self, variables: impl IntoIterator<Item = (&'static str, String)>) -> Self {
+        self.env.extend(variables);
         self
     }
 

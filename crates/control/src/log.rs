@@ -69,6 +69,26 @@ pub(crate) fn remove(path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The log's bytes from `from` on, at most `n` of them, and where they end. Without `from`, or where the log is shorter,
+/// because it was cut or begun anew: its end.
+pub(crate) fn from(path: &Path, from: Option<u64>, n: usize) -> Result<(Vec<u8>, u64)> {
+    let read = || -> io::Result<(Vec<u8>, u64)> {
+        let mut file = File::open(path)?;
+        let length = file.metadata()?.len();
+        let n = n as u64;
+        let start = from.filter(|from| *from <= length).unwrap_or(length.saturating_sub(n));
+        file.seek(SeekFrom::Start(start))?;
+        let mut bytes = Vec::new();
+        file.take(n.min(length - start)).read_to_end(&mut bytes)?;
+        let end = start + bytes.len() as u64;
+        Ok((bytes, end))
+    };
+    match read() {
+        Err(source) if source.kind() == io::ErrorKind::NotFound => Ok((Vec::new(), 0)),
+        read => read.map_err(|source| failed(path, source)),
+    }
+}
+
 fn last_bytes(path: &Path, n: u64) -> io::Result<Vec<u8>> {
     let mut file = File::open(path)?;
     let length = file.metadata()?.len();

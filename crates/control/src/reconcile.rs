@@ -7,6 +7,7 @@ use crate::clock::UnixMs;
 use crate::job::{Desired, Ending, Job, JobId, JobState};
 use crate::jobs::End;
 use crate::launcher::{Observed, StopHow};
+use crate::place::Placement;
 use crate::process::ProcessRef;
 
 /// The exit code of a job that stopped cleanly and wants to be started again to go on (EX_TEMPFAIL of sysexits.h).
@@ -15,8 +16,12 @@ pub const EXIT_INTERRUPTED: i32 = 75;
 /// Knobs of the reconciler.
 #[derive(Clone, Debug)]
 pub struct Policy {
-    /// Jobs with a process at once, services aside.
+    /// Jobs with a process at once, services aside, of a controller that has no node.
     pub max_running: usize,
+    /// Waiting that raises a job's priority by one.
+    pub age: Duration,
+    /// Waiting after which room is held for a job.
+    pub hold_after: Duration,
     /// Pause before the first restart; doubles with every further short attempt.
     pub backoff_min: Duration,
     pub backoff_max: Duration,
@@ -34,6 +39,8 @@ impl Default for Policy {
     fn default() -> Self {
         Self {
             max_running: 4,
+            age: Duration::from_secs(300),
+            hold_after: Duration::from_secs(120),
             backoff_min: Duration::from_secs(1),
             backoff_max: Duration::from_secs(60),
             short_attempt: Duration::from_secs(60),
@@ -64,39 +71,37 @@ pub enum Action {
 }
 
 /// What to do about `jobs`, oldest first. `observed` has what was seen of the processes; a job that runs and is not in it
-/// could not be observed and is left alone.
+/// could not be observed and is left alone. Of `placement` only the starts that are this controller's to make.
 pub fn reconcile(
     jobs: &[Job],
     observed: &BTreeMap<JobId, Observed>,
+    placement: &Placement,
     now: UnixMs,
     policy: &Policy,
 ) -> Vec<Action> {
-    let counts = |job: &Job| usize::from(!job.spec.is_service());
-    let mut n_running = jobs.iter().filter(|job| job.process.is_some()).map(counts).sum::<usize>();
     let mut actions = Vec::new();
     for job in jobs.iter().filter(|job| !job.state.is_over()) {
         let action = match (&job.process, observed.get(&job.id)) {
-            (Some(process), Some(Observed::Running)) => stop(job, process, now, policy),
-            (Some(process), Some(Observed::Ended(ending))) => {
-                n_running -= counts(job);
-                Some(Action::End {
-                    id: job.id,
-                    process: Some(process.clone()),
-                    end: ended(job, *ending, now, policy),
-                })
+            (Some(process), Some(Observed::Running)) => {
+                let unwanted = policy.draining || placement.preempts.contains(&job.id);
+                stop(job, process, (unwanted, now), policy)
             }
+            (Some(process), Some(Observed::Ended(ending))) => Some(Action::End {
+                id: job.id,
+                process: Some(process.clone()),
+                end: ended(job, *ending, now, policy),
+            }),
             (Some(_), None) => None,
-            (None, _) => start(job, n_running, now, policy),
+            (None, _) => start(job, placement, policy),
         };
-        n_running += usize::from(matches!(action, Some(Action::Start { .. }))) * counts(job);
         actions.extend(action);
     }
     actions
 }
 
-/// A job whose process runs: stop it when it shall not.
-fn stop(job: &Job, process: &ProcessRef, now: UnixMs, policy: &Policy) -> Option<Action> {
-    if job.desired == Desired::Running && !policy.draining {
+/// A job whose process runs: stop it when it shall not. What was asked to stop is stopped, whatever became of the reason.
+fn stop(job: &Job, process: &ProcessRef, (unwanted, now): (bool, UnixMs), policy: &Policy) -> Option<Action> {
+    if job.desired == Desired::Running && !unwanted && job.stop_sent_at.is_none() {
         return None;
     }
     let how = match job.stop_sent_at {
@@ -109,8 +114,8 @@ fn stop(job: &Job, process: &ProcessRef, now: UnixMs, policy: &Policy) -> Option
     Some(Action::Stop { id: job.id, process: process.clone(), how })
 }
 
-/// A job without a process: start it when it is due and there is room, or end it when it was cancelled.
-fn start(job: &Job, n_running: usize, now: UnixMs, policy: &Policy) -> Option<Action> {
+/// A job without a process: start it when there is a place for it, or end it when it was cancelled.
+fn start(job: &Job, placement: &Placement, policy: &Policy) -> Option<Action> {
     if job.desired == Desired::Cancelled {
         let end = End {
             state: JobState::Cancelled,
@@ -122,13 +127,8 @@ fn start(job: &Job, n_running: usize, now: UnixMs, policy: &Policy) -> Option<Ac
         };
         return Some(Action::End { id: job.id, process: None, end });
     }
-    let due = match job.retry_at {
-        None => true,
-        // Later than any pause could end: the clock was set back since.
-        Some(at) => at <= now || at > now.plus(policy.backoff_max),
-    };
-    let has_room = job.spec.is_service() || n_running < policy.max_running;
-    (due && has_room && !policy.draining && !policy.cordoned).then_some(Action::Start { id: job.id })
+    let placed = placement.starts.contains_key(&job.id);
+    (placed && !policy.draining && !policy.cordoned).then_some(Action::Start { id: job.id })
 }
 
 /// What becomes of a job whose attempt ended like this.

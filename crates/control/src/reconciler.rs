@@ -1,29 +1,45 @@
 //! The doer: holds the lease, observes, has [`reconcile`] decide, and obeys.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use telemetry::{JobMetrics, chain};
+use telemetry::{JobMetrics, Utilisation, chain};
 
 use crate::clock::UnixMs;
 use crate::database::{Control, random_hex};
 use crate::error::{Error, Result};
-use crate::job::{Ending, Job, JobId};
-use crate::jobs::Survey;
+use crate::job::{Desired, Ending, Job, JobId};
+use crate::jobs::{Start, Survey};
 use crate::launcher::{Launcher, StopHow};
 use crate::leases::Lease;
-use crate::nodes::{self, NodeMode, NodeSpec};
+use crate::meter::Meter;
+use crate::nodes::{self, NodeLoad, NodeMode, NodeSpec};
+use crate::place::Share;
 use crate::process::ProcessRef;
 use crate::reconcile::{Action, Policy, ended, reconcile};
 
 /// How often a machine says that it is there, and hears what it may do.
 const NODE_EVERY: Duration = Duration::from_secs(1);
 
-/// The lease every controller competes for.
-const LEASE: &str = "reconciler";
+/// How often it measures itself. Reading every process of a large machine takes a while.
+const LOAD_EVERY: Duration = Duration::from_secs(5);
+
+/// The variables that tell a job what it was given: the cores of its first node, and the machines of its ranks where they
+/// are several.
+const CORES_VARIABLE: &str = "LOQUAT_CORES";
+const HOSTS_VARIABLE: &str = "LOQUAT_HOSTS";
+
+/// The lease that the controllers of a node compete for, or all where there are no nodes.
+pub(crate) fn lease_name(node: Option<&str>) -> String {
+    match node {
+        Some(node) => format!("reconciler@{node}"),
+        None => "reconciler".to_owned(),
+    }
+}
 
 #[derive(Clone, Debug)]
 pub struct ReconcilerOptions {
@@ -34,6 +50,8 @@ pub struct ReconcilerOptions {
     pub tick: Duration,
     /// This machine, where several share the database: each looks after the processes that run on it.
     pub node: Option<NodeSpec>,
+    /// Where the jobs of this machine write. With it the machine is measured: what is free there, too.
+    pub disk: Option<PathBuf>,
 }
 
 impl Default for ReconcilerOptions {
@@ -43,6 +61,7 @@ impl Default for ReconcilerOptions {
             lease_ttl: Duration::from_secs(5),
             tick: Duration::from_millis(250),
             node: None,
+            disk: None,
         }
     }
 }
@@ -84,6 +103,9 @@ impl Reconciler {
             launcher,
             metrics,
             holder: format!("pid {} {}", std::process::id(), random_hex::<4>()?),
+            meter: options.disk.clone().map(Meter::new),
+            load: None,
+            running: Vec::new(),
             options,
             order: Arc::clone(&order),
             node_seen: None,
@@ -130,6 +152,11 @@ struct Worker {
     holder: String,
     options: ReconcilerOptions,
     order: Arc<AtomicU8>,
+    meter: Option<Meter>,
+    /// What the machine measured last, and when.
+    load: Option<(UnixMs, NodeLoad)>,
+    /// Jobs that ran at the last turn, with the marks of their processes.
+    running: Vec<(JobId, String)>,
     /// When this machine last said that it is there, and what it may do.
     node_seen: Option<(UnixMs, NodeMode)>,
     /// The lease, and when it was last extended.
@@ -170,12 +197,12 @@ impl Worker {
     fn turn(&mut self) -> usize {
         self.launcher.tick();
         let started = monotonic_now();
-        let outcome = self.hold_lease().and_then(|lease| match lease {
+        let outcome = self.policy().and_then(|policy| match self.hold_lease()? {
             Some(lease) => {
-                let policy = self.policy()?;
                 let node = self.options.node.as_ref().map(|node| node.name.as_str());
                 let launcher = self.launcher.as_mut();
-                pass(&self.control, launcher, &lease, (&policy, node), &self.metrics)
+                self.running = pass(&self.control, launcher, &lease, (&policy, node), &self.metrics)?;
+                Ok(self.running.len())
             }
             None => Ok(0),
         });
@@ -203,7 +230,9 @@ impl Worker {
         let mode = match self.node_seen {
             Some((at, mode)) if now >= at && now.since(at) < NODE_EVERY => mode,
             _ => {
-                let mode = self.control.put_node(node)?;
+                let load = measured(&mut self.meter, &mut self.load, &self.running, now);
+                self.metrics.set_node(&node.name, &utilisation(node, &load));
+                let mode = self.control.put_node(node, &load)?;
                 self.node_seen = Some((now, mode));
                 mode
             }
@@ -225,10 +254,7 @@ impl Worker {
                 }
             }
             None => {
-                let name = match &self.options.node {
-                    Some(node) => format!("{LEASE}@{}", node.name),
-                    None => LEASE.to_owned(),
-                };
+                let name = lease_name(self.options.node.as_ref().map(|node| node.name.as_str()));
                 let lease = self.control.acquire(&name, &self.holder, ttl)?;
                 self.lease = lease.map(|lease| (lease, now));
             }
@@ -237,8 +263,41 @@ impl Worker {
     }
 }
 
-/// Observes every unfinished job, decides, and does what was decided, under `lease`. Returns how many jobs had a
-/// process at its start. Errors: [`Error::StaleLease`] when another controller took over, or the database's; what could not be done
+/// What the machine uses, measured now or not long ago. A machine that cannot be measured goes on without.
+fn measured(
+    meter: &mut Option<Meter>,
+    last: &mut Option<(UnixMs, NodeLoad)>,
+    running: &[(JobId, String)],
+    now: UnixMs,
+) -> NodeLoad {
+    match last {
+        Some((at, load)) if now >= *at && now.since(*at) < LOAD_EVERY => load.clone(),
+        _ => {
+            let look = meter.as_mut().map_or(Ok(NodeLoad::default()), |meter| meter.look(running));
+            let load = look.unwrap_or_else(|error| {
+                tracing::warn!(%error, "this machine cannot be measured");
+                NodeLoad::default()
+            });
+            *last = Some((now, load.clone()));
+            load
+        }
+    }
+}
+
+fn utilisation(node: &NodeSpec, load: &NodeLoad) -> Utilisation {
+    Utilisation {
+        cores: node.cores.into(),
+        cores_used: load.cores,
+        job_cores_used: load.jobs.iter().map(|job| job.cores).sum(),
+        memory_bytes: node.memory_bytes as f64,
+        memory_bytes_used: load.memory_bytes as f64,
+        job_memory_bytes_used: load.jobs.iter().map(|job| job.memory_bytes as f64).sum(),
+        disk_free_bytes: load.disk_free_bytes as f64,
+    }
+}
+
+/// Observes every unfinished job, decides, and does what was decided, under `lease`. Returns the jobs that had a process
+/// here at its start, with the process's mark. Errors: [`Error::StaleLease`] when another controller took over, or the database's; what could not be done
 /// is found to be missing at the next pass.
 fn pass(
     control: &Control,
@@ -246,8 +305,12 @@ fn pass(
     lease: &Lease,
     (policy, node): (&Policy, Option<&str>),
     metrics: &JobMetrics,
-) -> Result<usize> {
-    let Survey { unfinished: mut jobs, counts } = control.survey_jobs()?;
+) -> Result<Vec<(JobId, String)>> {
+    let survey = control.survey_jobs()?;
+    let mut placement = survey.placement(node, policy);
+    metrics.set_waiting(placement.waits.len());
+    placement.starts.retain(|_, shares| shares[0].node == node.unwrap_or_default());
+    let Survey { unfinished: mut jobs, counts, .. } = survey;
     jobs.retain(|job| nodes::is_of(job, node));
     let mut observed = BTreeMap::new();
     let running: Vec<&Job> = jobs.iter().filter(|job| job.process.is_some()).collect();
@@ -263,15 +326,18 @@ fn pass(
         lease,
         policy,
         metrics,
+        node,
+        starts: &placement.starts,
         jobs: jobs.iter().map(|job| (job.id, job)).collect(),
     };
     for (state, n_jobs) in counts {
         metrics.set_jobs(state.as_str(), n_jobs);
     }
-    for action in reconcile(&jobs, &observed, control.now(), policy) {
+    for action in reconcile(&jobs, &observed, &placement, control.now(), policy) {
         doer.act(action)?;
     }
-    Ok(running.len())
+    let marked = running.iter().filter_map(|job| Some((job.id, job.process.as_ref()?.mark.clone())));
+    Ok(marked.collect())
 }
 
 struct Doer<'a> {
@@ -280,6 +346,9 @@ struct Doer<'a> {
     lease: &'a Lease,
     policy: &'a Policy,
     metrics: &'a JobMetrics,
+    node: Option<&'a str>,
+    /// Where each job that is to be started here gets its room.
+    starts: &'a BTreeMap<JobId, Vec<Share>>,
     jobs: BTreeMap<JobId, &'a Job>,
 }
 
@@ -292,6 +361,10 @@ impl Doer<'_> {
             Action::Stop { id, process, how } => {
                 let asked_at = (how == StopHow::Ask).then(|| self.control.now());
                 if self.control.record_stop(self.lease, id, &process, asked_at)? {
+                    let job = self.jobs[&id];
+                    if how == StopHow::Ask && !self.policy.draining && job.desired == Desired::Running {
+                        self.metrics.preempted();
+                    }
                     tracing::info!(job = %id, pid = process.pid, ?how, "stopping a job");
                     if let Err(error) = self.launcher.stop(&process, how) {
                         warn("cannot stop a job", &error);
@@ -301,6 +374,8 @@ impl Doer<'_> {
             }
             Action::End { id, process, end } => {
                 if self.control.record_end(self.lease, id, process.as_ref(), &end)? {
+                    // Who waits for its room need not wait for the next tick.
+                    self.control.notify_jobs_changed();
                     let ending = end.ending.map(|e| e.to_string());
                     tracing::info!(job = %id, state = end.state.as_str(), ending, "a job's process ended");
                 }
@@ -314,8 +389,13 @@ impl Doer<'_> {
 
     fn start(&mut self, id: JobId) -> Result<()> {
         let job = self.jobs[&id];
-        let prepared = match self.launcher.prepare(job) {
+        let shares = &self.starts[&id];
+        let prepared = match self.launcher.prepare(&given(job, shares)) {
             Ok(prepared) => prepared,
+            Err(error) if error.is_of_the_launcher() => {
+                warn("cannot start a job yet", &error);
+                return Ok(());
+            }
             Err(error) => {
                 let mut end = ended(job, Ending::NotStarted, self.control.now(), self.policy);
                 end.message = Some(chain(&error));
@@ -325,9 +405,10 @@ impl Doer<'_> {
             }
         };
         let process: &ProcessRef = &prepared.process;
-        let recorded = self.control.record_started(self.lease, id, process, prepared.log_path.as_deref());
+        let start = Start { id, node: self.node, shares, process, log_path: prepared.log_path.as_deref() };
+        let recorded = self.control.record_started(self.lease, &start, self.policy);
         if !matches!(recorded, Ok(true)) {
-            // Cancelled meanwhile, taken over by another controller, or the database failed: it must not run.
+            // Cancelled or given another place meanwhile, taken over by another controller, or the database failed: it must not run.
             if let Err(error) = self.launcher.abandon(process) {
                 warn("cannot end a process that must not run", &error);
             }
@@ -340,6 +421,23 @@ impl Doer<'_> {
         tracing::info!(job = %id, name = job.spec.name, pid = process.pid, attempt = job.n_starts + 1, "started a job");
         Ok(())
     }
+}
+
+/// The job, told what it was given.
+fn given(job: &Job, shares: &[Share]) -> Job {
+    let mut job = job.clone();
+    let cores = job.spec.needs.cores * shares[0].ranks;
+    let mut tell = |variable: &str, value: String| {
+        job.spec.env.entry(variable.to_owned()).or_insert(value);
+    };
+    if cores > 0 {
+        tell(CORES_VARIABLE, cores.to_string());
+    }
+    if shares.len() > 1 {
+        let nodes: Vec<&str> = shares.iter().map(|share| share.node.as_str()).collect();
+        tell(HOSTS_VARIABLE, nodes.join(","));
+    }
+    job
 }
 
 /// For durations within this process; what is recorded goes by the control plane's clock.

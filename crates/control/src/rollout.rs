@@ -96,6 +96,7 @@ mod tests {
             live: live.to_owned(),
             canary,
             args: Vec::new(),
+            needs: Default::default(),
             message: None,
             created_at: UnixMs(0),
             changed_at: UnixMs(0),

@@ -63,10 +63,10 @@ impl SlurmLauncher {
         Ok(Self { program, log_dir, options, cluster, endings: HashMap::new(), env: Vec::new() })
     }
 
-    /// A variable for the environment of every job: what must not stand in a command line.
+    /// Variables for the environment of every job: what must not stand in a command line.
     #[must_use]
-    pub fn with_env(mut self, variable: Option<(&'static str, String)>) -> Self {
-        self.env.extend(variable);
+    pub fn with_env(mut self, variables: impl IntoIterator<Item = (&'static str, String)>) -> Self {
+        self.env.extend(variables);
         self
     }
 

@@ -1,72 +1,98 @@
 //! The control plane as the API sees it.
 
-use api::{Cause, JobView, Jobs, KeyChecker, KeyOwner};
-use control::Control;
-
-/// Jobs in one answer, the newest first.
-const JOBS_SHOWN: usize = 200;
+use api::{Call, Cause, Cluster, KeyChecker, KeyOwner, LogPiece, Refusal, Role};
+use control::{Control, KeyInfo};
+use serde_json::{Value, json};
 
 pub(crate) struct ControlKeys(pub(crate) Control);
 
 impl KeyChecker for ControlKeys {
     fn check(&self, key: &str) -> Result<Option<KeyOwner>, Cause> {
-        let owner = self.0.check_key(key)?;
-        Ok(owner.map(|k| KeyOwner { id: k.id.0.to_string(), name: k.name }))
+        Ok(self.0.check_key(key)?.map(owner))
+    }
+
+    fn known(&self, key: &str) -> Option<Option<KeyOwner>> {
+        Some(self.0.known_key(key)?.map(owner))
     }
 }
 
-pub(crate) struct ControlJobs(pub(crate) Control);
-
-impl Jobs for ControlJobs {
-    fn list(&self) -> Result<Vec<JobView>, Cause> {
-        let view = |job: control::Job| JobView {
-            id: job.id.to_string(),
-            object: "job",
-            name: job.spec.name,
-            state: job.state.as_str().to_owned(),
-            restarts: job.n_starts.saturating_sub(1),
-            message: job.message,
-            created: job.created_at.seconds().unsigned_abs(),
-        };
-        Ok(self.0.list_jobs(JOBS_SHOWN)?.into_iter().map(view).collect())
-    }
+fn owner(key: KeyInfo) -> KeyOwner {
+    let role = match key.role {
+        control::Role::Use => Role::Use,
+        control::Role::Member => Role::Member,
+        control::Role::Admin => Role::Admin,
+    };
+    KeyOwner { id: key.id.0.to_string(), name: key.name, role }
 }
 
 /// One fixed key, for a replica that runs without a control plane; `None` lets everybody in.
 pub(crate) struct OneKey(pub(crate) Option<String>);
 
-impl KeyChecker for OneKey {
-    fn check(&self, key: &str) -> Result<Option<KeyOwner>, Cause> {
-        let owner = || KeyOwner { id: "0".to_owned(), name: "only".to_owned() };
+impl OneKey {
+    fn owner(&self, key: &str) -> Option<KeyOwner> {
+        let owner = || KeyOwner { id: "0".to_owned(), name: "only".to_owned(), role: Role::Admin };
         // Digests of equal length are compared, so that the time taken says nothing about the key.
         let digest = |text: &str| crate::sha256_hex(text.as_bytes());
         match &self.0 {
-            Some(expected) => Ok((digest(expected) == digest(key)).then(owner)),
-            None => Ok(Some(owner())),
+            Some(expected) => (digest(expected) == digest(key)).then(owner),
+            None => Some(owner()),
         }
+    }
+}
+
+impl KeyChecker for OneKey {
+    fn check(&self, key: &str) -> Result<Option<KeyOwner>, Cause> {
+        Ok(self.owner(key))
+    }
+
+    fn known(&self, key: &str) -> Option<Option<KeyOwner>> {
+        Some(self.owner(key))
     }
 
     fn nobody(&self) -> Option<KeyOwner> {
-        self.0.is_none().then(|| KeyOwner { id: "0".to_owned(), name: "anybody".to_owned() })
+        self.0.is_none().then(|| KeyOwner {
+            id: "0".to_owned(),
+            name: "anybody".to_owned(),
+            role: Role::Admin,
+        })
     }
 }
 
 /// The cluster's key, followed by a dot and whose request it is: what a gateway sends to its replicas.
 pub(crate) struct GatewaysOnly(pub(crate) String);
 
-impl KeyChecker for GatewaysOnly {
-    fn check(&self, key: &str) -> Result<Option<KeyOwner>, Cause> {
-        let Some((key, tenant)) = key.split_once('.') else { return Ok(None) };
-        let owner = OneKey(Some(self.0.clone())).check(key)?;
-        Ok(owner.map(|_| KeyOwner { id: tenant.to_owned(), name: "gateway".to_owned() }))
+impl GatewaysOnly {
+    fn owner(&self, key: &str) -> Option<KeyOwner> {
+        let (key, tenant) = key.split_once('.')?;
+        OneKey(Some(self.0.clone())).owner(key)?;
+        Some(KeyOwner { id: tenant.to_owned(), name: "gateway".to_owned(), role: Role::Use })
     }
 }
 
-/// No control plane, no jobs.
-pub(crate) struct NoJobs;
+impl KeyChecker for GatewaysOnly {
+    fn check(&self, key: &str) -> Result<Option<KeyOwner>, Cause> {
+        Ok(self.owner(key))
+    }
 
-impl Jobs for NoJobs {
-    fn list(&self) -> Result<Vec<JobView>, Cause> {
-        Ok(Vec::new())
+    fn known(&self, key: &str) -> Option<Option<KeyOwner>> {
+        Some(self.owner(key))
+    }
+}
+
+/// No control plane, no cluster.
+pub(crate) struct NoCluster;
+
+impl Cluster for NoCluster {
+    fn call(&self, call: Call) -> Result<Value, Refusal> {
+        match call {
+            Call::Jobs | Call::Nodes | Call::Deployments | Call::Projects => {
+                Ok(json!({"object": "list", "data": []}))
+            }
+            _ => Err(Refusal::Conflict("this server is one replica, without a control plane".to_owned())),
+        }
+    }
+
+    fn log(&self, job: &str, _: Option<u64>, _: usize) -> Result<LogPiece, Refusal> {
+        Err(Refusal::NotFound { what: "job", name: job.to_owned() })
     }
 }

@@ -85,6 +85,16 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: DeployCommand,
     },
+    /// What the jobs of each project may use at once.
+    Project {
+        #[command(subcommand)]
+        command: ProjectCommand,
+    },
+    /// Train, evaluate, hold against thresholds, try and serve a model, as one declared pipeline.
+    Promote {
+        #[command(subcommand)]
+        command: PromoteCommand,
+    },
     /// Keys that clients of the API need.
     Key {
         #[command(subcommand)]
@@ -148,7 +158,7 @@ pub(crate) enum DataCommand {
 #[derive(Args, Clone)]
 pub(crate) struct Listen {
     /// Address to listen on.
-    #[arg(long, default_value = "127.0.0.1")]
+    #[arg(long, default_value = "127.0.0.1", env = "LOQUAT_HOST")]
     pub(crate) host: String,
     /// Port to listen on; 0 takes a free one.
     #[arg(long, default_value_t = 8080)]
@@ -201,18 +211,76 @@ impl Listen {
 pub(crate) struct Up {
     #[command(flatten)]
     pub(crate) listen: Listen,
-    /// What runs jobs: processes of this machine, or a Slurm cluster whose nodes see this home and this program.
+    /// What runs jobs: processes of this machine, a Slurm cluster whose nodes see this home and this program, or a
+    /// Kubernetes cluster whose pods reach the store and the database.
     #[arg(long, value_enum, default_value_t = LauncherName::Local)]
     pub(crate) launcher: LauncherName,
     /// More arguments of sbatch, each one: --sbatch=--partition=gpu
     #[arg(long, value_name = "ARGUMENT", allow_hyphen_values = true)]
     pub(crate) sbatch: Vec<String>,
+    #[command(flatten)]
+    pub(crate) offer: Offer,
+    /// How jobs run on Kubernetes: a TOML file with image, and as needed namespace, server, token_file, ca_file, secret,
+    /// program, accelerator, pod and container.
+    #[arg(long, value_name = "FILE", required_if_eq("launcher", "kubernetes"))]
+    pub(crate) kubernetes: Option<PathBuf>,
+}
+
+/// What this machine gives to jobs, where that is not all it has.
+#[derive(Args, Clone, Default)]
+pub(crate) struct Offer {
+    /// This machine's name in the cluster; without one, the host's.
+    #[arg(long, value_name = "NAME", env = "LOQUAT_NODE")]
+    pub(crate) node: Option<String>,
+    /// Cores for jobs.
+    #[arg(long, value_name = "N")]
+    pub(crate) node_cores: Option<u32>,
+    /// Memory for jobs, in GB.
+    #[arg(long, value_name = "GB", value_parser = gigabytes)]
+    pub(crate) node_memory_gb: Option<u64>,
+    /// Accelerators for jobs.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) node_accelerators: u32,
+    /// Jobs beside each other, services aside.
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub(crate) node_jobs: u32,
+}
+
+/// Bytes of a number of GB.
+fn gigabytes(text: &str) -> Result<u64, String> {
+    match text.parse::<f64>() {
+        Ok(n) if n > 0.0 && n < 1e9 => Ok((n * 1e9) as u64),
+        _ => Err("it is not a number of GB above 0".to_owned()),
+    }
+}
+
+/// What a job needs: of each rank, where it has several.
+#[derive(Args, Clone)]
+pub(crate) struct NeedFlags {
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) cores: u32,
+    #[arg(long, value_name = "GB", value_parser = gigabytes)]
+    pub(crate) memory_gb: Option<u64>,
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) accelerators: u32,
+}
+
+impl NeedFlags {
+    pub(crate) fn needs(&self, ranks: u32) -> control::Needs {
+        control::Needs {
+            cores: self.cores,
+            memory_bytes: self.memory_gb.unwrap_or(0),
+            accelerators: self.accelerators,
+            ranks,
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
 pub(crate) enum LauncherName {
     Local,
     Slurm,
+    Kubernetes,
 }
 
 #[derive(Args)]
@@ -240,7 +308,31 @@ pub(crate) struct Demo {
 
 #[derive(Subcommand)]
 pub(crate) enum JobCommand {
+    /// All jobs; for those that wait, why.
     List,
+    /// Run a command line of this program as a job: loquat job submit NAME -- train …
+    Submit {
+        name: String,
+        #[command(flatten)]
+        needs: NeedFlags,
+        /// Ranks that start together; what is needed is needed by each.
+        #[arg(long, default_value_t = 1)]
+        ranks: u32,
+        /// -100 to 100. Who stands higher starts earlier, and moves those below it.
+        #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
+        priority: i32,
+        #[arg(long, default_value = control::DEFAULT_PROJECT)]
+        project: String,
+        /// Failures after which it is started again.
+        #[arg(long, default_value_t = 3)]
+        restarts: u32,
+        #[arg(last = true, required = true)]
+        args: Vec<String>,
+    },
+    /// All that is known of a job.
+    Show {
+        name: String,
+    },
     /// The end of a job's log.
     Logs {
         name: String,
@@ -269,7 +361,12 @@ pub(crate) enum NodeCommand {
         name: String,
     },
     /// Let it start jobs again.
-    Open {
+    #[command(alias = "open")]
+    Uncordon {
+        name: String,
+    },
+    /// A machine will not come back: run what ran there elsewhere. If it was only cut off, that runs twice.
+    Forget {
         name: String,
     },
 }
@@ -332,6 +429,9 @@ pub(crate) enum DeployCommand {
         /// At most so many, as the load needs them.
         #[arg(long)]
         max: Option<u32>,
+        /// What each replica needs.
+        #[command(flatten)]
+        needs: NeedFlags,
         /// More of the command line of each replica's `loquat serve`.
         #[arg(last = true)]
         args: Vec<String>,
@@ -368,10 +468,68 @@ pub(crate) enum DeployCommand {
 }
 
 #[derive(Subcommand)]
+pub(crate) enum ProjectCommand {
+    /// Set what the jobs of a project may use at once; what is left out is not limited.
+    Set {
+        name: String,
+        #[arg(long, value_name = "N")]
+        cores: Option<u32>,
+        #[arg(long, value_name = "GB", value_parser = gigabytes)]
+        memory_gb: Option<u64>,
+        #[arg(long, value_name = "N")]
+        accelerators: Option<u32>,
+        #[arg(long, value_name = "N")]
+        jobs: Option<u32>,
+    },
+    List,
+    /// Let the jobs of a project use what there is.
+    Remove {
+        name: String,
+    },
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+pub(crate) enum RoleName {
+    /// Ask models.
+    Use,
+    /// Also see the cluster, and cancel and retry jobs.
+    Member,
+    /// Everything.
+    Admin,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum PromoteCommand {
+    /// Declare a pipeline; whichever controller leads carries it out, also when others die.
+    Start {
+        /// A .toml or .json file: model; train.args or source; evaluate.tasks and .args; gates, each a metric with at_least or
+        /// at_most; canary.percent and .minutes; serve.replicas and .args.
+        file: PathBuf,
+        /// Tell what happens until it is over; exit with 1 where the model does not go live.
+        #[arg(long, short = 'f')]
+        follow: bool,
+    },
+    List,
+    /// Every stage of one, and why it came to it.
+    Show {
+        id: i64,
+        #[arg(long, short = 'f')]
+        follow: bool,
+    },
+    /// End one: its job is cancelled, its trial rolled back.
+    Cancel {
+        id: i64,
+    },
+}
+
+#[derive(Subcommand)]
 pub(crate) enum KeyCommand {
     /// Make a key. It is shown once.
     Create {
         name: String,
+        /// What it may do.
+        #[arg(long, value_enum, default_value_t = RoleName::Use)]
+        role: RoleName,
     },
     List,
     Revoke {

@@ -1,5 +1,6 @@
 //! Models that replicas serve: tells this process's gateway where they are, judges canaries by what it saw, and, while it
-//! holds the lease, starts, drains and stops replicas so that there are as many of each version as wanted.
+//! holds the lease, starts, drains and stops replicas so that there are as many of each version as wanted, and carries
+//! promotions on.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -11,6 +12,9 @@ use anyhow::{Context, Result};
 use api::{Replicas, RouteStatus, Target, TargetKey};
 use control::{Control, Deployment, Job, JobSpec, JobState, Lease, Replica, Running, Step, UnixMs};
 use gateway::{CanaryPolicy, Endpoint, Load, ScalePolicy, Verdict};
+use store::Store;
+
+use crate::promoter::Promoter;
 
 /// How often it looks.
 const EVERY: Duration = Duration::from_millis(250);
@@ -22,6 +26,7 @@ const LOAD_SHARE: f64 = 0.1;
 pub(crate) struct Deployer {
     control: Control,
     replicas: Replicas,
+    promoter: Promoter,
     /// The arguments that make a replica use this home.
     home_args: Vec<String>,
     replica_key: String,
@@ -35,10 +40,16 @@ pub(crate) struct Deployer {
 }
 
 impl Deployer {
-    pub(crate) fn new(control: &Control, replicas: &Replicas, home_args: Vec<String>) -> Result<Deployer> {
+    pub(crate) fn new(
+        control: &Control,
+        store: Arc<dyn Store>,
+        replicas: &Replicas,
+        home_args: Vec<String>,
+    ) -> Result<Deployer> {
         Ok(Deployer {
             control: control.clone(),
             replicas: replicas.clone(),
+            promoter: Promoter::new(control, store, home_args.clone()),
             home_args,
             replica_key: control.replica_key()?,
             holder: format!("pid {}", std::process::id()),
@@ -68,6 +79,8 @@ impl Deployer {
     }
 
     fn turn(&mut self) -> Result<()> {
+        // Here, because this thread looks at the database often enough anyway.
+        self.control.freshen_keys()?;
         let deployments = self.control.list_deployments()?;
         let replicas = self.control.list_replicas()?;
         self.tell_gateway(&deployments, &replicas);
@@ -76,10 +89,12 @@ impl Deployer {
         }
         let mut jobs = self.control.unfinished_jobs()?;
         jobs.retain(|job| model_of(&job.spec).is_some());
-        if deployments.is_empty() && replicas.is_empty() && jobs.is_empty() {
+        let promotions = self.control.survey_promotions()?;
+        if deployments.is_empty() && replicas.is_empty() && jobs.is_empty() && promotions.is_empty() {
             return Ok(());
         }
         let Some(lease) = self.hold_lease()? else { return Ok(()) };
+        self.promoter.turn(&lease, promotions)?;
         let is_gone = |replica: &Replica| replica.own && jobs.iter().all(|job| job.spec.name != replica.name);
         if replicas.iter().any(is_gone) {
             self.control.forget_replicas(&lease)?;
@@ -216,7 +231,7 @@ impl Deployer {
                 .map(str::to_owned),
         );
         args.extend(deployment.args.iter().cloned());
-        Ok(JobSpec { name, args, env: BTreeMap::new(), max_restarts: u32::MAX })
+        Ok(JobSpec { name, args, max_restarts: u32::MAX, needs: deployment.needs, ..JobSpec::default() })
     }
 
     fn hold_lease(&mut self) -> Result<Option<Lease>> {

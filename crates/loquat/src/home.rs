@@ -3,10 +3,16 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::args::Offer;
 use anyhow::{Context, Result, ensure};
 use control::{Control, NodeSpec};
+
 use store::{ObjectName, Put, S3Options, Store};
 
+/// The name of a machine that shares its database with no other.
+const ALONE: &str = "here";
+
+#[derive(Clone)]
 pub(crate) struct Home {
     path: PathBuf,
     store_url: Option<String>,
@@ -46,14 +52,20 @@ impl Home {
         })
     }
 
-    /// This machine, if others may share the database.
-    pub(crate) fn node(&self) -> Option<NodeSpec> {
+    /// This machine, with what it gives to jobs.
+    pub(crate) fn node(&self, offer: &Offer) -> NodeSpec {
         let is_shared = self.database_url.as_ref().is_some_and(|url| url.starts_with("postgres"));
-        is_shared.then(|| NodeSpec {
-            name: crate::machine::host_name(),
-            cores: crate::n_threads() as u32,
-            memory_bytes: crate::machine::memory_available().unwrap_or(0),
-        })
+        // A home of its own may move to another host, or the host get another name.
+        let name = if is_shared { crate::machine::host_name() } else { ALONE.to_owned() };
+        NodeSpec {
+            name: offer.node.clone().unwrap_or(name),
+            machine: if is_shared { crate::machine::machine_id() } else { String::new() },
+            cores: offer.node_cores.unwrap_or(crate::n_threads() as u32),
+            memory_bytes: offer.node_memory_gb.or_else(crate::machine::memory_total).unwrap_or(0),
+            accelerators: offer.node_accelerators,
+            disk_bytes: control::disk_bytes(&self.path).unwrap_or(0),
+            jobs_max: offer.node_jobs,
+        }
     }
 
     /// Refuses a store that belongs to another cluster than the database does: two clusters would publish over each
@@ -103,13 +115,26 @@ impl Home {
         args
     }
 
-    /// The database for child processes, which is no argument of theirs: it may hold a password.
-    pub(crate) fn as_env(&self) -> Option<(&'static str, String)> {
-        self.database_url.clone().map(|url| ("LOQUAT_DATABASE", url))
+    /// Database and bucket for jobs, wherever they run. These are no arguments of theirs: they hold passwords.
+    pub(crate) fn as_env(&self) -> Vec<(&'static str, String)> {
+        let database = self.database_url.clone().map(|url| ("LOQUAT_DATABASE", url));
+        let bucket = S3_VARIABLES.iter().filter_map(|name| Some((*name, std::env::var(name).ok()?)));
+        database.into_iter().chain(bucket).collect()
     }
 }
 
-/// Where S3 is and with which key, from the variables that every S3 client knows.
+/// The variables that every S3 client knows.
+const S3_VARIABLES: [&str; 7] = [
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+];
+
+/// Where S3 is and with which key.
 fn s3_options() -> S3Options {
     let var = |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty());
     let endpoint = var("AWS_ENDPOINT_URL_S3").or_else(|| var("AWS_ENDPOINT_URL")).unwrap_or_default();

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 
 use anyhow::{Context, Result};
 use api::AppState;
+use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
@@ -24,6 +25,7 @@ pub(crate) struct Http {
 impl Http {
     /// Binds the address and serves `state` from now on.
     pub(crate) fn start(state: &AppState, listen: &Listen) -> Result<Http> {
+        raise_file_limit();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(HTTP_THREADS)
             .enable_all()
@@ -53,5 +55,14 @@ impl Http {
         self.close();
         self.runtime.block_on(self.server).context("the HTTP server panicked")??;
         Ok(())
+    }
+}
+
+/// Each connection is an open file; shells allow 1,024 where the system would allow many more.
+fn raise_file_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
     }
 }

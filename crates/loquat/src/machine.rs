@@ -10,6 +10,21 @@ pub(crate) fn memory_available() -> Option<u64> {
     system.into_iter().chain(container).min()
 }
 
+/// Bytes that this machine has, or the container if that is less.
+pub(crate) fn memory_total() -> Option<u64> {
+    let system = fs::read_to_string("/proc/meminfo").ok().and_then(|text| meminfo(&text, "MemTotal:"));
+    let container = fs::read_to_string("/sys/fs/cgroup/memory.max").ok();
+    let container = container.and_then(|text| text.trim().parse().ok());
+    system.into_iter().chain(container).min()
+}
+
+/// What tells this machine from one that has the same name, also after a restart where it can be told.
+pub(crate) fn machine_id() -> String {
+    let read = |path: &str| fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
+    let known = read("/etc/machine-id").filter(|id| !id.is_empty());
+    known.or_else(|| read("/proc/sys/kernel/random/boot_id")).unwrap_or_default()
+}
+
 /// Bytes that this process may still take where its kinds of memory are limited (`ulimit -d` and `-v`); `None` where they
 /// are not.
 pub(crate) fn process_memory_left() -> Option<u64> {
@@ -31,7 +46,11 @@ fn limits_left(limits: &str, status: &str) -> Option<u64> {
 }
 
 fn meminfo_available(text: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    meminfo(text, "MemAvailable:")
+}
+
+fn meminfo(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
     kib.checked_mul(1024)
 }

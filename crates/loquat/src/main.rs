@@ -5,6 +5,7 @@
 
 mod adapters;
 mod args;
+mod cluster;
 mod commands;
 mod deployer;
 mod embedder;
@@ -15,6 +16,8 @@ mod hub;
 mod links;
 mod lives;
 mod machine;
+mod pods;
+mod promoter;
 mod runs;
 mod service;
 mod serving;
@@ -67,14 +70,18 @@ fn run(loquat: &Loquat) -> Result<ExitCode> {
         Command::Node { command } => commands::node::run(&home, command),
         Command::Plan(args) => commands::plan::run(args),
         Command::Deploy { command } => commands::deploy::run(&home, command),
+        Command::Project { command } => commands::project::run(&home, command),
+        Command::Promote { command } => commands::promote::run(&home, command),
         Command::Key { command } => commands::key::run(&home, command),
         Command::Doctor => commands::doctor::run(&home),
     }
 }
 
-/// One thread for each core that this process may use.
+/// One thread for each core that this process may use, and no more than it was given.
 fn n_threads() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
+    let there = std::thread::available_parallelism().map_or(1, usize::from);
+    let given = std::env::var("LOQUAT_CORES").ok().and_then(|text| text.parse::<usize>().ok());
+    given.map_or(there, |given| given.clamp(1, there))
 }
 
 /// Where a program is found that is called by its name.

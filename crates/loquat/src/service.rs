@@ -11,14 +11,15 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use api::{AppState, Limits, Parts};
 use control::{
-    Control, Launcher, LocalLauncher, ModelKind, NodeSpec, Reconciler, ReconcilerOptions, Shutdown,
-    SlurmLauncher, SlurmOptions,
+    Control, KubernetesLauncher, KubernetesOptions, Launcher, LocalLauncher, ModelKind, NodeLoad, NodeSpec,
+    Reconciler, ReconcilerOptions, Shutdown, SlurmLauncher, SlurmOptions,
 };
 use store::{Bundle, Store};
 use telemetry::Metrics;
 
-use crate::adapters::{ControlJobs, ControlKeys};
-use crate::args::Listen;
+use crate::adapters::ControlKeys;
+use crate::args::{Listen, Offer};
+use crate::cluster::ControlCluster;
 use crate::deployer::Deployer;
 use crate::home::Home;
 use crate::http::Http;
@@ -27,6 +28,9 @@ use crate::serving::{self, Share};
 
 /// How often the models that are served are compared with those that should be.
 const MODELS_EVERY: Duration = Duration::from_secs(1);
+/// Promotions whose versions are told from other models of the store.
+const PROMOTIONS_KNOWN: usize = 10_000;
+
 pub(crate) struct Service {
     pub(crate) control: Control,
     pub(crate) state: AppState,
@@ -46,19 +50,24 @@ impl Service {
         let state = AppState::new(Parts {
             keys: Arc::new(ControlKeys(control.clone())),
             runs: Arc::new(StoredRuns::new(store.clone())),
-            jobs: Arc::new(ControlJobs(control.clone())),
+            cluster: Arc::new(ControlCluster { control: control.clone(), home: home.clone() }),
             metrics: Metrics::new(),
             limits: Limits::default(),
             now_unix_s: crate::now_unix_s,
         });
         let http = Http::start(&state, listen)?;
-        let (launcher, node) = launcher(home, runs_on)?;
-        let options = ReconcilerOptions { node, ..ReconcilerOptions::default() };
+        let (launcher, node) = launcher(home, &control, runs_on)?;
+        if let Some(node) = &node {
+            // A name that another machine uses is found out now, and not from a log.
+            control.put_node(node, &NodeLoad::default())?;
+        }
+        let disk = node.as_ref().map(|_| home.path().to_owned());
+        let options = ReconcilerOptions { node, disk, ..ReconcilerOptions::default() };
         let reconciler = Reconciler::start(&control, launcher, state.metrics.job(), options)?;
         let stop = Arc::new(AtomicBool::new(false));
         let keeper = Arc::new(ModelKeeper {
             control: control.clone(),
-            store,
+            store: store.clone(),
             state: state.clone(),
             models_dir: home.models(),
             // Nothing to resolve: there is no draft model.
@@ -66,7 +75,8 @@ impl Service {
             served: Mutex::default(),
         });
         let models = spawn_keeper(keeper.clone(), stop.clone())?;
-        let deployer = Deployer::new(&control, &state.replicas, home.as_args())?.spawn(stop.clone())?;
+        let deployer =
+            Deployer::new(&control, store.clone(), &state.replicas, home.as_args())?.spawn(stop.clone())?;
         let threads = vec![models, deployer];
         Ok(Service { control, state, http, reconciler, threads, stop, keeper })
     }
@@ -97,30 +107,32 @@ impl Service {
 
 /// What runs this machine's jobs.
 pub(crate) enum RunsOn {
-    ThisMachine,
+    ThisMachine(Offer),
     /// With more arguments of sbatch.
     Slurm(Vec<String>),
+    Kubernetes(Box<KubernetesOptions>),
 }
 
 type AnyLauncher = Box<dyn Launcher + Send>;
 
 /// The launcher, and this machine's name where its processes are its own to look after: a batch system's jobs are anybody's.
-fn launcher(home: &Home, runs_on: &RunsOn) -> Result<(AnyLauncher, Option<NodeSpec>)> {
+fn launcher(home: &Home, control: &Control, runs_on: &RunsOn) -> Result<(AnyLauncher, Option<NodeSpec>)> {
     let (program, logs) = (std::env::current_exe()?, home.job_logs());
     match runs_on {
-        RunsOn::ThisMachine => {
-            let (launcher, node) =
-                (LocalLauncher::new(&program, &logs)?.with_env(home.as_env()), home.node());
-            let launcher = match &node {
-                Some(node) => launcher.on_node(&node.name),
-                None => launcher,
-            };
-            Ok((Box::new(launcher), node))
+        RunsOn::ThisMachine(offer) => {
+            let node = home.node(offer);
+            let launcher = LocalLauncher::new(&program, &logs)?.with_env(home.as_env()).on_node(&node.name);
+            Ok((Box::new(launcher), Some(node)))
         }
         RunsOn::Slurm(sbatch) => {
             let options = SlurmOptions { conf: None, sbatch: sbatch.clone() };
             let launcher = SlurmLauncher::new(&program, &logs, options)?.with_env(home.as_env());
             Ok((Box::new(launcher), None))
+        }
+        // What must not stand in a manifest comes from a Secret there.
+        RunsOn::Kubernetes(options) => {
+            let options = options.as_ref().clone();
+            Ok((Box::new(KubernetesLauncher::new(options, &logs, &control.cluster_id()?)?), None))
         }
     }
 }
@@ -188,11 +200,15 @@ impl ModelKeeper {
         Ok(())
     }
 
-    /// Every model bundle of the store becomes a row.
+    /// Every model bundle of the store becomes a row, but for versions that are promoted: replicas serve those.
     fn adopt_published(&self) -> Result<()> {
+        let promotions = self.control.list_promotions(PROMOTIONS_KNOWN)?;
         for object in self.store.list("models")? {
             let Some(name) = object.name.as_str().strip_prefix("models/") else { continue };
             let Some(name) = name.strip_suffix("/manifest.json") else { continue };
+            if promotions.iter().any(|promotion| promotion.candidate == name) {
+                continue;
+            }
             if self.control.get_model(name)?.is_none() {
                 self.control.put_model(name, ModelKind::Base, &format!("{BUNDLE}models/{name}"))?;
             }

@@ -1,5 +1,6 @@
 //! Metrics of the control plane's jobs.
 
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
@@ -21,6 +22,55 @@ pub struct JobMetrics {
     reconcile_seconds: Histogram,
     reconcile_errors: Counter,
     lease_held: Gauge,
+    waiting: Gauge,
+    preemptions: Counter,
+    nodes: NodeFamilies,
+}
+
+type NodeGauge = Family<NodeLabels, Gauge<f64, AtomicU64>>;
+
+#[derive(Clone, Debug)]
+struct NodeFamilies {
+    cores: NodeGauge,
+    cores_used: NodeGauge,
+    memory: NodeGauge,
+    memory_used: NodeGauge,
+    disk_free: NodeGauge,
+}
+
+/// `part` is `all`, or `jobs` for what the processes of jobs use.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct NodeLabels {
+    node: String,
+    part: &'static str,
+}
+
+/// What a machine has, and what of it is in use.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Utilisation {
+    pub cores: f64,
+    pub cores_used: f64,
+    pub job_cores_used: f64,
+    pub memory_bytes: f64,
+    pub memory_bytes_used: f64,
+    pub job_memory_bytes_used: f64,
+    pub disk_free_bytes: f64,
+}
+
+impl NodeFamilies {
+    fn register(registry: &mut Registry) -> Self {
+        let mut family = |name: &str, help: &str| registered(registry, name, help, NodeGauge::default());
+        Self {
+            cores: family("loquat_node_cores", "Cores that a node gives to jobs"),
+            cores_used: family(
+                "loquat_node_cores_used",
+                "Cores of a node that are busy, on the mean since the last look",
+            ),
+            memory: family("loquat_node_memory_bytes", "Memory that a node gives to jobs"),
+            memory_used: family("loquat_node_memory_used_bytes", "Memory of a node that is in use"),
+            disk_free: family("loquat_node_disk_free_bytes", "What is free where a node's jobs write"),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -67,6 +117,19 @@ impl JobMetrics {
                 "1 while this process holds the lease on reconciling jobs, else 0",
                 Gauge::default(),
             ),
+            waiting: registered(
+                registry,
+                "loquat_job_waiting",
+                "Jobs that wait for room, a quota or the end of a pause",
+                Gauge::default(),
+            ),
+            preemptions: registered(
+                registry,
+                "loquat_job_preemptions",
+                "Jobs asked to save and make room for others",
+                Counter::default(),
+            ),
+            nodes: NodeFamilies::register(registry),
         }
     }
 
@@ -89,6 +152,29 @@ impl JobMetrics {
         if !ok {
             self.reconcile_errors.inc();
         }
+    }
+
+    pub fn set_waiting(&self, n_jobs: usize) {
+        self.waiting.set(i64::try_from(n_jobs).unwrap_or(i64::MAX));
+    }
+
+    /// A job was asked to make room.
+    pub fn preempted(&self) {
+        self.preemptions.inc();
+    }
+
+    /// What this machine has and uses; `node` is its name in the cluster.
+    pub fn set_node(&self, node: &str, seen: &Utilisation) {
+        let set = |family: &NodeGauge, part, value| {
+            family.get_or_create_owned(&NodeLabels { node: node.to_owned(), part }).set(value);
+        };
+        set(&self.nodes.cores, "all", seen.cores);
+        set(&self.nodes.cores_used, "all", seen.cores_used);
+        set(&self.nodes.cores_used, "jobs", seen.job_cores_used);
+        set(&self.nodes.memory, "all", seen.memory_bytes);
+        set(&self.nodes.memory_used, "all", seen.memory_bytes_used);
+        set(&self.nodes.memory_used, "jobs", seen.job_memory_bytes_used);
+        set(&self.nodes.disk_free, "all", seen.disk_free_bytes);
     }
 
     pub fn set_lease_held(&self, held: bool) {

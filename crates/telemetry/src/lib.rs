@@ -28,7 +28,7 @@ mod train;
 
 pub use engine::{EngineMetrics, FinishReason, RequestEnd};
 pub use http::HttpMetrics;
-pub use job::JobMetrics;
+pub use job::{JobMetrics, Utilisation};
 pub use logs::{LogError, LogFormat, chain, init_logs, request_span};
 pub use metrics::Metrics;
 pub use store::StoreMetrics;

@@ -57,7 +57,7 @@ impl MergeTable {
         let pair = (left as u64) << 32 | right as u64;
         let mixed = (pair ^ pair >> 29).wrapping_mul(0x9E37_79B9_7F4A_7C15);
         // The upper half as a fraction of 1: there are fewer than 2^32 entries, since ranks have 32 bits.
-        let mut at = ((mixed >> 32) * self.entries.len() as u64 >> 32) as usize;
+        let mut at = (((mixed >> 32) * self.entries.len() as u64) >> 32) as usize;
         loop {
             let entry = &self.entries[at];
             if entry.rank == NO_RANK || (entry.left == left && entry.right == right) {

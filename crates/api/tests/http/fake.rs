@@ -7,10 +7,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use api::{
-    AppState, Cause, Curve, Eval, JobView, Jobs, KeyChecker, KeyOwner, Limits, Parts, Point, Runs,
-    ServedModel,
+    AppState, Call, Cause, Cluster, Curve, Eval, KeyChecker, KeyOwner, Limits, LogPiece, Parts, Point,
+    Refusal, Role, Runs, ServedModel,
 };
 use engine::{Engine, EngineLimits, FakeRunner, Runner, RunnerError, StepInput};
+use serde_json::{Value, json};
 use telemetry::Metrics;
 use tokenizer::{ChatTemplate, Tokenizer};
 
@@ -32,23 +33,53 @@ impl KeyChecker for OneKey {
         if key == "sk-broken" {
             return Err("the secret detail: cannot open keys.db".into());
         }
-        Ok((key == KEY).then(|| KeyOwner { id: "k1".into(), name: "test".into() }))
+        let role = match key {
+            KEY => Role::Admin,
+            "sk-member" => Role::Member,
+            "sk-use" => Role::Use,
+            _ => return Ok(None),
+        };
+        Ok(Some(KeyOwner { id: "k1".into(), name: "test".into(), role }))
     }
 }
 
-pub(crate) struct OneJob;
+/// One job and one node; remembers what was asked for.
+#[derive(Default)]
+pub(crate) struct OneCluster(pub(crate) Mutex<Vec<Call>>);
 
-impl Jobs for OneJob {
-    fn list(&self) -> Result<Vec<JobView>, Cause> {
-        Ok(vec![JobView {
-            id: "job-1".into(),
-            object: "job",
-            name: "train sotu".into(),
-            state: "running".into(),
-            restarts: 1,
-            message: None,
-            created: 1_700_000_000,
-        }])
+impl Cluster for OneCluster {
+    fn call(&self, call: Call) -> Result<Value, Refusal> {
+        self.0.lock().unwrap().push(call.clone());
+        let job = json!({"id": "job-1", "object": "job", "name": "train sotu", "state": "running", "restarts": 1,
+            "message": null, "created": 1_700_000_000});
+        match call {
+            Call::Jobs => Ok(json!({"object": "list", "data": [job]})),
+            Call::Job(name) | Call::CancelJob(name) if name == "job-1" => Ok(job),
+            Call::Job(name) | Call::CancelJob(name) => Err(Refusal::NotFound { what: "job", name }),
+            Call::RetryJob(name) => Err(Refusal::Conflict(format!("{name} is running"))),
+            Call::SubmitJob(ask) if ask.needs.cores > 8 => Err(Refusal::Invalid {
+                param: Some("needs.cores".to_owned()),
+                why: "with cores 8 it would fit".to_owned(),
+            }),
+            Call::Undeploy(_) => Err(Refusal::Failed("the secret detail: no disk".into())),
+            other => Ok(json!({"did": format!("{other:?}")})),
+        }
+    }
+
+    fn log(&self, job: &str, from: Option<u64>, _: usize) -> Result<LogPiece, Refusal> {
+        let text = "one\ntwo\nthr\u{e9}\u{e9}\n".as_bytes();
+        match (job, from) {
+            ("job-1", from) => {
+                // It grows by five bytes at every look: in the middle of lines, and of a character.
+                let from = from.unwrap_or(0) as usize;
+                let looks = self.0.lock().unwrap().len();
+                self.0.lock().unwrap().push(Call::Jobs);
+                let written = text.len().min(5 * (looks + 1));
+                let bytes = text[from..written].to_vec();
+                Ok(LogPiece { bytes, next: written as u64, is_over: written == text.len() })
+            }
+            _ => Err(Refusal::NotFound { what: "job", name: job.to_owned() }),
+        }
     }
 }
 
@@ -85,7 +116,7 @@ pub(crate) fn state_over(limits: Limits, step_time: Duration, runs: Arc<dyn Runs
     let state = AppState::new(Parts {
         keys: Arc::new(OneKey),
         runs,
-        jobs: Arc::new(OneJob),
+        cluster: Arc::new(OneCluster::default()),
         metrics: metrics.clone(),
         limits,
         now_unix_s: || 1_700_000_000,

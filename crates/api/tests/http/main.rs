@@ -4,6 +4,7 @@ mod adapters;
 mod answers;
 mod bad_inputs;
 mod client;
+mod cluster;
 mod connections;
 mod embeddings;
 mod fake;

@@ -14,6 +14,8 @@ pub(super) const MIGRATIONS: &[&str] = &[
     include_str!("../migrations/postgres/0002.sql"),
     include_str!("../migrations/postgres/0003.sql"),
     include_str!("../migrations/postgres/0004.sql"),
+    include_str!("../migrations/postgres/0005.sql"),
+    include_str!("../migrations/postgres/0006.sql"),
 ];
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);

@@ -10,21 +10,27 @@ fn directory() -> tempfile::TempDir {
 }
 
 fn spec(name: &str) -> JobSpec {
-    JobSpec {
-        name: name.to_owned(),
-        args: vec!["train".to_owned()],
-        env: Default::default(),
-        max_restarts: 1,
-    }
+    JobSpec { name: name.to_owned(), args: vec!["train".to_owned()], max_restarts: 1, ..JobSpec::default() }
 }
 
 /// Rows as a program of schema version `index + 1` left them, in its own SQL. One entry per version ever released.
-const ROWS_OF_VERSION: &[&str] = &[ROWS_OF_1, ROWS_OF_1, ROWS_OF_1, ROWS_OF_1];
+const ROWS_OF_VERSION: &[&str] = &[ROWS_OF_1, ROWS_OF_1, ROWS_OF_1, ROWS_OF_4, ROWS_OF_4, ROWS_OF_4];
 
 const ROWS_OF_1: &str = "
     INSERT INTO keys (name, hash, created_ms) VALUES ('old', {hash}, 5);
     INSERT INTO models (name, kind, source, created_ms) VALUES ('sotu', 'base', 'models/sotu', 6);
     INSERT INTO leases (name, holder, token, expires_ms) VALUES ('reconciler', 'a', 41, 7);
+    INSERT INTO jobs (name, spec, desired, state, created_ms, n_starts, process)
+    VALUES ('train', '{\"name\":\"train\",\"args\":[\"train\"],\"max_restarts\":1}', 'running', 'running', 8, 1,
+            '{\"pid\":7,\"start_ticks\":9,\"boot_id\":\"b\",\"mark\":\"m\"}');
+";
+
+/// Version 4 has nodes; what the later ones added has a default.
+const ROWS_OF_4: &str = "
+    INSERT INTO keys (name, hash, created_ms) VALUES ('old', {hash}, 5);
+    INSERT INTO models (name, kind, source, created_ms) VALUES ('sotu', 'base', 'models/sotu', 6);
+    INSERT INTO leases (name, holder, token, expires_ms) VALUES ('reconciler', 'a', 41, 7);
+    INSERT INTO nodes (name, mode, cores, memory_bytes, seen_ms) VALUES ('here', 'cordoned', 3, 9, 8);
     INSERT INTO jobs (name, spec, desired, state, created_ms, n_starts, process)
     VALUES ('train', '{\"name\":\"train\",\"args\":[\"train\"],\"max_restarts\":1}', 'running', 'running', 8, 1,
             '{\"pid\":7,\"start_ticks\":9,\"boot_id\":\"b\",\"mark\":\"m\"}');
@@ -70,6 +76,14 @@ fn check_rows(control: &Control) {
     let job = &control.list_jobs(9).unwrap()[0];
     assert_eq!((job.state, job.n_starts), (JobState::Running, 1));
     assert_eq!(job.process.as_ref().unwrap().start_ticks, 9);
+    assert_eq!((job.spec.project.as_str(), job.waiting_at.0, job.placed.len()), ("default", 8, 0));
+    assert_eq!(control.list_keys().unwrap()[0].role, crate::keys::Role::Member);
+    for node in control.list_nodes().unwrap() {
+        assert_eq!(
+            (node.spec.cores, node.spec.jobs_max, node.mode),
+            (3, 4, crate::nodes::NodeMode::Cordoned)
+        );
+    }
     let lease = control.acquire("reconciler", "b", Duration::from_secs(1));
     assert_eq!(lease.unwrap().unwrap().token, 42);
     assert_eq!(control.cluster_id().unwrap().len(), 32);
@@ -125,8 +139,8 @@ fn a_failed_migration_leaves_the_old_schema() {
     let mut connection = Connection::open(&path).unwrap();
     let broken = [MIGRATIONS, &["CREATE TABLE half (id INTEGER); CREATE NONSENSE"]].concat();
     let error = migrate(&path, &mut connection, &broken).unwrap_err();
-    assert!(error.to_string().contains("schema version 5"), "{error}");
-    assert_eq!(schema_version(&path, &connection).unwrap(), 4);
+    assert!(error.to_string().contains("schema version 7"), "{error}");
+    assert_eq!(schema_version(&path, &connection).unwrap(), 6);
     let half = connection.prepare("SELECT * FROM half");
     assert!(half.is_err(), "the migration's first statement must be undone");
     Control::open(&path).unwrap();

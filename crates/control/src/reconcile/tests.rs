@@ -1,18 +1,22 @@
 use super::*;
 use crate::job::JobSpec;
+use crate::nodes::Node;
+use crate::place::{Cluster, place};
 
 const NOW: UnixMs = UnixMs(1_800_000_000_000);
 
 fn job() -> Job {
     Job {
         id: JobId(1),
-        spec: JobSpec { name: "train".to_owned(), args: Vec::new(), env: BTreeMap::new(), max_restarts: 2 },
+        spec: JobSpec { name: "train".to_owned(), max_restarts: 2, ..JobSpec::default() },
         desired: Desired::Running,
         state: JobState::Pending,
         n_starts: 0,
         n_failures: 0,
         n_short: 0,
         process: None,
+        placed: Vec::new(),
+        waiting_at: NOW,
         ending: None,
         message: None,
         log_path: None,
@@ -45,9 +49,16 @@ fn running() -> Job {
     }
 }
 
+/// What a controller without a node does.
+fn decided(jobs: &[Job], observed: &BTreeMap<JobId, Observed>, policy: &Policy) -> Vec<Action> {
+    let nodes = [Node::anywhere(policy.max_running, NOW)];
+    let placement = place(&Cluster { jobs, nodes: &nodes, projects: &[], now: NOW }, policy);
+    reconcile(jobs, observed, &placement, NOW, policy)
+}
+
 fn decide(job: &Job, observed: Option<Observed>, policy: &Policy) -> Option<Action> {
     let observed = observed.map(|seen| (job.id, seen)).into_iter().collect();
-    let mut actions = reconcile(std::slice::from_ref(job), &observed, NOW, policy);
+    let mut actions = decided(std::slice::from_ref(job), &observed, policy);
     assert!(actions.len() <= 1);
     actions.pop()
 }
@@ -79,13 +90,13 @@ fn no_more_jobs_run_than_allowed_and_the_oldest_go_first() {
     let observed = BTreeMap::from([(JobId(3), Observed::Running)]);
     let policy = Policy { max_running: 3, ..Policy::default() };
     let start = |n| Action::Start { id: JobId(n) };
-    assert_eq!(reconcile(&jobs, &observed, NOW, &policy), [start(1), start(2)]);
+    assert_eq!(decided(&jobs, &observed, &policy), [start(1), start(2)]);
     let service = Job { spec: crate::job::JobSpec { max_restarts: u32::MAX, ..job().spec }, ..job() };
     let full = Policy { max_running: 0, ..policy.clone() };
-    let due = reconcile(&[job(), Job { id: JobId(9), ..service }], &BTreeMap::new(), NOW, &full);
+    let due = decided(&[job(), Job { id: JobId(9), ..service }], &BTreeMap::new(), &full);
     assert_eq!(due, [start(9)], "a service takes no job's place");
     let draining = Policy { draining: true, ..policy };
-    let actions = reconcile(&jobs, &observed, NOW, &draining);
+    let actions = decided(&jobs, &observed, &draining);
     assert!(matches!(&actions[..], [Action::Stop { id: JobId(3), .. }]), "{actions:?}");
 }
 
@@ -109,8 +120,26 @@ fn a_stop_is_asked_for_and_then_enforced() {
     check(Cancelled, false, Some(30_000), Some(StopHow::Kill));
     // Asked in the future: the clock was set back.
     check(Cancelled, false, Some(-5), Some(StopHow::Ask));
-    // A controller that was about to exit had asked, and is gone; the job is still wanted.
-    check(Running, false, Some(60_000), None);
+    // Whoever asked has gone, or the reason has: what was asked to stop is stopped, and goes on later.
+    check(Running, false, Some(60_000), Some(StopHow::Kill));
+}
+
+#[test]
+fn a_job_that_makes_room_is_asked_once_and_goes_on_later() {
+    let placement = Placement { preempts: [JobId(1)].into(), ..Placement::default() };
+    let observed = BTreeMap::from([(JobId(1), Observed::Running)]);
+    let act = |job: &Job| {
+        reconcile(std::slice::from_ref(job), &observed, &placement, NOW, &Policy::default()).pop()
+    };
+    let how = |action| match action {
+        Some(Action::Stop { how, .. }) => Some(how),
+        _ => None,
+    };
+    assert_eq!(how(act(&running())), Some(StopHow::Ask));
+    let asked = Job { stop_sent_at: Some(NOW), ..running() };
+    assert_eq!(how(act(&asked)), None);
+    let end = ended(&asked, Ending::Exited(EXIT_INTERRUPTED), NOW, &Policy::default());
+    assert_eq!((end.state, end.n_failures, end.retry_at), (JobState::Interrupted, 0, None));
 }
 
 #[test]

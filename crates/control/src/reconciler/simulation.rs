@@ -1,5 +1,7 @@
 //! Two controllers, one database, a world that crashes them at every boundary, delays them, lets processes die, recycles
-//! pids, reboots the machine and turns the clock. One seed is one history; a failure prints its seed.
+//! pids, reboots the machine, turns the clock, and delivers what was sent once more, at once or much later. In every other
+//! history the controllers are of a node with a few cores, and jobs of different needs and priorities make room for each
+//! other. One seed is one history; a failure prints its seed.
 //!
 //! The database is the real one (in RAM), the decisions and the doer are the real ones; only processes are simulated. While
 //! one controller is between two steps, the other may take whole turns, so a controller that wakes up behind its lease is
@@ -14,7 +16,7 @@ use telemetry::Metrics;
 
 use super::*;
 use crate::clock::Clock;
-use crate::job::{Desired, JobSpec, JobState};
+use crate::job::{Desired, JobSpec, JobState, Needs};
 
 mod world;
 
@@ -57,6 +59,7 @@ fn no_job_runs_twice_at_once_and_every_job_gets_where_it_should() {
         let n = seeds.len();
         let t = total;
         assert!(t.crashes > n && t.nested > n && t.adopted > n && t.late > n / 10, "{t:?}");
+        assert!(t.replayed > n && t.moved > n / 10, "{t:?}");
         assert!(t.succeeded > n / 2 && t.failed > n / 50 && t.cancelled > n / 20, "{t:?}");
     }
 }
@@ -71,6 +74,10 @@ struct Tally {
     late: usize,
     /// Processes watched by a controller that did not start them.
     adopted: usize,
+    /// Messages delivered again, after anything may have happened.
+    replayed: usize,
+    /// Jobs asked to stop that are still wanted.
+    moved: usize,
     succeeded: usize,
     failed: usize,
     cancelled: usize,
@@ -83,6 +90,8 @@ impl Tally {
             nested: self.nested + other.nested,
             late: self.late + other.late,
             adopted: self.adopted + other.adopted,
+            replayed: self.replayed + other.replayed,
+            moved: self.moved + other.moved,
             succeeded: self.succeeded + other.succeeded,
             failed: self.failed + other.failed,
             cancelled: self.cancelled + other.cancelled,
@@ -122,7 +131,7 @@ impl Stage {
 
     fn cleared(&self) -> (Control, Arc<AtomicI64>) {
         self.now.store(1_800_000_000_000, Ordering::SeqCst);
-        let tables = "DELETE FROM jobs; DELETE FROM leases; DELETE FROM sqlite_sequence";
+        let tables = "DELETE FROM jobs; DELETE FROM leases; DELETE FROM nodes; DELETE FROM sqlite_sequence";
         let cleared = self.control.write("clear", |t| Ok(t.batch(tables)?));
         cleared.unwrap();
         (self.control.clone(), Arc::clone(&self.now))
@@ -134,6 +143,15 @@ struct Simulation<'a> {
     workers: SharedWorkers,
     control: Control,
     metrics: &'a Metrics,
+    /// The machine of both controllers, if they are of one.
+    node: Option<NodeSpec>,
+}
+
+/// Of the node.
+const CORES: u32 = 4;
+
+fn named(machine: &str) -> NodeSpec {
+    NodeSpec { name: "n".to_owned(), machine: machine.to_owned(), ..NodeSpec::default() }
 }
 
 impl<'a> Simulation<'a> {
@@ -141,12 +159,14 @@ impl<'a> Simulation<'a> {
         let (control, now) = stage.cleared();
         let mut random = Random(seed);
         let mut work_left = BTreeMap::new();
+        let node = (seed % 2 == 1).then(|| NodeSpec { cores: CORES, jobs_max: 4, ..named("machine") });
         for number in 0..=random.below(3) {
             let spec = JobSpec {
                 name: format!("job{number}"),
-                args: Vec::new(),
-                env: BTreeMap::new(),
                 max_restarts: random.below(6) as u32,
+                needs: Needs { cores: random.below(u64::from(CORES) + 1) as u32, ..Needs::default() },
+                priority: random.below(4) as i32,
+                ..JobSpec::default()
             };
             let submitted = control.submit(&spec).unwrap();
             work_left.insert(submitted.job.id, random.below(60_000));
@@ -159,12 +179,14 @@ impl<'a> Simulation<'a> {
             next_ticks: 0,
             next_incarnation: 0,
             boot: 0,
+            node: node.clone(),
+            sent: Vec::new(),
             instances: Vec::new(),
             work_left,
             n_failures: BTreeMap::new(),
             tally: Tally::default(),
         };
-        Self { world: Arc::new(Mutex::new(world)), workers: Arc::default(), control, metrics }
+        Self { world: Arc::new(Mutex::new(world)), workers: Arc::default(), control, metrics, node }
     }
 
     fn run(self) -> Tally {
@@ -213,6 +235,7 @@ impl<'a> Simulation<'a> {
                 worker.options.policy.draining = true;
             }
         }
+        self.repeat();
         let (cancel, jump, reboot) = {
             let random = &mut lock(&self.world).random;
             (random.percent(1), random.percent(2), random.percent(1))
@@ -236,6 +259,36 @@ impl<'a> Simulation<'a> {
                 if !matches!(instance.life, Life::Ended(_)) {
                     instance.life = Life::Ended(Ending::Lost);
                 }
+            }
+        }
+    }
+
+    /// What was sent comes once more: to a process, from a user, from another machine that was given the same name.
+    fn repeat(&self) {
+        let (resend, resubmit, impostor) = {
+            let random = &mut lock(&self.world).random;
+            (random.percent(20), random.percent(5), random.percent(5))
+        };
+        if resend {
+            lock(&self.world).replay();
+        }
+        let jobs = self.control.list_jobs(10).unwrap();
+        let at = lock(&self.world).random.below(jobs.len() as u64) as usize;
+        let job = &jobs[at];
+        if resubmit && !job.state.is_over() {
+            let again = self.control.submit(&job.spec).unwrap();
+            assert!(!again.created && again.job.id == job.id, "{job:?} was submitted twice");
+        }
+        if impostor && self.node.is_some() {
+            let nodes = self.control.list_nodes().unwrap();
+            let is_ours = nodes.first().is_some_and(|node| {
+                let runs = jobs.iter().any(|job| job.process.is_some());
+                node.spec.machine == "machine" && (runs || !node.is_silent(self.control.now()))
+            });
+            let taken = self.control.put_node(&named("another"), &NodeLoad::default());
+            // Otherwise it is nobody's at present; we take it back when the other has been silent for long enough.
+            if is_ours {
+                assert!(matches!(taken, Err(Error::NodeTaken { .. })), "{taken:?}");
             }
         }
     }
@@ -264,7 +317,10 @@ impl<'a> Simulation<'a> {
             launcher: Box::new(launcher),
             metrics: self.metrics.job(),
             holder: incarnation.to_string(),
-            options: ReconcilerOptions::default(),
+            options: ReconcilerOptions { node: self.node.clone(), ..ReconcilerOptions::default() },
+            meter: None,
+            load: None,
+            running: Vec::new(),
             order: Arc::default(),
             node_seen: None,
             lease: None,

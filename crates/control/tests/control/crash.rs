@@ -31,7 +31,7 @@ fn controller_process() {
         },
         lease_ttl: Duration::from_millis(200),
         tick: Duration::from_millis(5),
-        node: None,
+        ..ReconcilerOptions::default()
     };
     let metrics = Metrics::new();
     let _reconciler = Reconciler::start(&control, Box::new(launcher), metrics.job(), options).unwrap();

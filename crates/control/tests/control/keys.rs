@@ -1,16 +1,16 @@
-use control::{Control, Error, KeyId};
+use control::{Control, Error, KeyId, Role};
 
 use crate::Stage;
 
 pub(crate) fn a_key_is_shown_once_and_known_afterwards(stage: &Stage) {
     let (control, _) = stage.one();
-    let key = control.create_key("laptop").unwrap();
+    let key = control.create_key("laptop", Role::Use).unwrap();
     let text = key.expose();
     let digits = text.strip_prefix("sk-loquat-").unwrap();
     assert!(digits.len() == 64 && digits.bytes().all(|b| b.is_ascii_hexdigit()), "{text}");
     assert_eq!(control.check_key(text).unwrap().unwrap(), key.info);
     assert!(!format!("{key:?}").contains(digits), "a key must not reach a log");
-    let other = control.create_key("laptop").unwrap();
+    let other = control.create_key("laptop", Role::Use).unwrap();
     assert_ne!(other.expose(), text);
     assert_ne!(other.info.id, key.info.id);
 
@@ -26,7 +26,7 @@ fn only_the_hash_is_in_the_file() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("control.db");
     let control = Control::open(&path).unwrap();
-    let key = control.create_key("name-to-find").unwrap();
+    let key = control.create_key("name-to-find", Role::Use).unwrap();
     let digits = key.expose().strip_prefix("sk-loquat-").unwrap().as_bytes();
     let mut stored = Vec::new();
     for entry in std::fs::read_dir(directory.path()).unwrap() {
@@ -39,8 +39,8 @@ fn only_the_hash_is_in_the_file() {
 
 pub(crate) fn a_revoked_key_is_refused_at_once_here_and_within_seconds_elsewhere(stage: &Stage) {
     let ([here, elsewhere], clock) = stage.many();
-    let key = here.create_key("k").unwrap();
-    let kept = here.create_key("kept").unwrap();
+    let key = here.create_key("k", Role::Use).unwrap();
+    let kept = here.create_key("kept", Role::Use).unwrap();
     let valid = |control: &Control, text: &str| control.check_key(text).unwrap().is_some();
     assert!(valid(&here, key.expose()) && valid(&elsewhere, key.expose()));
 
@@ -59,7 +59,7 @@ pub(crate) fn a_revoked_key_is_refused_at_once_here_and_within_seconds_elsewhere
 
 pub(crate) fn a_clock_set_back_does_not_keep_a_revoked_key_alive(stage: &Stage) {
     let ([here, elsewhere], clock) = stage.many();
-    let key = here.create_key("k").unwrap();
+    let key = here.create_key("k", Role::Use).unwrap();
     assert!(elsewhere.check_key(key.expose()).unwrap().is_some());
     here.revoke_key(key.info.id).unwrap();
     clock.advance(-3_600_000);
@@ -69,18 +69,18 @@ pub(crate) fn a_clock_set_back_does_not_keep_a_revoked_key_alive(stage: &Stage) 
 pub(crate) fn bad_names_are_refused(stage: &Stage) {
     let (control, _) = stage.one();
     for name in ["", "a\nb", &"x".repeat(129)] {
-        let error = control.create_key(name).unwrap_err();
+        let error = control.create_key(name, Role::Use).unwrap_err();
         assert!(matches!(error, Error::Invalid { .. }), "{error}");
     }
 }
 
 pub(crate) fn keys_are_checked_while_they_are_created_and_revoked(stage: &Stage) {
     let (control, _) = stage.one();
-    let kept = control.create_key("kept").unwrap();
+    let kept = control.create_key("kept", Role::Use).unwrap();
     std::thread::scope(|scope| {
         scope.spawn(|| {
             for _ in 0..200 {
-                let key = control.create_key("short-lived").unwrap();
+                let key = control.create_key("short-lived", Role::Use).unwrap();
                 assert!(control.check_key(key.expose()).unwrap().is_some());
                 control.revoke_key(key.info.id).unwrap();
                 assert!(control.check_key(key.expose()).unwrap().is_none());
@@ -92,4 +92,33 @@ pub(crate) fn keys_are_checked_while_they_are_created_and_revoked(stage: &Stage)
             }
         });
     });
+}
+
+pub(crate) fn a_key_keeps_its_role(stage: &Stage) {
+    let (control, _) = stage.one();
+    for role in Role::ALL {
+        let key = control.create_key(role.as_str(), role).unwrap();
+        assert_eq!(control.check_key(key.expose()).unwrap().unwrap().role, role);
+    }
+    let roles: Vec<Role> = control.list_keys().unwrap().iter().map(|key| key.role).collect();
+    assert_eq!(roles, Role::ALL);
+}
+
+pub(crate) fn keys_that_are_read_in_time_are_known_without_waiting(stage: &Stage) {
+    let ([control, other], clock) = stage.many();
+    let key = control.create_key("a", Role::Use).unwrap();
+    assert_eq!(control.known_key(key.expose()), None, "nothing was read yet");
+    control.freshen_keys().unwrap();
+    assert_eq!(control.known_key(key.expose()).unwrap().unwrap().id, key.info.id);
+    assert_eq!(control.known_key("sk-loquat-0"), Some(None), "known to be nobody's");
+    other.revoke_key(key.info.id).unwrap();
+    // Half a second old, it is read again; a second old, it says nothing.
+    clock.advance(400);
+    control.freshen_keys().unwrap();
+    assert!(control.known_key(key.expose()).unwrap().is_some(), "read a moment ago");
+    clock.advance(100);
+    control.freshen_keys().unwrap();
+    assert_eq!(control.known_key(key.expose()), Some(None));
+    clock.advance(1_000);
+    assert_eq!(control.known_key(key.expose()), None);
 }

@@ -10,27 +10,40 @@ use control::{
 };
 use telemetry::Metrics;
 
+use crate::kubernetes::{Kubernetes, more_than_every_launcher_must};
 use crate::slurm::Slurm;
 use crate::{shell, wait_for};
 
 /// A control plane of its own in a directory of its own, with the shell as the program of its jobs.
 struct Place<'a> {
-    slurm: Option<&'a Slurm>,
+    on: On<'a>,
     directory: tempfile::TempDir,
     control: Control,
     metrics: Metrics,
 }
 
+/// What runs the jobs.
+#[derive(Clone, Copy)]
+enum On<'a> {
+    ThisMachine,
+    Slurm(&'a Slurm),
+    Kubernetes(&'a Kubernetes),
+}
+
 impl<'a> Place<'a> {
     fn new() -> Self {
-        Self::on(None)
+        Self::on(On::ThisMachine)
     }
 
-    fn on(slurm: Option<&'a Slurm>) -> Self {
+    fn on(on: On<'a>) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let control = Control::open(&directory.path().join("control.db")).unwrap();
         let metrics = Metrics::new();
-        Self { slurm, directory, control, metrics }
+        Self { on, directory, control, metrics }
+    }
+
+    fn is_here(&self) -> bool {
+        matches!(self.on, On::ThisMachine)
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -42,9 +55,12 @@ impl<'a> Place<'a> {
     }
 
     fn reconciler(&self) -> Reconciler {
-        let (launcher, options): (Box<dyn Launcher + Send>, _) = match self.slurm {
-            None => (Box::new(self.launcher()), quick()),
-            Some(slurm) => {
+        let (launcher, options): (Box<dyn Launcher + Send>, _) = match self.on {
+            On::ThisMachine => (Box::new(self.launcher()), quick()),
+            On::Kubernetes(kubernetes) => {
+                (Box::new(kubernetes.launcher(&self.path("logs"), &self.control)), quick())
+            }
+            On::Slurm(slurm) => {
                 let options = SlurmOptions { conf: Some(slurm.conf()), sbatch: Vec::new() };
                 let launcher = SlurmLauncher::new(Path::new("/bin/sh"), &self.path("logs"), options);
                 // Each look is a command.
@@ -83,7 +99,7 @@ impl<'a> Place<'a> {
 }
 
 /// Short pauses, so that the tests are.
-fn quick() -> ReconcilerOptions {
+pub(crate) fn quick() -> ReconcilerOptions {
     ReconcilerOptions {
         policy: Policy {
             backoff_min: Duration::from_millis(20),
@@ -92,7 +108,7 @@ fn quick() -> ReconcilerOptions {
         },
         lease_ttl: Duration::from_secs(5),
         tick: Duration::from_millis(20),
-        node: None,
+        ..ReconcilerOptions::default()
     }
 }
 
@@ -157,7 +173,7 @@ fn a_job_killed_is_started_again_and_goes_on(place: &Place) {
     let reconciler = place.reconciler();
     let pid: u32 = place.wait_line("half").parse().unwrap();
     let recorded = place.job(id).process.unwrap().pid;
-    assert!(place.slurm.is_some() || recorded == pid, "the job's pid is the recorded one");
+    assert!(!place.is_here() || recorded == pid, "the job's pid is the recorded one");
     kill_9(pid);
     let job = place.wait_state(id, JobState::Succeeded);
     reconciler.stop(Shutdown::Leave);
@@ -192,13 +208,15 @@ fn a_cancelled_job_may_save_and_is_killed_if_it_will_not_end(place: &Place) {
     place.control.cancel_job(polite).unwrap();
     place.control.cancel_job(stubborn).unwrap();
     let job = place.wait_state(polite, JobState::Cancelled);
-    assert_eq!(job.ending, Some(Ending::Exited(75)));
+    // A pod that is asked to go takes its last word with it.
+    let told = !matches!(place.on, On::Kubernetes(_));
+    assert_eq!(job.ending, Some(if told { Ending::Exited(75) } else { Ending::Signaled(15) }));
     assert_eq!(place.wait_line("saved"), "saved");
     let job = place.wait_state(stubborn, JobState::Cancelled);
     // Slurm tells whose word ended it and not what did.
     assert!(matches!(job.ending, Some(Ending::Signaled(9 | 15))), "{job:?}");
-    assert!(place.slurm.is_some() || job.ending == Some(Ending::Signaled(9)), "{job:?}");
-    assert!(place.slurm.is_some() || !lives(pid));
+    assert!(!place.is_here() || job.ending == Some(Ending::Signaled(9)), "{job:?}");
+    assert!(!place.is_here() || !lives(pid));
     reconciler.stop(Shutdown::Leave);
 }
 
@@ -350,8 +368,17 @@ macro_rules! launcher_suite {
         fn the_suite_holds_on_slurm() {
             let Some(slurm) = Slurm::start() else { return };
             $(eprintln!("case {}", stringify!($case));
-            $case(&Place::on(Some(&slurm)));)*
-            a_job_on_hold_that_nobody_released_is_lost(&Place::on(Some(&slurm)));
+            $case(&Place::on(On::Slurm(&slurm)));)*
+            a_job_on_hold_that_nobody_released_is_lost(&slurm);
+        }
+
+        #[test]
+        fn the_suite_holds_on_a_stand_in_for_kubernetes() {
+            let kubernetes = Kubernetes::start();
+            $(eprintln!("case {}", stringify!($case));
+            $case(&Place::on(On::Kubernetes(&kubernetes)));)*
+            more_than_every_launcher_must(&kubernetes);
+            kubernetes.validate();
         }
     };
 }
@@ -366,9 +393,9 @@ launcher_suite! {
 }
 
 /// A controller died between the record and the release: the next one may not release it, and starts it again.
-fn a_job_on_hold_that_nobody_released_is_lost(place: &Place) {
+fn a_job_on_hold_that_nobody_released_is_lost(slurm: &Slurm) {
+    let place = Place::on(On::Slurm(slurm));
     let id = place.submit(&shell("held", "true", 0));
-    let slurm = place.slurm.unwrap();
     let options = SlurmOptions { conf: Some(slurm.conf()), sbatch: Vec::new() };
     let mut launcher = SlurmLauncher::new(Path::new("/bin/sh"), &place.path("logs"), options).unwrap();
     let job = place.job(id);

@@ -4,6 +4,7 @@ mod crash;
 mod deployments;
 mod jobs;
 mod keys;
+mod kubernetes;
 mod launcher;
 mod leases;
 mod models;
@@ -11,6 +12,7 @@ mod nodes;
 mod outage;
 #[path = "../support/postgres.rs"]
 mod postgres;
+mod promotions;
 mod slurm;
 
 use std::sync::Arc;
@@ -91,13 +93,19 @@ macro_rules! suite {
 
 suite! {
     nodes::jobs_are_shared_by_nodes_and_each_runs_once,
+    nodes::a_name_has_one_machine_until_it_is_given_up,
+    nodes::a_job_beyond_all_nodes_or_its_quota_is_refused,
+    nodes::a_gang_takes_its_part_of_several_nodes,
+    keys::a_key_keeps_its_role,
     deployments::a_deployment_is_asked_for_changed_and_forgotten,
     deployments::a_trial_ends_once_and_only_the_one_that_was_on,
     deployments::a_stale_deployer_changes_nothing,
+    promotions::a_promotion_is_carried_on_by_whoever_leads_and_by_nobody_else,
     keys::a_key_is_shown_once_and_known_afterwards,
     keys::a_revoked_key_is_refused_at_once_here_and_within_seconds_elsewhere,
     keys::a_clock_set_back_does_not_keep_a_revoked_key_alive,
     keys::bad_names_are_refused,
+    keys::keys_that_are_read_in_time_are_known_without_waiting,
     keys::keys_are_checked_while_they_are_created_and_revoked,
     models::a_model_is_put_replaced_listed_and_deleted,
     models::names_and_sources_that_cannot_be_are_refused,
@@ -116,8 +124,8 @@ fn shell(name: &str, script: &str, max_restarts: u32) -> JobSpec {
     JobSpec {
         name: name.to_owned(),
         args: vec!["-c".to_owned(), script.to_owned()],
-        env: Default::default(),
         max_restarts,
+        ..JobSpec::default()
     }
 }
 

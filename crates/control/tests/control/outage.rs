@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use control::{Control, Error, ModelKind};
+use control::{Control, Error, ModelKind, Role};
 
 use crate::postgres::Postgres;
 use crate::{HandClock, shell, wait_for};
@@ -13,7 +13,7 @@ fn without_the_database_keys_are_known_changes_refused_and_all_goes_on_when_it_i
     let url = server.new_database();
     let clock = HandClock::new();
     let control = Control::connect_with(&url, clock.clock()).unwrap();
-    let key = control.create_key("k").unwrap();
+    let key = control.create_key("k", Role::Use).unwrap();
     control.put_model("m", ModelKind::Chat, "models/m").unwrap();
     let lease = control.acquire("reconciler", "a", Duration::from_secs(60)).unwrap().unwrap();
     assert!(control.check_key(key.expose()).unwrap().is_some());

@@ -110,9 +110,12 @@ pub(crate) enum EvalCommand {
 pub(crate) struct Tasks {
     /// A .gguf file, a Hugging Face directory or the name of a model kept here.
     pub(crate) model: String,
-    /// Files of one item a line: .jsonl or .jsonl.gz.
+    /// Files of one item a line: .jsonl or .jsonl.gz; bundle:NAME is all files of a bundle of the store.
     #[arg(required = true)]
     pub(crate) files: Vec<PathBuf>,
+    /// Also keep the scores in the store, as this object.
+    #[arg(long, value_name = "OBJECT")]
+    pub(crate) report: Option<String>,
     /// Worked examples before each item, drawn from the others of its file.
     #[arg(long, alias = "num-fewshot", default_value_t = 0)]
     pub(crate) shots: usize,

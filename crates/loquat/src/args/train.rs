@@ -146,7 +146,7 @@ pub(crate) struct Distributed {
     #[arg(long, value_name = "N", default_value_t = 3, requires = "launch")]
     pub(crate) restarts: u32,
     /// With --launch: machines to start ranks on, separated by commas. Those that do not answer are left out.
-    #[arg(long, value_name = "NAMES", value_delimiter = ',', requires = "launch")]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', requires = "launch", env = "LOQUAT_HOSTS")]
     pub(crate) hosts: Vec<String>,
     /// With --hosts: the program that runs a command on a machine, called as ssh is.
     #[arg(long, value_name = "PROGRAM", default_value = "ssh", requires = "launch")]

@@ -27,7 +27,11 @@ const POLL: Duration = Duration::from_millis(100);
 pub(crate) fn run(home: &Home, args: &args::Demo) -> Result<ExitCode> {
     let stop = Stop::on_signals()?;
     println!("{}", tensor::cpu::describe());
-    let service = Service::start(home, &args.listen, &RunsOn::ThisMachine)?;
+    let service = Service::start(
+        home,
+        &args.listen,
+        &RunsOn::ThisMachine(args::Offer { node_jobs: 4, ..args::Offer::default() }),
+    )?;
     let key = up::console_key(home, &service.control)?;
     println!("console   http://{}/#key={key}", service.address());
     if let Some(path) = &args.chat_model {
@@ -93,8 +97,8 @@ fn job(home: &Home, args: &args::Demo) -> Result<JobSpec> {
     Ok(JobSpec {
         name: format!("train-{name}"),
         args: words,
-        env: Default::default(),
         max_restarts: MAX_RESTARTS,
+        ..JobSpec::default()
     })
 }
 

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use control::{Ask, Control, Deployment, Replica};
+use control::{Ask, Control, Deployment, Needs, Replica};
 
 use crate::args::DeployCommand;
 use crate::home::Home;
@@ -11,29 +11,23 @@ use crate::home::Home;
 pub(crate) fn run(home: &Home, command: &DeployCommand) -> Result<ExitCode> {
     let control = home.control()?;
     match command {
-        DeployCommand::Set { model, source, replicas, min, max, args } => {
+        DeployCommand::Set { model, source, replicas, min, max, needs, args } => {
+            let needs = needs.needs(1);
             let ask = Ask {
                 n_replicas: *replicas,
                 n_min: *min,
                 n_max: *max,
-                source: source.as_deref().map(|source| known(home, source)).transpose()?,
+                source: source.clone(),
                 args: (!args.is_empty()).then(|| args.clone()),
+                needs: (needs != Needs { ranks: 1, ..Needs::default() }).then_some(needs),
             };
-            let ask = match (control.get_deployment(model)?, &ask.source) {
-                // A model that is kept here knows where it is.
-                (None, None) => Ask { source: Some(known(home, model)?), ..ask },
-                _ => ask,
-            };
-            tell(&control.deploy(model, &ask)?);
+            tell(&set(home, &control, model, ask)?);
         }
         DeployCommand::Canary { model, source, percent } => {
-            if source.starts_with("http://") {
-                add(&control, model, source, None)?;
-            }
-            tell(&control.start_canary(model, &known(home, source)?, *percent)?);
+            tell(&canary(home, &control, (model, source), *percent)?);
         }
-        DeployCommand::Promote { model } => end(&control, model, true)?,
-        DeployCommand::Rollback { model } => end(&control, model, false)?,
+        DeployCommand::Promote { model } => println!("{}", control.end_trial(model, true)?),
+        DeployCommand::Rollback { model } => println!("{}", control.end_trial(model, false)?),
         DeployCommand::Add { model, url, key_env } => add(&control, model, url, key_env.as_deref())?,
         DeployCommand::List => list(&control)?,
         DeployCommand::Remove { model } => {
@@ -46,8 +40,32 @@ pub(crate) fn run(home: &Home, command: &DeployCommand) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Makes a model one that replicas serve, or changes how; `ask.source` as a person says it.
+pub(crate) fn set(home: &Home, control: &Control, model: &str, ask: Ask) -> Result<Deployment> {
+    let source = match (control.get_deployment(model)?, &ask.source) {
+        (_, Some(source)) => Some(known(home, source)?),
+        // A model that is kept here knows where it is.
+        (None, None) => Some(known(home, model)?),
+        (Some(_), None) => None,
+    };
+    Ok(control.deploy(model, &Ask { source, ..ask })?)
+}
+
+/// Puts a source, as a person says it, on trial.
+pub(crate) fn canary(
+    home: &Home,
+    control: &Control,
+    (model, source): (&str, &str),
+    percent: u32,
+) -> Result<Deployment> {
+    if source.starts_with("http://") {
+        add(control, model, source, None)?;
+    }
+    Ok(control.start_canary(model, &known(home, source)?, percent)?)
+}
+
 /// A source as a replica anywhere finds it: a path of this machine, made whole, or a model's name.
-fn known(home: &Home, source: &str) -> Result<String> {
+pub(super) fn known(home: &Home, source: &str) -> Result<String> {
     if source.starts_with("http://") {
         return Ok(address(source));
     }
@@ -59,18 +77,6 @@ fn known(home: &Home, source: &str) -> Result<String> {
 /// An engine's address without the path of its API.
 fn address(url: &str) -> String {
     url.trim_end_matches('/').trim_end_matches("/v1").to_owned()
-}
-
-fn end(control: &Control, model: &str, promote: bool) -> Result<()> {
-    let deployment = control.get_deployment(model)?.with_context(|| format!("{model} is not deployed"))?;
-    let canary = deployment.canary.with_context(|| format!("{model} has nothing on trial"))?;
-    let message =
-        format!("{} was {} by hand", canary.source, if promote { "promoted" } else { "rolled back" });
-    if !control.end_canary(model, &canary.source, promote, &message)? {
-        bail!("the trial of {} has just ended", canary.source);
-    }
-    println!("{message}");
-    Ok(())
 }
 
 /// An engine elsewhere joins a model's replicas; it needs no job of ours.

@@ -3,21 +3,21 @@
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
-use control::KeyId;
+use control::{KeyId, Role};
 
-use crate::args::KeyCommand;
+use crate::args::{KeyCommand, RoleName};
 use crate::home::Home;
 
 pub(crate) fn run(home: &Home, command: &KeyCommand) -> Result<ExitCode> {
     let control = home.control()?;
     match command {
-        KeyCommand::Create { name } => {
-            println!("{}", control.create_key(name)?.expose());
+        KeyCommand::Create { name, role } => {
+            println!("{}", control.create_key(name, role_of(*role))?.expose());
             eprintln!("keep it: it is shown this once and cannot be read back");
         }
         KeyCommand::List => {
             for key in control.list_keys()? {
-                println!("{:<6} {}", key.id.0, key.name);
+                println!("{:<6} {:<7} {}", key.id.0, key.role.as_str(), key.name);
             }
         }
         KeyCommand::Revoke { id } => {
@@ -27,4 +27,12 @@ pub(crate) fn run(home: &Home, command: &KeyCommand) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn role_of(name: RoleName) -> Role {
+    match name {
+        RoleName::Use => Role::Use,
+        RoleName::Member => Role::Member,
+        RoleName::Admin => Role::Admin,
+    }
 }

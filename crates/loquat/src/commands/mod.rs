@@ -14,5 +14,7 @@ pub(crate) mod model;
 pub(crate) mod node;
 pub(crate) mod plan;
 pub(crate) mod presets;
+pub(crate) mod project;
+pub(crate) mod promote;
 pub(crate) mod train;
 pub(crate) mod up;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
-use control::{Control, NODE_SILENT_MAX, Node, NodeMode};
+use control::{Control, Job, NodeMode, NodeSpec};
 
 use crate::args::NodeCommand;
 use crate::home::Home;
@@ -12,29 +12,33 @@ use crate::machine::bytes_text;
 pub(crate) fn run(home: &Home, command: &NodeCommand) -> Result<ExitCode> {
     let control = home.control()?;
     match command {
-        NodeCommand::List => {
-            let jobs = control.list_jobs(usize::MAX)?;
-            for node in control.list_nodes()? {
-                let on = |process: &control::ProcessRef| process.node == node.spec.name;
-                let n_jobs = jobs.iter().filter(|job| job.process.as_ref().is_some_and(on)).count();
-                println!(
-                    "{:<24} {:<9} {:>4} cores {:>9}  {n_jobs} jobs",
-                    node.spec.name,
-                    state(&control, &node),
-                    node.spec.cores,
-                    bytes_text(node.spec.memory_bytes)
-                );
-            }
-        }
+        NodeCommand::List => list(&control)?,
         NodeCommand::Cordon { name } => set(&control, name, NodeMode::Cordoned)?,
         NodeCommand::Drain { name } => set(&control, name, NodeMode::Draining)?,
-        NodeCommand::Open { name } => set(&control, name, NodeMode::Open)?,
+        NodeCommand::Uncordon { name } => set(&control, name, NodeMode::Open)?,
+        NodeCommand::Forget { name } => control.forget_node(name)?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn state(control: &Control, node: &Node) -> &'static str {
-    if control.now().since(node.seen_at) > NODE_SILENT_MAX { "silent" } else { node.mode.as_str() }
+/// What each has, and what of it is in use.
+fn list(control: &Control) -> Result<()> {
+    let jobs = control.unfinished_jobs()?;
+    for node in control.list_nodes()? {
+        let NodeSpec { name, cores, memory_bytes, accelerators, .. } = &node.spec;
+        let on = |job: &&Job| job.process.as_ref().is_some_and(|process| process.node == *name);
+        println!(
+            "{name:<24} {:<9} {:>5.1} of {cores} cores  {:>9} of {:<9} {accelerators} accelerators  {} free  {} jobs  {}",
+            node.state(control.now()),
+            node.load.cores,
+            bytes_text(node.load.memory_bytes),
+            bytes_text(*memory_bytes),
+            bytes_text(node.load.disk_free_bytes),
+            jobs.iter().filter(on).count(),
+            node.load.problem.as_deref().unwrap_or_default(),
+        );
+    }
+    Ok(())
 }
 
 fn set(control: &Control, name: &str, mode: NodeMode) -> Result<()> {

@@ -7,11 +7,11 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use api::{AppState, KeyChecker, Limits, Parts};
-use control::Control;
+use control::{Control, Role};
 use store::Bundle;
 use telemetry::Metrics;
 
-use crate::adapters::{GatewaysOnly, NoJobs, OneKey};
+use crate::adapters::{GatewaysOnly, NoCluster, OneKey};
 use crate::args;
 use crate::home::Home;
 use crate::http::Http;
@@ -23,8 +23,12 @@ use crate::signals::Stop;
 pub(crate) fn up(home: &Home, args: &args::Up) -> Result<ExitCode> {
     let stop = Stop::on_signals()?;
     let runs_on = match args.launcher {
-        args::LauncherName::Local => RunsOn::ThisMachine,
+        args::LauncherName::Local => RunsOn::ThisMachine(args.offer.clone()),
         args::LauncherName::Slurm => RunsOn::Slurm(args.sbatch.clone()),
+        args::LauncherName::Kubernetes => {
+            let path = args.kubernetes.as_deref().context("--kubernetes names no file")?;
+            RunsOn::Kubernetes(Box::new(crate::pods::options(path)?))
+        }
     };
     let service = Service::start(home, &args.listen, &runs_on)?;
     let key = console_key(home, &service.control)?;
@@ -52,8 +56,11 @@ pub(crate) fn serve(home: &Home, args: &args::Serve) -> Result<ExitCode> {
 /// Tells the cluster's gateways where this replica is.
 fn register(home: &Home, name: &str, args: &args::Serve, address: SocketAddr) -> Result<()> {
     let control = home.control()?;
-    let host =
-        if address.ip().is_unspecified() { crate::machine::host_name() } else { address.ip().to_string() };
+    let host = match crate::pods::address() {
+        Some(pod) => pod,
+        None if address.ip().is_unspecified() => crate::machine::host_name(),
+        None => address.ip().to_string(),
+    };
     control.put_replica(&control::Replica {
         name: name.to_owned(),
         model: served_name(args, 0),
@@ -83,7 +90,7 @@ impl Replica {
         let state = AppState::new(Parts {
             keys,
             runs: Arc::new(StoredRuns::new(home.store()?)),
-            jobs: Arc::new(NoJobs),
+            cluster: Arc::new(NoCluster),
             metrics: Metrics::new(),
             limits: Limits { runtime_adapters: args.allow_runtime_lora, ..Limits::default() },
             now_unix_s: crate::now_unix_s,
@@ -176,7 +183,7 @@ pub(crate) fn console_key(home: &Home, control: &Control) -> Result<String> {
             return Ok(key);
         }
     }
-    let key = control.create_key("console")?.expose().to_owned();
+    let key = control.create_key("console", Role::Admin)?.expose().to_owned();
     write_private(&path, &key).with_context(|| format!("cannot write {}", path.display()))?;
     Ok(key)
 }

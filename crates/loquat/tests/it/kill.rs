@@ -21,7 +21,7 @@ fn train(home: &Path, run: &str, ranks: &str) -> Vec<String> {
     own.split(' ').map(str::to_owned).chain([config]).collect()
 }
 
-fn ingest(home: &Path) {
+pub(crate) fn ingest(home: &Path) {
     std::fs::write(home.join("config.json"), CONFIG).unwrap();
     let text = speeches();
     succeed(
@@ -36,7 +36,7 @@ fn run_whole(home: &Path, run: &str, ranks: &str) -> String {
 }
 
 /// The published weights: the one object of the model's bundle that holds them.
-fn weights(home: &Path, model: &str) -> Vec<u8> {
+pub(crate) fn weights(home: &Path, model: &str) -> Vec<u8> {
     let dir = home.join("store/models").join(model);
     let file = std::fs::read_dir(&dir).unwrap().map(|e| e.unwrap().path());
     let file = file.into_iter().find(|p| p.to_string_lossy().ends_with("model.safetensors"));

@@ -2,6 +2,7 @@
 //! and used by real clients.
 
 mod bad_input;
+mod chaos;
 mod clients;
 mod cluster;
 mod demo;
@@ -11,10 +12,14 @@ mod hub;
 mod kill;
 #[cfg(feature = "long")]
 mod peers;
+mod placement;
 #[path = "../../../control/tests/support/postgres.rs"]
 mod postgres;
+mod promote;
 mod ranks;
 mod serve;
+#[path = "../../../control/tests/control/slurm.rs"]
+mod slurm;
 mod support;
 mod tiny;
 mod tools;

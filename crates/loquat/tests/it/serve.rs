@@ -1,5 +1,7 @@
 //! `loquat serve` from the command line.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::Path;
 
 use serde_json::json;
@@ -66,4 +68,53 @@ fn what_cannot_be_served_is_refused_by_name() {
         assert!(!output.status.success() && !error.contains("panicked"), "{flags:?}: {error}");
         words.iter().for_each(|word| assert!(error.contains(word), "{flags:?}: no '{word}' in {error}"));
     }
+}
+
+/// Resident memory of a process, in bytes.
+fn resident(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+}
+
+#[test]
+fn ten_thousand_idle_connections_cost_little() {
+    const N: usize = 10_000;
+    let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    limit.current = limit.maximum;
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
+    if limit.maximum.is_some_and(|n| n < N as u64 + 500) {
+        eprintln!("SKIPPED: this user may not open {N} files");
+        return;
+    }
+    let home = tempfile::tempdir().unwrap();
+    let mut gateway = Running::start(loquat(home.path()).args(["up", "--port", "0", "--kv-mib", "8"]));
+    let client = gateway.client();
+    let address = client.base.strip_prefix("http://").unwrap();
+    // Every connection has had an answer, so that it holds what one that was used holds.
+    let request =
+        format!("GET /v1/models HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {}\r\n\r\n", client.key);
+    let ask = |stream: &mut TcpStream| {
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut answer = [0; 4096];
+        let n = stream.read(&mut answer).unwrap();
+        assert!(answer[..n].starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&answer[..n]));
+    };
+    let connect = || TcpStream::connect(address).unwrap();
+    (0..100).for_each(|_| ask(&mut connect()));
+    let before = resident(gateway.child.id());
+    let mut idle: Vec<TcpStream> = Vec::new();
+    for _ in 0..N {
+        let mut stream = connect();
+        ask(&mut stream);
+        idle.push(stream);
+    }
+    let cost = resident(gateway.child.id()).saturating_sub(before);
+    println!("{N} idle connections: {:.1} MB, {} bytes each", cost as f64 / 1e6, cost / N as u64);
+    assert!(cost < 200_000_000, "{cost} bytes");
+    // The first has idled longest, and is still there.
+    ask(&mut idle[0]);
+    ask(&mut connect());
+    drop(idle);
+    assert_eq!(gateway.stop(), Some(0));
 }

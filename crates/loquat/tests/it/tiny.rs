@@ -19,9 +19,14 @@ pub(crate) fn tokenizer_json() -> Vec<u8> {
 
 /// Writes the directory as `dir/name`.
 pub(crate) fn directory(dir: &Path, name: &str) -> PathBuf {
+    shaped(dir, name, (2, 64))
+}
+
+/// As [`directory`], with so many layers of this width.
+pub(crate) fn shaped(dir: &Path, name: &str, (n_layers, width): (usize, usize)) -> PathBuf {
     let tokenizer = Tokenizer::from_json(&tokenizer_json()).unwrap();
     let config = json!({
-        "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4,
+        "model_type": "llama", "num_hidden_layers": n_layers, "hidden_size": width, "num_attention_heads": 4,
         "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": tokenizer.vocab_size() + 3,
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 256,
         "tie_word_embeddings": true, "hidden_act": "silu", "eos_token_id": 2,

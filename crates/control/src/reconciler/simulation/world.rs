@@ -10,9 +10,11 @@ use crate::database::Control;
 use crate::error::{Error, Result};
 use crate::job::{Ending, Job, JobId};
 use crate::launcher::{Launcher, Observed, Prepared, StopHow};
+use crate::leases::LeaseInfo;
+use crate::nodes::NodeSpec;
 use crate::process::ProcessRef;
 use crate::reconcile::EXIT_INTERRUPTED;
-use crate::reconciler::{LEASE, Worker};
+use crate::reconciler::{Worker, lease_name};
 
 /// SplitMix64 (Steele, Lea, Flood 2014).
 pub(super) struct Random(pub(super) u64);
@@ -54,6 +56,12 @@ pub(super) struct Instance {
     pub(super) life: Life,
 }
 
+#[derive(Clone)]
+pub(super) enum Message {
+    Release(ProcessRef),
+    Stop(ProcessRef, StopHow),
+}
+
 pub(super) struct World {
     pub(super) random: Random,
     pub(super) now: Arc<AtomicI64>,
@@ -62,6 +70,9 @@ pub(super) struct World {
     pub(super) next_ticks: u64,
     pub(super) next_incarnation: u64,
     pub(super) boot: u64,
+    pub(super) node: Option<NodeSpec>,
+    /// What reached processes, to reach them again.
+    pub(super) sent: Vec<Message>,
     pub(super) instances: Vec<Instance>,
     /// What a job still has to do; survives its processes, as a checkpoint does.
     pub(super) work_left: BTreeMap<JobId, u64>,
@@ -115,10 +126,15 @@ impl SimulatedLauncher {
 }
 
 impl SimulatedLauncher {
+    fn holder(&self) -> Option<LeaseInfo> {
+        let world = lock(&self.world);
+        let name = lease_name(world.node.as_ref().map(|node| node.name.as_str()));
+        world.control.lease_holder(&name).unwrap()
+    }
+
     /// Called where a write under the lease has just been committed: nobody else may hold it.
     fn assert_holder(&self) {
-        let control = lock(&self.world).control.clone();
-        let found = control.lease_holder(LEASE).unwrap();
+        let found = self.holder();
         let holder = found.map_or(self.incarnation.to_string(), |lease| lease.holder);
         assert_eq!(holder, self.incarnation.to_string(), "a controller acted under another one's lease");
     }
@@ -146,10 +162,10 @@ impl Launcher for SimulatedLauncher {
     fn release(&mut self, process: &ProcessRef) -> Result<()> {
         self.assert_holder();
         self.boundary();
-        let lease = lock(&self.world).control.lease_holder(LEASE)?;
+        let lease = self.holder();
         let late = lease.is_none_or(|lease| lease.holder != self.incarnation.to_string());
         lock(&self.world).tally.late += usize::from(late);
-        lock(&self.world).release(process);
+        lock(&self.world).send(Message::Release(process.clone()));
         self.boundary();
         Ok(())
     }
@@ -181,7 +197,7 @@ impl Launcher for SimulatedLauncher {
     fn stop(&mut self, process: &ProcessRef, how: StopHow) -> Result<()> {
         self.assert_holder();
         self.boundary();
-        lock(&self.world).stop(process, how);
+        lock(&self.world).send(Message::Stop(process.clone(), how));
         self.boundary();
         Ok(())
     }
@@ -216,10 +232,46 @@ impl World {
             start_ticks: self.next_ticks,
             boot_id: self.boot.to_string(),
             mark: self.next_ticks.to_string(),
-            node: String::new(),
+            node: self.node.as_ref().map(|node| node.name.clone()).unwrap_or_default(),
         };
         self.instances.push(Instance { job, process: process.clone(), parent, life: Life::Gated });
         process
+    }
+
+    /// Delivers a message, now and then twice.
+    fn send(&mut self, message: Message) {
+        let n_times = if self.random.percent(20) { 2 } else { 1 };
+        for _ in 0..n_times {
+            self.deliver(message.clone());
+        }
+        self.sent.push(message);
+    }
+
+    /// Delivers again what was sent at any time before.
+    pub(super) fn replay(&mut self) {
+        if self.sent.is_empty() {
+            return;
+        }
+        let at = self.random.below(self.sent.len() as u64) as usize;
+        self.deliver(self.sent[at].clone());
+        self.tally.replayed += 1;
+    }
+
+    fn deliver(&mut self, message: Message) {
+        match message {
+            Message::Release(process) => self.release(&process),
+            Message::Stop(process, how) => self.stop(&process, how),
+        }
+    }
+
+    /// The cores of what runs on the node.
+    fn check_room(&self) {
+        let Some(node) = &self.node else { return };
+        let running = self.instances.iter().filter(|i| matches!(i.life, Life::Running { .. }));
+        let cores: u32 = running
+            .map(|instance| self.control.get_job(instance.job).unwrap().map_or(0, |job| job.spec.needs.cores))
+            .sum();
+        assert!(cores <= node.cores, "{cores} cores are used of {}", node.cores);
     }
 
     fn release(&mut self, process: &ProcessRef) {
@@ -239,6 +291,7 @@ impl World {
             Some(process),
             "{job} runs in a process that the database does not know"
         );
+        self.check_room();
     }
 
     fn stop(&mut self, process: &ProcessRef, how: StopHow) {
@@ -246,6 +299,8 @@ impl World {
         let recorded = self.control.get_job(job).unwrap().unwrap();
         if recorded.process.as_ref() == Some(process) {
             assert!(recorded.stop_sent_at.is_some(), "{job} is stopped without a record of it");
+            let is_wanted = recorded.desired == crate::job::Desired::Running;
+            self.tally.moved += usize::from(is_wanted && how == StopHow::Ask);
         }
         let instance = self.instance(process);
         instance.life = match (instance.life, how) {

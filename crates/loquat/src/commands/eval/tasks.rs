@@ -1,6 +1,7 @@
 //! `loquat eval tasks`: a table of scores.
 
 use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -8,11 +9,13 @@ use anyhow::{Context, Result, bail};
 use eval::{Metric, Options, Progress, Reader, Report, Task};
 use model::BLOCK_TOKENS;
 use serde_json::{Value, json};
+use store::{Bundle, ObjectName};
 use tensor::Pool;
 
 use crate::args;
 use crate::home::Home;
 use crate::machine::{bytes_text, memory_available};
+use crate::service::BUNDLE;
 use crate::serving;
 use crate::session;
 use crate::view::bar;
@@ -25,8 +28,8 @@ pub(super) fn run(home: &Home, args: &args::Tasks) -> Result<ExitCode> {
         limit: args.limit,
         delimiter: args.delimiter.as_ref().map(|text| text.replace("\\n", "\n")),
     };
-    let tasks: Vec<Task> =
-        args.files.iter().map(|file| Task::open(file, &options)).collect::<Result<_, _>>()?;
+    let files = files(home, &args.files)?;
+    let tasks: Vec<Task> = files.iter().map(|file| Task::open(file, &options)).collect::<Result<_, _>>()?;
     let path = crate::commands::model::resolve(home, &args.model)?;
     let pool = Pool::new(args.threads.unwrap_or_else(crate::n_threads));
     let (model, loaded) = session::load(&path, &pool)?;
@@ -43,7 +46,8 @@ pub(super) fn run(home: &Home, args: &args::Tasks) -> Result<ExitCode> {
     if !args.json {
         println!("{}", header());
     }
-    for (task, file) in tasks.iter().zip(&args.files) {
+    let mut reports = Vec::new();
+    for (task, file) in tasks.iter().zip(&files) {
         let started = Instant::now();
         let report = eval::run(task, &mut reader, &tokenizer, &mut |progress| show(&task.name, progress));
         clear();
@@ -53,8 +57,29 @@ pub(super) fn run(home: &Home, args: &args::Tasks) -> Result<ExitCode> {
             true => println!("{}", to_json(args, &report, seconds)?),
             false => print!("{}", rows(&report, seconds)),
         }
+        reports.push(report);
+    }
+    if let Some(object) = &args.report {
+        home.store()?.put(&ObjectName::parse(object)?, &serde_json::to_vec(&reports)?)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The files that were named; those of a bundle are brought here.
+fn files(home: &Home, named: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for path in named {
+        let Some(prefix) = path.to_str().and_then(|text| text.strip_prefix(BUNDLE)) else {
+            files.push(path.clone());
+            continue;
+        };
+        let bundle = Bundle::open(&home.store()?, prefix)?;
+        let bundle = bundle.with_context(|| format!("there are no tasks at {prefix} in the store"))?;
+        let dir = home.path().join(prefix);
+        bundle.download_to(&dir)?;
+        files.extend(bundle.manifest().files.iter().map(|file| dir.join(&file.name)));
+    }
+    Ok(files)
 }
 
 fn header() -> String {

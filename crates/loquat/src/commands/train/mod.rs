@@ -48,6 +48,7 @@ pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let run = args.run_name();
+    crate::pods::check_connected(launched.as_ref().map_or(1, |launched| launched.n_ranks))?;
     let member = match &launched {
         None => {
             plan_if_new(home, args, &pool)?;

@@ -1,0 +1,527 @@
+//! The cluster seen and steered: jobs, nodes, deployments and the quotas of projects. Who knows them implements
+//! [`Cluster`]; what a key may do is decided here, by [`Call::needs`].
+//!
+//! | route | method | role | |
+//! |---|---|---|---|
+//! | `/v1/jobs` | GET | member | the newest, with why they wait |
+//! | | POST | admin | `name`, `args`, `max_restarts`, `needs` (`cores`, `memory_bytes`, `accelerators`, `ranks`), `priority`, `project` |
+//! | `/v1/jobs/{name or id}` | GET | member | |
+//! | `/v1/jobs/{…}/logs` | GET | member | the end of it; `?follow=true` goes on as events until the job is over |
+//! | `/v1/jobs/{…}/cancel`, `retry` | POST | member | |
+//! | `/v1/nodes` | GET | member | what each has, and what is used by what |
+//! | `/v1/nodes/{name}/cordon`, `uncordon`, `drain`, `forget` | POST | admin | |
+//! | `/v1/deployments`, `/v1/deployments/{model}` | GET | member | |
+//! | `/v1/deployments/{model}` | POST | admin | `source`, `replicas`, `min`, `max`, `args`; what is left out stays |
+//! | | DELETE | admin | |
+//! | `/v1/deployments/{model}/canary` | POST | admin | `source`, `percent` |
+//! | `/v1/deployments/{model}/promote`, `rollback` | POST | admin | |
+//! | `/v1/projects` | GET | member | quotas and what is used of them |
+//! | `/v1/projects/{name}` | POST | admin | `cores`, `memory_bytes`, `accelerators`, `jobs`; what is left out is not limited |
+//! | | DELETE | admin | |
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::time::Duration;
+
+use axum::Json;
+use axum::body::{Body, Bytes};
+use axum::extract::{Extension, Path, Query, Request, State};
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use futures::stream;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use crate::body;
+use crate::error::{ApiError, Result};
+use crate::state::{AppState, Cause, KeyOwner, Role};
+
+/// Of a log, in one answer or event.
+const LOG_BYTES_MAX: usize = 64 << 10;
+/// How often a log that is followed is looked at.
+const FOLLOW_EVERY: Duration = Duration::from_millis(300);
+
+/// What the control plane knows and does. Called on a blocking thread.
+pub trait Cluster: Send + Sync {
+    /// The answer as clients read it.
+    fn call(&self, call: Call) -> std::result::Result<Value, Refusal>;
+
+    /// What a job has written from `from` on, or the end of it.
+    fn log(&self, job: &str, from: Option<u64>, bytes_max: usize) -> std::result::Result<LogPiece, Refusal>;
+}
+
+/// One thing to show or to do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Call {
+    Jobs,
+    Job(String),
+    SubmitJob(JobAsk),
+    CancelJob(String),
+    RetryJob(String),
+    Nodes,
+    SetNode { name: String, order: NodeOrder },
+    Deployments,
+    Deployment(String),
+    Deploy { model: String, ask: DeployAsk },
+    Canary { model: String, ask: CanaryAsk },
+    EndTrial { model: String, promote: bool },
+    Undeploy(String),
+    Projects,
+    SetProject { name: String, quota: QuotaAsk },
+    DeleteProject(String),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NodeOrder {
+    Cordon,
+    Uncordon,
+    Drain,
+    Forget,
+}
+
+/// A job to run: a command line of the server's own program.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JobAsk {
+    pub name: String,
+    pub args: Vec<String>,
+    #[serde(default)]
+    pub max_restarts: u32,
+    #[serde(default)]
+    pub needs: NeedsAsk,
+    #[serde(default)]
+    pub priority: i32,
+    pub project: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NeedsAsk {
+    pub cores: u32,
+    pub memory_bytes: u64,
+    pub accelerators: u32,
+    pub ranks: u32,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DeployAsk {
+    pub source: Option<String>,
+    pub replicas: Option<u32>,
+    pub min: Option<u32>,
+    pub max: Option<u32>,
+    pub args: Option<Vec<String>>,
+    /// Of each replica.
+    pub needs: Option<NeedsAsk>,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CanaryAsk {
+    pub source: String,
+    pub percent: u32,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct QuotaAsk {
+    pub cores: Option<u32>,
+    pub memory_bytes: Option<u64>,
+    pub accelerators: Option<u32>,
+    pub jobs: Option<u32>,
+}
+
+/// Why nothing was done.
+#[derive(Debug)]
+pub enum Refusal {
+    NotFound {
+        what: &'static str,
+        name: String,
+    },
+    /// Something that was asked for cannot be; where known, the field.
+    Invalid {
+        param: Option<String>,
+        why: String,
+    },
+    /// Not as things are.
+    Conflict(String),
+    Failed(Cause),
+}
+
+/// A part of a job's log.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LogPiece {
+    pub bytes: Vec<u8>,
+    /// Where the next begins.
+    pub next: u64,
+    /// Nothing more will be written.
+    pub is_over: bool,
+}
+
+impl Call {
+    /// The role it takes, and what it is called in a refusal.
+    fn needs(&self) -> (Role, &'static str) {
+        match self {
+            Call::Jobs | Call::Job(_) => (Role::Member, "see jobs"),
+            Call::SubmitJob(_) => (Role::Admin, "submit a job"),
+            Call::CancelJob(_) => (Role::Member, "cancel a job"),
+            Call::RetryJob(_) => (Role::Member, "retry a job"),
+            Call::Nodes => (Role::Member, "see nodes"),
+            Call::SetNode { order, .. } => (
+                Role::Admin,
+                match order {
+                    NodeOrder::Cordon => "cordon a node",
+                    NodeOrder::Uncordon => "uncordon a node",
+                    NodeOrder::Drain => "drain a node",
+                    NodeOrder::Forget => "forget a node",
+                },
+            ),
+            Call::Deployments | Call::Deployment(_) => (Role::Member, "see deployments"),
+            Call::Deploy { .. } | Call::Undeploy(_) => (Role::Admin, "change a deployment"),
+            Call::Canary { .. } => (Role::Admin, "start a canary"),
+            Call::EndTrial { promote: true, .. } => (Role::Admin, "promote a canary"),
+            Call::EndTrial { promote: false, .. } => (Role::Admin, "roll a canary back"),
+            Call::Projects => (Role::Member, "see projects"),
+            Call::SetProject { .. } | Call::DeleteProject(_) => (Role::Admin, "change a quota"),
+        }
+    }
+}
+
+impl From<Refusal> for ApiError {
+    fn from(refusal: Refusal) -> ApiError {
+        match refusal {
+            Refusal::NotFound { what, name } => ApiError::NotFound { what, name },
+            Refusal::Invalid { param, why } => {
+                let message = sentence(&why);
+                ApiError::Invalid { param: param.unwrap_or_else(|| "body".to_owned()), message }
+            }
+            Refusal::Conflict(why) => ApiError::Conflict(sentence(&why)),
+            Refusal::Failed(cause) => ApiError::internal(chain(cause.as_ref())),
+        }
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+/// Errors are written to be parts of sentences; clients read whole ones.
+fn sentence(text: &str) -> String {
+    let mut chars = text.chars();
+    let first: String = chars.next().into_iter().flat_map(char::to_uppercase).collect();
+    format!("{first}{}.", chars.as_str())
+}
+
+fn allowed(owner: &KeyOwner, (role, what): (Role, &'static str)) -> Result<()> {
+    if owner.role >= role { Ok(()) } else { Err(ApiError::Forbidden { what, has: owner.role, needs: role }) }
+}
+
+async fn perform(state: AppState, owner: KeyOwner, call: Call) -> Result<Json<Value>> {
+    allowed(&owner, call.needs())?;
+    let cluster = state.cluster.clone();
+    let done = tokio::task::spawn_blocking(move || cluster.call(call)).await.map_err(ApiError::internal)?;
+    Ok(Json(done?))
+}
+
+/// Whoever asks: every handler here has a key's owner.
+type Owner = Extension<KeyOwner>;
+type Segment<T> = std::result::Result<Path<T>, axum::extract::rejection::PathRejection>;
+
+fn segment<T>(what: &'static str, path: Segment<T>) -> Result<T> {
+    path.map(|Path(value)| value).map_err(|e| ApiError::NotFound { what, name: e.body_text() })
+}
+
+/// The body as `T`; an error names the field.
+async fn ask<T: for<'a> Deserialize<'a> + Send + 'static>(state: &AppState, request: Request) -> Result<T> {
+    body::read(state, request, |map: Map<String, Value>| {
+        serde_path(Value::Object(map)).map_err(|(param, why)| ApiError::invalid(param, why))
+    })
+    .await
+}
+
+/// serde names unknown and missing fields in quotes, and no field for a value of the wrong type: those are tried one by one.
+fn serde_path<T: for<'a> Deserialize<'a>>(value: Value) -> std::result::Result<T, (String, String)> {
+    serde_json::from_value(value.clone()).map_err(|error| {
+        let why = error.to_string();
+        let quoted = why.split('`').nth(1).filter(|_| why.contains("field"));
+        let guilty = || {
+            let Value::Object(map) = &value else { return None };
+            let still_wrong = |key: &&String| {
+                let mut without = map.clone();
+                without.remove(*key);
+                let again = serde_json::from_value::<T>(Value::Object(without)).err();
+                again.is_none_or(|again| again.to_string() != why)
+            };
+            map.keys().find(still_wrong).cloned()
+        };
+        let param = quoted.map(str::to_owned).or_else(guilty).unwrap_or_else(|| "body".to_owned());
+        (param, why)
+    })
+}
+
+pub(crate) async fn jobs(State(state): State<AppState>, Extension(owner): Owner) -> Result<Json<Value>> {
+    perform(state, owner, Call::Jobs).await
+}
+
+pub(crate) async fn submit_job(
+    State(state): State<AppState>,
+    Extension(owner): Owner,
+    request: Request,
+) -> Result<Json<Value>> {
+    let ask = ask(&state, request).await?;
+    perform(state, owner, Call::SubmitJob(ask)).await
+}
+
+pub(crate) async fn job(
+    State(state): State<AppState>,
+    Extension(owner): Owner,
+    name: Segment<String>,
+) -> Result<Json<Value>> {
+    perform(state, owner, Call::Job(segment("job", name)?)).await
+}
+
+pub(crate) async fn steer_job(
+    State(state): State<AppState>,
+    Extension(owner): Owner,
+    path: Segment<(String, String)>,
+) -> Result<Json<Value>> {
+    let (name, order) = segment("job", path)?;
+    let call = match order.as_str() {
+        "cancel" => Call::CancelJob(name),
+        "retry" => Call::RetryJob(name),
+        _ => return Err(ApiError::NotFound { what: "order for a job called", name: order }),
+    };
+    perform(state, owner, call).await
+}
+
+pub(crate) async fn nodes(State(state): State<AppState>, Extension(owner): Owner) -> Result<Json<Value>> {
+    perform(state, owner, Call::Nodes).await
+}
+
+pub(crate) async fn steer_node(
+    State(state): State<AppState>,
+    Extension(owner): Owner,
+    path: Segment<(String, String)>,
+) -> Result<Json<Value>> {
+    let (name, order) = segment("node", path)?;
+    let found = serde_json::from_value(Value::String(order.clone()));
+    let order = found.map_err(|_| ApiError::NotFound { what: "order for a node called", name: order })?;
+    perform(state, owner, Call::SetNode { name, order }).await
+}
+
+pub(crate) async fn deployments(
+    State(state): State<AppState>,
+    Extension(owner): Owner,
+) -> Result<Json<Value>> {
+    perform(state, owner, Call::Deployments).await
+}
+
+pub(crate) async fn deployment(
+    State(state): State<AppState>,
+    Extension(owner): Owner,
+    model: Segment<String>,
+) -> Result<Json<Value>> {
+    perform(state, owner, Call::Deployment(segment("deployment", model)?)).await
+}
+
+pub(crate) async fn deploy(
+    State(state): State<AppState>,
+    Extension(owner): Owner,
+    model: Segment<String>,
+    request: Request,
+) -> Result<Json<Value>> {
+    let (model, ask) = (segment("deployment", model)?, ask(&state, request).await?);
+    perform(state, owner, Call::Deploy { model, ask }).await
+}
+
+pub(crate) async fn undeploy(
+    State(state): State<AppState>,
+    Extension(owner): Owner,
+    model: Segment<String>,
+) -> Result<Json<Value>> {
+    perform(state, owner, Call::Undeploy(segment("deployment", model)?)).await
+}
+
+pub(crate) async fn steer_deployment(
+    State(state): State<AppState>,
+    Extension(owner): Owner,
+    path: Segment<(String, String)>,
+    request: Request,
+) -> Result<Json<Value>> {
+    let (model, order) = segment("deployment", path)?;
+    let call = match order.as_str() {
+        "canary" => Call::Canary { model, ask: ask(&state, request).await? },
+        "promote" => Call::EndTrial { model, promote: true },
+        "rollback" => Call::EndTrial { model, promote: false },
+        _ => return Err(ApiError::NotFound { what: "order for a deployment called", name: order }),
+    };
+    perform(state, owner, call).await
+}
+
+pub(crate) async fn projects(State(state): State<AppState>, Extension(owner): Owner) -> Result<Json<Value>> {
+    perform(state, owner, Call::Projects).await
+}
+
+pub(crate) async fn set_project(
+    State(state): State<AppState>,
+    Extension(owner): Owner,
+    name: Segment<String>,
+    request: Request,
+) -> Result<Json<Value>> {
+    let (name, quota) = (segment("project", name)?, ask(&state, request).await?);
+    perform(state, owner, Call::SetProject { name, quota }).await
+}
+
+pub(crate) async fn delete_project(
+    State(state): State<AppState>,
+    Extension(owner): Owner,
+    name: Segment<String>,
+) -> Result<Json<Value>> {
+    perform(state, owner, Call::DeleteProject(segment("project", name)?)).await
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct LogQuery {
+    #[serde(default)]
+    follow: bool,
+}
+
+/// `GET /v1/jobs/{name}/logs`: plain text, or events of `{"text": …}` whose ids a client that comes back sends as
+/// `Last-Event-ID`, and `[DONE]` at the end.
+pub(crate) async fn logs(
+    State(state): State<AppState>,
+    Extension(owner): Owner,
+    name: Segment<String>,
+    query: std::result::Result<Query<LogQuery>, axum::extract::rejection::QueryRejection>,
+    request: Request,
+) -> Result<Response> {
+    allowed(&owner, (Role::Member, "read a job's log"))?;
+    let name = segment("job", name)?;
+    let Query(query) = query.map_err(|error| ApiError::invalid("follow", error.body_text()))?;
+    let last = request.headers().get("last-event-id").and_then(|id| id.to_str().ok()?.parse().ok());
+    let first = piece(&state, &name, last).await?;
+    if !query.follow {
+        let text = String::from_utf8_lossy(&first.bytes).into_owned();
+        return Ok(([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], text).into_response());
+    }
+    let following = Following { state, name, pending: [first].into(), silent: Duration::ZERO };
+    let events = stream::unfold(Some(following), |following| async { following?.next().await });
+    let headers = [(header::CONTENT_TYPE, "text/event-stream; charset=utf-8")];
+    Ok((headers, Body::from_stream(events)).into_response())
+}
+
+async fn piece(state: &AppState, name: &str, from: Option<u64>) -> Result<LogPiece> {
+    let (cluster, name) = (state.cluster.clone(), name.to_owned());
+    let read = move || cluster.log(&name, from, LOG_BYTES_MAX);
+    let piece = tokio::task::spawn_blocking(read).await.map_err(ApiError::internal)??;
+    Ok(whole_lines(piece))
+}
+
+/// What is not a whole line yet comes with the next piece, so that no character is cut in two; unless there is none, or the
+/// line is longer than a piece.
+fn whole_lines(mut piece: LogPiece) -> LogPiece {
+    if piece.is_over && piece.bytes.len() < LOG_BYTES_MAX {
+        return piece;
+    }
+    match piece.bytes.iter().rposition(|byte| *byte == b'\n') {
+        Some(at) => {
+            piece.next -= (piece.bytes.len() - at - 1) as u64;
+            piece.bytes.truncate(at + 1);
+        }
+        None if piece.bytes.len() < LOG_BYTES_MAX => {
+            piece.next -= piece.bytes.len() as u64;
+            piece.bytes.clear();
+        }
+        None => {}
+    }
+    piece
+}
+
+/// A client that follows a log.
+struct Following {
+    state: AppState,
+    name: String,
+    /// Read and not sent yet.
+    pending: VecDeque<LogPiece>,
+    /// Since anything was sent.
+    silent: Duration,
+}
+
+type Step = (std::result::Result<Bytes, Infallible>, Option<Following>);
+
+impl Following {
+    /// The next event and what follows it; after `[DONE]`, nothing.
+    async fn next(mut self) -> Option<Step> {
+        let mut from = None;
+        loop {
+            let piece = match self.pending.pop_front() {
+                Some(piece) => piece,
+                None => match piece(&self.state, &self.name, from).await {
+                    Ok(piece) => piece,
+                    Err(error) => return Some((Ok(event(None, &error.body().to_string())), None)),
+                },
+            };
+            from = Some(piece.next);
+            if !piece.bytes.is_empty() {
+                let text = String::from_utf8_lossy(&piece.bytes);
+                let event = event(from, &json!({ "text": text }).to_string());
+                self.silent = Duration::ZERO;
+                // Where to go on is kept as a piece without bytes.
+                let at = LogPiece { bytes: Vec::new(), is_over: false, ..piece };
+                self.pending.push_back(at);
+                return Some((Ok(event), Some(self)));
+            }
+            if piece.is_over || self.state.lifecycle.is_draining() {
+                return Some((Ok(Bytes::from_static(b"data: [DONE]\n\n")), None));
+            }
+            tokio::time::sleep(FOLLOW_EVERY).await;
+            self.silent += FOLLOW_EVERY;
+            if self.silent >= self.state.limits.keep_alive {
+                self.silent = Duration::ZERO;
+                self.pending.push_back(piece);
+                return Some((Ok(Bytes::from_static(b": \n\n")), Some(self)));
+            }
+        }
+    }
+}
+
+fn event(id: Option<u64>, data: &str) -> Bytes {
+    let id = id.map_or(String::new(), |id| format!("id: {id}\n"));
+    format!("{id}data: {data}\n\n").into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_piece_ends_with_a_line() {
+        let check = |bytes: &str, is_over, expected: &str| {
+            let piece = LogPiece { bytes: bytes.into(), next: 100, is_over };
+            let got = whole_lines(piece);
+            assert_eq!(got.bytes, expected.as_bytes());
+            assert_eq!(got.next, 100 - (bytes.len() - expected.len()) as u64);
+        };
+        check("a\nb\n", false, "a\nb\n");
+        check("a\nb", false, "a\n");
+        check("a\nb", true, "a\nb");
+        check("b", false, "");
+        check(&"x".repeat(LOG_BYTES_MAX), false, &"x".repeat(LOG_BYTES_MAX));
+    }
+
+    #[test]
+    fn a_wrong_field_is_named() {
+        let check = |body: Value, expected: &str| {
+            let (param, _) = serde_path::<JobAsk>(body).unwrap_err();
+            assert_eq!(param, expected);
+        };
+        check(json!({"args": []}), "name");
+        check(json!({"name": "a", "args": [], "nonsense": 1}), "nonsense");
+        check(json!({"name": "a", "args": [], "priority": "high"}), "priority");
+        check(json!({"name": 1, "args": []}), "name");
+        check(json!({"name": "a", "args": [], "needs": {"cores": -1}}), "needs");
+    }
+}
