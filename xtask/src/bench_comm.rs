@@ -102,7 +102,7 @@ impl Bench {
     fn hidden(&self) -> Result<()> {
         let text = self.home.path().join("words.txt");
         std::fs::write(&text, words())?;
-        self.loquat(1, &format!("ingest --name words --vocab 50257 {}", text.display()))?;
+        self.loquat(1, &format!("ingest --name words --vocab 50257 --validation 0 {}", text.display()))?;
         for stage in 0..=3 {
             let words = format!("train --run wide-{stage} {WIDE} --zero {stage}");
             let best = best_step(&self.loquat(2, &words)?);

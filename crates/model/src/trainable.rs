@@ -166,7 +166,7 @@ impl Trainable {
     pub fn bring_weights<E>(
         &self,
         kind: WeightKind,
-        bring: &mut dyn FnMut(Range<usize>, &mut [f32]) -> std::result::Result<(), E>,
+        mut bring: impl FnMut(Range<usize>, &mut [f32]) -> std::result::Result<(), E>,
     ) -> std::result::Result<Weights, E> {
         assert!(self.lora.is_none(), "the base of low-rank changes is not brought");
         let mut weights = Weights { config: self.config.clone(), tensors: Default::default() };

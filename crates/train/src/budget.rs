@@ -119,7 +119,9 @@ impl Layout {
             Zero::Optimizer | Zero::Gradients => self.n_own(),
             Zero::Nothing => 0,
         };
-        gradients + coming + windows
+        // The first unit's travel before they are complete, see early.rs; its open rows are few.
+        let early = 2 * bucket(0);
+        gradients + coming + windows + early
     }
 }
 

@@ -10,11 +10,13 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
-use comm::{Beside, Comm, CommError, Pending, tree};
+use comm::tree::{self, Shards};
+use comm::{Beside, Comm, CommError, Pending};
 use model::{Keeper, Kept};
 use tensor::adamw::sum_squares;
 use tensor::{Buf, Pool};
 
+use crate::early::{Blocks, Early, Rows};
 use crate::layout::{Layout, Zero};
 
 /// Buckets under way at a time. Where gradients are divided each is memory that a rank would not have else.
@@ -67,13 +69,27 @@ pub(crate) struct Fixed<'a> {
     pub(crate) seconds: &'a dyn Fn() -> f64,
 }
 
+/// Gradients on their way.
+struct UnderWay {
+    turn: usize,
+    what: What,
+    pending: Pending,
+}
+
+enum What {
+    /// From where the unit begins on.
+    Unit(usize),
+    /// Those of a unit that were open when the others began to travel.
+    Rows(Rows),
+}
+
 /// See the module.
 pub(crate) struct Exchange<'a> {
     fixed: Fixed<'a>,
     memory: &'a mut Memory,
     turn: usize,
-    /// Of which unit and turn.
-    under_way: VecDeque<(usize, usize, Pending)>,
+    under_way: VecDeque<UnderWay>,
+    early: Option<Early>,
     /// Gradients of units that are not complete, where they are divided.
     open: Vec<(usize, Arc<[f32]>)>,
     /// The beginning of the unit that was completed last, of a part that it shares with the unit before.
@@ -124,6 +140,7 @@ impl<'a> Exchange<'a> {
             memory,
             turn: 0,
             under_way: VecDeque::new(),
+            early: None,
             open: Vec::new(),
             carry: Vec::new(),
             kind: Kind::Loss,
@@ -152,14 +169,31 @@ impl<'a> Exchange<'a> {
         self.fixed.layout.zero >= Zero::Gradients
     }
 
+    fn begin_beside(&mut self, beside: Beside, values: Arc<[f32]>, shards: Shards) -> Option<Pending> {
+        match self.fixed.comm.begin(beside, values, shards) {
+            Ok(pending) => Some(pending),
+            Err(error) => {
+                self.fail(error);
+                None
+            }
+        }
+    }
+
+    /// Begins to sum gradients over ranks.
+    fn sum(&mut self, values: Arc<[f32]>, shards: Shards) -> Option<Pending> {
+        let whole = self.fixed.layout.zero == Zero::Nothing;
+        self.begin_beside(if whole { Beside::AllReduce } else { Beside::ReduceScatter }, values, shards)
+    }
+
     /// Sends the gradients in `values`, which begin where the unit does.
     fn send(&mut self, unit: usize, values: Arc<[f32]>) {
-        let Fixed { comm, layout, .. } = self.fixed;
-        let beside = if layout.zero == Zero::Nothing { Beside::AllReduce } else { Beside::ReduceScatter };
-        match comm.begin(beside, values, layout.units[unit].shards.clone()) {
-            Ok(pending) => self.under_way.push_back((unit, self.turn, pending)),
-            Err(error) => self.fail(error),
-        }
+        let pending = self.sum(values, self.fixed.layout.units[unit].shards.clone());
+        self.go_on(What::Unit(unit), pending);
+    }
+
+    fn go_on(&mut self, what: What, pending: Option<Pending>) {
+        let turn = self.turn;
+        self.under_way.extend(pending.map(|pending| UnderWay { turn, what, pending }));
         let most = if self.is_divided() { UNDER_WAY_DIVIDED_MAX } else { UNDER_WAY_MAX };
         while self.under_way.len() > most {
             self.finish_oldest();
@@ -167,25 +201,57 @@ impl<'a> Exchange<'a> {
     }
 
     fn finish_oldest(&mut self) {
-        let Some((unit, turn, pending)) = self.under_way.pop_front() else { return };
-        let Fixed { pool, layout, seconds, .. } = self.fixed;
-        let (first, divided) = (layout.units[unit].range.start, self.is_divided());
-        let place = (waiting_before(turn, layout.n_turns), tree::merges(turn, layout.n_turns));
-        let sums = &mut self.memory.sums;
+        let Some(UnderWay { turn, what, pending }) = self.under_way.pop_front() else { return };
+        let Fixed { layout, seconds, .. } = self.fixed;
+        let mut take = taker(self.fixed, turn, &mut self.memory.sums);
         let start = seconds();
-        let finished = pending.finish(&mut |at, piece| {
-            let at = first + at;
-            if divided {
-                let own = layout.own_at(at);
-                let range = own..own + piece.len();
-                sums[place.0][range.clone()].copy_from_slice(piece);
-                merge(pool, sums, place, range);
-            } else {
-                sums[0][at..at + piece.len()].copy_from_slice(piece);
+        let finished = match &what {
+            What::Unit(unit) => {
+                let first = layout.units[*unit].range.start;
+                pending.finish(&mut |at, piece| take(first + at, piece))
             }
-        });
+            What::Rows(rows) => pending.finish(&mut |at, piece| {
+                for (part, range) in rows.places(at, piece.len()) {
+                    take(range.start, &piece[part]);
+                }
+            }),
+        };
+        drop(take);
         self.spent.waited += seconds() - start;
         self.travelled(finished);
+    }
+
+    /// The open blocks of all ranks travel; the others have come, or do so now.
+    fn finish_early(&mut self, early: Early, values: impl Fn(&Memory, Range<usize>, &mut [f32])) {
+        let Early { unit, mut open, values: settled, blocks, .. } = early;
+        let Fixed { layout, seconds, .. } = self.fixed;
+        let start = seconds();
+        let finished = blocks.finish(&mut |at, numbers| open.join(at, numbers));
+        self.spent.waited += seconds() - start;
+        self.travelled(finished);
+        let rows = Rows::new(&open);
+        let mut mine = self.memory.take(rows.len());
+        for (at, range) in rows.iter() {
+            values(self.memory, range.clone(), &mut unique(&mut mine)[*at..at + range.len()]);
+        }
+        self.memory.put(mine.clone());
+        let shards = rows.shards(&layout.units[unit], layout.n_ranks);
+        let pending = if self.error.is_none() { self.sum(mine, shards) } else { None };
+        let (first, closed) = (layout.units[unit].range.start, open.ranges(false));
+        let mut take = taker(self.fixed, self.turn, &mut self.memory.sums);
+        let start = seconds();
+        let finished = settled.finish(&mut |at, piece| {
+            let (at, end) = (first + at, first + at + piece.len());
+            let from = closed.partition_point(|range| range.end <= at);
+            for range in closed[from..].iter().take_while(|range| range.start < end) {
+                let range = range.start.max(at)..range.end.min(end);
+                take(range.start, &piece[range.start - at..range.end - at]);
+            }
+        });
+        drop(take);
+        self.spent.waited += seconds() - start;
+        self.travelled(finished);
+        self.go_on(What::Rows(rows), pending);
     }
 
     fn travelled(&mut self, finished: Result<f64, CommError>) {
@@ -206,6 +272,15 @@ impl<'a> Exchange<'a> {
         let (turn, n_turns) = (self.turn, layout.n_turns);
         let of = &layout.units[unit];
         let place = (waiting_before(turn, n_turns), tree::merges(turn, n_turns));
+        if let Some(early) = self.early.take_if(|early| early.unit == unit) {
+            let open = early.open.ranges(true).into_iter();
+            // What the unit behind has a part in is merged as far as it goes.
+            let open = open.map(|range| range.start.min(of.range.end)..range.end.min(of.range.end));
+            open.for_each(|range| merge(pool, &mut self.memory.sums, place, range));
+            let sum = &self.memory.sums[0][of.bucket.clone()];
+            self.spent.own_squares += sum_squares(pool, sum, &mut self.memory.squares);
+            return self.finish_early(early, |memory, range, to| to.copy_from_slice(&memory.sums[0][range]));
+        }
         merge(pool, &mut self.memory.sums, place, of.range.clone());
         let bucket = of.bucket.clone();
         if turn + 1 < n_turns || layout.n_ranks == 1 || bucket.is_empty() || self.error.is_some() {
@@ -234,6 +309,13 @@ impl<'a> Exchange<'a> {
         self.carry.clear();
         self.carry.extend(&all[..bucket.start]);
         self.spent.own_squares += sum_squares(pool, &all[bucket.clone()], &mut self.memory.squares);
+        let first = of.range.start;
+        if let Some(early) = self.early.take_if(|early| early.unit == unit) {
+            self.finish_early(early, |_, range, to| {
+                to.copy_from_slice(&values[range.start - first..range.end - first]);
+            });
+            return self.memory.put(values);
+        }
         self.memory.put(values.clone());
         if !bucket.is_empty() && self.error.is_none() {
             self.send(unit, values);
@@ -242,7 +324,7 @@ impl<'a> Exchange<'a> {
 
     /// Begins to gather the parameters of a unit.
     fn gather(&mut self, unit: usize) -> Option<(Arc<[f32]>, Pending)> {
-        let Fixed { comm, layout, params, .. } = self.fixed;
+        let Fixed { layout, params, .. } = self.fixed;
         let of = &layout.units[unit];
         let mut window = self.memory.take(of.window.len());
         let mut mine = self.memory.take(of.window_shards.len_of(layout.rank));
@@ -255,13 +337,8 @@ impl<'a> Exchange<'a> {
             end += range.len();
         }
         self.memory.put(mine.clone());
-        match comm.begin(Beside::Gather, mine, of.window_shards.clone()) {
-            Ok(pending) => Some((window, pending)),
-            Err(error) => {
-                self.fail(error);
-                None
-            }
-        }
+        let pending = self.begin_beside(Beside::Gather, mine, of.window_shards.clone())?;
+        Some((window, pending))
     }
 
     /// For passes to come.
@@ -346,6 +423,37 @@ impl Keeper for Exchange<'_> {
         &mut unique(&mut self.open[at].1)[range.start - first..range.end - first]
     }
 
+    fn settled(&mut self, unit: usize, open: &[Range<usize>]) {
+        let Fixed { pool, layout, .. } = self.fixed;
+        let (turn, n_turns, divided) = (self.turn, layout.n_turns, self.is_divided());
+        let of = &layout.units[unit];
+        let is_wanted = divided || turn + 1 == n_turns;
+        if layout.n_ranks == 1 || of.bucket.is_empty() || !is_wanted || self.error.is_some() {
+            return;
+        }
+        let open = Blocks::touching(of, open);
+        let (first, end) = (of.range.start, of.bucket.end);
+        let mut values = self.memory.take(end - first);
+        let source = match self.open.iter().find(|(open, _)| divided && *open == unit) {
+            Some((_, gradients)) => &gradients[..end - first],
+            None => {
+                let place = (waiting_before(turn, n_turns), tree::merges(turn, n_turns));
+                let closed = open.ranges(false).into_iter();
+                closed.for_each(|range| merge(pool, &mut self.memory.sums, place, range));
+                &self.memory.sums[0][first..end]
+            }
+        };
+        pool.run_chunks(&mut unique(&mut values)[..end - first], ADD_LEN, |i, to| {
+            to.copy_from_slice(&source[i * ADD_LEN..][..to.len()]);
+        });
+        self.memory.put(values.clone());
+        let values = self.sum(values, of.shards.clone());
+        let blocks = self.begin_beside(Beside::Gather, open.to_numbers(), open.shards(layout.n_ranks));
+        if let (Some(values), Some(blocks)) = (values, blocks) {
+            self.early = Some(Early { unit, open, values, blocks });
+        }
+    }
+
     fn complete(&mut self, unit: usize) {
         if self.is_divided() { self.complete_divided(unit) } else { self.complete_whole(unit) }
     }
@@ -357,6 +465,22 @@ impl Keeper for Exchange<'_> {
         let seconds = (self.fixed.seconds)() - start;
         self.spent.waited += seconds;
         self.travelled(summed.map(|()| seconds));
+    }
+}
+
+/// What puts sums over ranks of a turn where they belong, each with the place of its first number in the flat vector.
+fn taker<'b>(fixed: Fixed<'b>, turn: usize, sums: &'b mut [Buf<f32>]) -> impl FnMut(usize, &[f32]) + 'b {
+    let Fixed { pool, layout, .. } = fixed;
+    let place = (waiting_before(turn, layout.n_turns), tree::merges(turn, layout.n_turns));
+    move |at, piece| {
+        if layout.zero < Zero::Gradients {
+            sums[0][at..at + piece.len()].copy_from_slice(piece);
+            return;
+        }
+        let own = layout.own_at(at);
+        let range = own..own + piece.len();
+        sums[place.0][range.clone()].copy_from_slice(piece);
+        merge(pool, sums, place, range);
     }
 }
 

@@ -224,10 +224,7 @@ impl Rank<'_> {
             return Ok((rank == 0).then(|| self.trainable.to_weights(&self.pool, &self.state.params, kind)));
         }
         if rank == 0 {
-            return self
-                .trainable
-                .bring_weights(kind, &mut |range, values| self.bring(range, values))
-                .map(Some);
+            return self.trainable.bring_weights(kind, |range, values| self.bring(range, values)).map(Some);
         }
         for spec in self.trainable.specs() {
             for part in self.layout.owned_in(rank, &spec.range) {

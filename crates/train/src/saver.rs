@@ -188,10 +188,8 @@ impl Saver {
 
     /// All ranks have told. The first begins to publish; says what was wrong, where nothing can be.
     pub(crate) fn all_told(&mut self, all: &[Vec<u8>]) -> Option<Event> {
-        let Some(Written { times, counts, .. }) = self.written.take().filter(|_| self.writer == Some(0))
-        else {
-            return None;
-        };
+        let written = self.written.take().filter(|_| self.writer == Some(0));
+        let Written { times, counts, .. } = written?;
         let step = counts.step;
         let mut files = Vec::new();
         for told in all {

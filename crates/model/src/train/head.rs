@@ -1,5 +1,7 @@
 //! From the last normed rows to losses, and back. Logits exist for a chunk of tokens at a time.
 
+use std::ops::Range;
+
 use tensor::cross_entropy::{cross_entropy_forward, cross_entropy_z_forward_backward};
 use tensor::rows::scale_rows;
 use tensor::{Accumulate, Mat, matmul};
@@ -51,7 +53,29 @@ impl Pass<'_> {
         }
         if head_unit < self.last_unit() {
             self.release(head_unit);
+            self.tell_settled();
         }
+    }
+
+    /// The embedding's gradients are there as the head's; only rows of tokens, and positions, are still added to.
+    fn tell_settled(&mut self) {
+        let table = self.matrices.values.table;
+        if !self.grads.all {
+            return;
+        }
+        let mut tokens = self.batch.tokens_bt.to_vec();
+        tokens.sort_unstable();
+        tokens.dedup();
+        let row = |token: u32| table.embedding.start + token as usize * self.shape.c;
+        let mut open: Vec<Range<usize>> = Vec::new();
+        let rows = tokens.into_iter().map(|token| row(token)..row(token + 1));
+        for range in rows.chain(table.positions.clone()) {
+            match open.last_mut() {
+                Some(last) if last.end == range.start => last.end = range.end,
+                _ => open.push(range),
+            }
+        }
+        self.grads.keeper.settled(0, &open);
     }
 
     /// Needs what comes after the layers, and the head: the unit it lies in.

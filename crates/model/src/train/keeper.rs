@@ -6,7 +6,7 @@
 //! A pass tells its keeper, unit by unit, what it needs, needs no more, and has completed:
 //! ```text
 //! forward    need 0, release 0 · need 1 · need 2, release 1 · … · need l + 1, release l
-//! head       (need 0, where the head is the embedding) · release
+//! head       (need 0, where the head is the embedding; then most of 0 is settled) · release
 //! backward   complete l + 1 · need l, release l, complete l · … · complete 0
 //! ```
 //! So at most two layers are needed at a time. Gradients complete from the last unit to the first, while those before are
@@ -34,6 +34,12 @@ pub trait Keeper {
     /// Where the gradients of these parameters of one unit go. What is there is overwritten or, once it was, added to; it
     /// stays until the unit is complete.
     fn grads(&mut self, range: Range<usize>) -> &mut [f32];
+
+    /// Long before the unit is complete its gradients are what they will be, but for those in `open`: ranges in order that
+    /// do not overlap. Of an embedding that is the head as well these are the rows of the micro-batch's tokens.
+    fn settled(&mut self, unit: usize, open: &[Range<usize>]) {
+        let _ = (unit, open);
+    }
 
     /// Nothing more is added to the gradients of this unit by this pass.
     fn complete(&mut self, unit: usize);
@@ -83,13 +89,16 @@ mod tests {
         open: Vec<Option<Vec<f32>>>,
         completed: Vec<usize>,
         dparams: Vec<f32>,
+        /// What was settled early: its unit, its gradients then, and what was open.
+        settled: Option<(usize, Vec<f32>, Vec<Range<usize>>)>,
     }
 
     impl<'a> Strict<'a> {
         fn new(trainable: &Trainable, params: &'a [f32]) -> Self {
             let (units, dparams) = (trainable.units(), vec![f32::NAN; params.len()]);
             let open = vec![None; units.len()];
-            Self { params, units, held: Vec::new(), open, completed: Vec::new(), dparams }
+            let (held, completed) = (Vec::new(), Vec::new());
+            Self { params, units, held, open, completed, dparams, settled: None }
         }
 
         fn unit(&self, range: &Range<usize>) -> usize {
@@ -120,8 +129,19 @@ mod tests {
             &mut open[range.start - first..range.end - first]
         }
 
+        fn settled(&mut self, unit: usize, open: &[Range<usize>]) {
+            let grads = self.open[unit].clone().expect("it has gradients");
+            assert!(open.windows(2).all(|pair| pair[0].end < pair[1].start), "{open:?}");
+            self.settled = Some((unit, grads, open.to_vec()));
+        }
+
         fn complete(&mut self, unit: usize) {
             let grads = self.open[unit].take().expect("it has gradients");
+            if let Some((_, then, open)) = self.settled.as_ref().filter(|(settled, ..)| *settled == unit) {
+                let is_open = |at: usize| open.iter().any(|range| range.contains(&at));
+                assert!((0..grads.len()).all(|at| is_open(at) || then[at].to_bits() == grads[at].to_bits()));
+                assert!(open.iter().map(|range| range.len()).sum::<usize>() < grads.len());
+            }
             self.dparams[self.units[unit].clone()].copy_from_slice(&grads);
             self.completed.push(unit);
         }
@@ -143,7 +163,7 @@ mod tests {
                 assert_eq!(model.loss_and_grads_to(&pool, None, of, &mut keeper), loss);
                 assert!(keeper.dparams == dparams, "{:?}", config.architecture);
                 assert_eq!(keeper.completed, (0..config.n_layers + 2).rev().collect::<Vec<_>>());
-                assert!(keeper.held.is_empty());
+                assert!(keeper.held.is_empty() && keeper.settled.is_some() == config.tied_embeddings);
                 let alone = model.loss(&pool, &params, of);
                 assert_eq!(model.loss_of(&pool, None, of, &mut keeper), alone);
                 assert!(keeper.held.is_empty());
