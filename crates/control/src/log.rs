@@ -70,17 +70,21 @@ pub(crate) fn remove(path: &Path) -> Result<()> {
 }
 
 /// The log's bytes from `from` on, at most `n` of them, and where they end. Without `from`, or where the log is shorter,
-/// because it was cut or begun anew: its end.
+/// because it was cut or begun anew: its end, from the start of a line.
 pub(crate) fn from(path: &Path, from: Option<u64>, n: usize) -> Result<(Vec<u8>, u64)> {
     let read = || -> io::Result<(Vec<u8>, u64)> {
         let mut file = File::open(path)?;
         let length = file.metadata()?.len();
-        let n = n as u64;
-        let start = from.filter(|from| *from <= length).unwrap_or(length.saturating_sub(n));
+        let asked = from.filter(|from| *from <= length);
+        let start = asked.unwrap_or(length.saturating_sub(n as u64));
         file.seek(SeekFrom::Start(start))?;
         let mut bytes = Vec::new();
-        file.take(n.min(length - start)).read_to_end(&mut bytes)?;
+        file.take((n as u64).min(length - start)).read_to_end(&mut bytes)?;
         let end = start + bytes.len() as u64;
+        let line = bytes.iter().position(|byte| *byte == b'\n');
+        if let (None, 1.., Some(at)) = (asked, start, line) {
+            bytes.drain(..=at);
+        }
         Ok((bytes, end))
     };
     match read() {
@@ -129,6 +133,24 @@ mod tests {
         check(100, "zero\none\ntwo\nthree\n");
         check(19, "zero\none\ntwo\nthree\n");
         check(18, "one\ntwo\nthree\n");
+    }
+
+    #[test]
+    fn a_log_is_read_on_from_where_it_was_read_to() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("job-1.log");
+        let check = |at, n, text: &str, next| {
+            assert_eq!(from(&path, at, n).unwrap(), (text.as_bytes().to_vec(), next), "{at:?} {n}");
+        };
+        check(None, 10, "", 0);
+        fs::write(&path, "one\ntwo\n").unwrap();
+        check(None, 100, "one\ntwo\n", 8);
+        check(None, 6, "two\n", 8);
+        check(Some(2), 100, "e\ntwo\n", 8);
+        check(Some(2), 3, "e\nt", 5);
+        check(Some(8), 100, "", 8);
+        // Begun anew.
+        check(Some(9), 100, "one\ntwo\n", 8);
     }
 
     #[test]

@@ -184,6 +184,10 @@ impl Worker {
             }
             seen = self.control.wait_jobs_changed(seen, self.options.tick);
         }
+        self.give_up_lease();
+    }
+
+    fn give_up_lease(&mut self) {
         if let Some((lease, _)) = self.lease.take()
             && let Err(error) = self.control.release(&lease)
         {
@@ -197,8 +201,9 @@ impl Worker {
     fn turn(&mut self) -> usize {
         self.launcher.tick();
         let started = monotonic_now();
-        let outcome = self.policy().and_then(|policy| match self.hold_lease()? {
+        let outcome = self.hold_lease().and_then(|lease| match lease {
             Some(lease) => {
+                let policy = self.policy()?;
                 let node = self.options.node.as_ref().map(|node| node.name.as_str());
                 let launcher = self.launcher.as_mut();
                 self.running = pass(&self.control, launcher, &lease, (&policy, node), &self.metrics)?;
@@ -213,6 +218,11 @@ impl Worker {
             Err(Error::StaleLease { .. }) => {
                 tracing::warn!("another controller has taken over the jobs");
                 self.lease = None;
+                0
+            }
+            Err(error @ Error::NodeTaken { .. }) => {
+                warn("jobs are not started here", &error);
+                self.give_up_lease();
                 0
             }
             Err(error) => {

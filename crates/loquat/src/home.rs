@@ -62,7 +62,7 @@ impl Home {
             machine: if is_shared { crate::machine::machine_id() } else { String::new() },
             cores: offer.node_cores.unwrap_or(crate::n_threads() as u32),
             memory_bytes: offer.node_memory_gb.or_else(crate::machine::memory_total).unwrap_or(0),
-            accelerators: offer.node_accelerators,
+            accelerators: offer.node_accelerators.unwrap_or_else(crate::machine::accelerators),
             disk_bytes: control::disk_bytes(&self.path).unwrap_or(0),
             jobs_max: offer.node_jobs,
         }

@@ -18,6 +18,16 @@ pub(crate) fn memory_total() -> Option<u64> {
     system.into_iter().chain(container).min()
 }
 
+/// NVIDIA devices, as their driver or a container's runtime shows them: `/dev/nvidia0`, `/dev/nvidia1`, …
+pub(crate) fn accelerators() -> u32 {
+    let names = fs::read_dir("/dev").into_iter().flatten().flatten().map(|entry| entry.file_name());
+    names.filter(|name| name.to_str().is_some_and(is_accelerator)).count() as u32
+}
+
+fn is_accelerator(name: &str) -> bool {
+    name.strip_prefix("nvidia").is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+}
+
 /// What tells this machine from one that has the same name, also after a restart where it can be told.
 pub(crate) fn machine_id() -> String {
     let read = |path: &str| fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
@@ -103,6 +113,13 @@ mod tests {
         assert_eq!(count_text(134_515_008), "134.5 million");
         assert_eq!(count_text(7_000_000_000), "7.00 billion");
         assert_eq!(count_text(999), "999");
+    }
+
+    #[test]
+    fn devices_that_compute_are_counted() {
+        let names = ["nvidia0", "nvidia12", "nvidia", "nvidiactl", "nvidia-uvm", "nvidia-caps", "sda"];
+        let found: Vec<_> = names.into_iter().filter(|name| is_accelerator(name)).collect();
+        assert_eq!(found, ["nvidia0", "nvidia12"]);
     }
 
     #[test]

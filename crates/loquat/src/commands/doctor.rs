@@ -19,6 +19,7 @@ pub(crate) fn run(home: &Home) -> Result<ExitCode> {
     );
     let (cache, memory) = (limits.cache_bytes_per_s / 1e9, limits.memory_bytes_per_s / 1e9);
     println!("read      {cache:.0} GB/s from cache, {memory:.0} GB/s from memory");
+    println!("devices   {} NVIDIA", crate::machine::accelerators());
     let store = home.store()?;
     println!("store     {}", store.url());
     for object in store.list("")? {

@@ -227,9 +227,7 @@ fn accuracies_are_those_of_the_reference() {
     {
         let packed = data.join(format!("{name}.jsonl.gz"));
         let file = dir.path().join(format!("{name}.jsonl"));
-        let unpack =
-            Command::new("gzip").arg("-dc").arg(&packed).stdout(File::create(&file).unwrap()).status();
-        assert!(unpack.unwrap().success());
+        std::fs::write(&file, unpack(&packed)).unwrap();
         let limit = limit.to_string();
         let output = Command::new(&python)
             .args(["tests/reference_eval.py", model, file.to_str().unwrap(), &limit, delimiter])
@@ -252,4 +250,91 @@ fn accuracies_are_those_of_the_reference() {
             assert!(off("value") < 0.0201 && off("stderr") < 0.003, "{name}, {metric}: {found} and {theirs}");
         }
     }
+}
+
+fn unpack(packed: &Path) -> String {
+    let output = Command::new("gzip").arg("-dc").arg(packed).output().unwrap();
+    assert!(output.status.success(), "{}", packed.display());
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// A task in the words of lm-evaluation-harness.
+fn harness_task(name: &str, file: &Path, delimiter: &str) -> String {
+    let (file, delimiter) = (json!(file.to_str().unwrap()), json!(delimiter));
+    format!(
+        r#"task: {name}
+dataset_path: json
+dataset_kwargs: {{ data_files: {{ test: {file} }} }}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{query}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{gold}}}}"
+target_delimiter: {delimiter}
+metric_list: [{{ metric: acc }}]
+"#
+    )
+}
+
+/// The same accuracies and errors as lm-evaluation-harness finds on the same files.
+#[test]
+fn accuracies_are_those_of_lm_evaluation_harness() {
+    let Some(python) = peer("LOQUAT_PEERS_PYTHON", "var/venv-peers/bin/python") else { return };
+    let data = root().join("../shared/data/eval/core");
+    let Some(chat) = chat_model().filter(|_| data.exists()) else {
+        eprintln!("SKIPPED: {} is missing", data.display());
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let (model, found) = (dir.path().join("smollm2"), dir.path().join("found"));
+    succeed(dir.path(), &["model", "export", chat.to_str().unwrap(), model.to_str().unwrap()]);
+    let tasks = [("arc_easy", 60, "\nAnswer: "), ("copa", 100, " ")];
+    for (name, limit, delimiter) in tasks {
+        let lines: Vec<String> =
+            unpack(&data.join(format!("{name}.jsonl.gz"))).lines().map(str::to_owned).collect();
+        let file = dir.path().join(format!("{name}.jsonl"));
+        std::fs::write(&file, lines[..limit].join("\n")).unwrap();
+        std::fs::write(dir.path().join(format!("{name}.yaml")), harness_task(name, &file, delimiter))
+            .unwrap();
+    }
+    let output = Command::new(&python)
+        .args(["-m", "lm_eval", "--model", "hf", "--model_args"])
+        .arg(format!("pretrained={},dtype=float32", model.display()))
+        .args(["--tasks", "arc_easy,copa", "--device", "cpu", "--batch_size", "4", "--include_path"])
+        .arg(dir.path())
+        .arg("--output_path")
+        .arg(&found)
+        .envs([("HF_HUB_OFFLINE", "1"), ("HF_DATASETS_OFFLINE", "1"), ("OMP_NUM_THREADS", "1")])
+        .env("HF_HOME", dir.path().join("hf"))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let theirs = harness_results(&found);
+    for (name, _, _) in tasks {
+        let file = dir.path().join(format!("{name}.jsonl"));
+        let args =
+            ["eval", "tasks", model.to_str().unwrap(), file.to_str().unwrap(), "--kv", "f32", "--json"];
+        let ours: Value = serde_json::from_str(&succeed(dir.path(), &args)).unwrap();
+        let found = ours["metrics"].as_array().unwrap().iter().find(|m| m["name"] == "acc").unwrap();
+        let theirs = &theirs["results"][name];
+        eprintln!("{name}: {found}, by lm-evaluation-harness {theirs}");
+        let off =
+            |ours: &str, other: &str| (found[ours].as_f64().unwrap() - theirs[other].as_f64().unwrap()).abs();
+        // One near-tie in sixty may fall the other way.
+        assert!(off("value", "acc,none") < 0.0168 && off("stderr", "acc_stderr,none") < 0.003, "{name}");
+    }
+}
+
+/// The one file of results that it leaves somewhere under `dir`.
+fn harness_results(dir: &Path) -> Value {
+    let entries = |dir: &Path| std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    let mut paths: Vec<PathBuf> = entries(dir).collect();
+    while let Some(path) = paths.pop() {
+        if path.is_dir() {
+            paths.extend(entries(&path));
+        } else if path.extension().is_some_and(|extension| extension == "json") {
+            return serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        }
+    }
+    panic!("lm-evaluation-harness left no results");
 }

@@ -38,7 +38,7 @@ fn wait(what: &str, mut done: impl FnMut() -> bool) {
 
 #[test]
 fn a_higher_job_takes_the_place_of_a_lower_which_later_ends_with_the_same_bytes() {
-    const STEPS: u32 = 400;
+    const STEPS: u32 = 800;
     let home = tempfile::tempdir().unwrap();
     let home = home.path();
     ingest(home);
