@@ -120,14 +120,24 @@ impl Comm for Group {
         if self.n_ranks() == 1 {
             return Ok(Pending::there(beside, values, shards));
         }
-        let end = |rank: usize| shards.of(rank).last().map_or(0, |range| range.end);
-        let mut sums = values[..(0..self.n_ranks()).map(end).max().unwrap_or(0)].to_vec();
-        assert_eq!(beside, Beside::AllReduce, "state of teams is not divided");
-        self.all_reduce_tree(&mut sums)?;
         let (replies, coming) = channel();
-        let ranges = (0..self.n_ranks()).flat_map(|rank| shards.of(rank));
         // The end of the channel is held here: nothing is lost.
-        ranges.for_each(|range| drop(replies.send(Reply::Values(range.start, sums[range.clone()].into()))));
+        let give = |at: usize, piece: &[f32]| drop(replies.send(Reply::Values(at, piece.into())));
+        if beside == Beside::Gather {
+            let own = &values[..shards.len_of(self.own)];
+            let came = self.exchange(&|_| own, &|other| shards.len_of(other))?;
+            for (other, part) in came.iter().enumerate().filter(|(other, _)| *other != self.own) {
+                let pieces = shards.pieces(other, part.len().max(1));
+                pieces.into_iter().for_each(|(range, at)| give(range.start, &part[at..at + range.len()]));
+            }
+        } else {
+            let end = |rank: usize| shards.of(rank).last().map_or(0, |range| range.end);
+            let mut sums = values[..(0..self.n_ranks()).map(end).max().unwrap_or(0)].to_vec();
+            self.all_reduce_tree(&mut sums)?;
+            let takes = |rank: &usize| beside == Beside::AllReduce || *rank == self.own;
+            let ranges = (0..self.n_ranks()).filter(takes).flat_map(|rank| shards.of(rank));
+            ranges.for_each(|range| give(range.start, &sums[range.clone()]));
+        }
         drop(replies.send(Reply::Done(Ok(0.0))));
         Ok(Pending::coming(coming, Spare::default()))
     }

@@ -1,7 +1,8 @@
 //! Ranks that compute one model together, each with a part of it (tensor parallel, see [`model::Division`]).
 //!
 //! Teams are what ranks are without them: they share a step's micro-batches. Checkpoints, samples and what is published are of
-//! the whole model, which the first rank of the first team puts together; any other layout goes on from them.
+//! the whole model, which the first rank of the first team puts together; any other layout goes on from them. On many nodes
+//! nobody should have all of it: parts would be written, and read, as ranges of the vectors.
 
 use comm::Comm;
 use model::{Division, Objective, Trainable};
