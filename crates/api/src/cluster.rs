@@ -15,6 +15,7 @@
 //! | | DELETE | admin | |
 //! | `/v1/deployments/{model}/canary` | POST | admin | `source`, `percent` |
 //! | `/v1/deployments/{model}/promote`, `rollback` | POST | admin | |
+//! | `/v1/promotions` | GET | member | models on their way to being live: stage, scores, everything that happened and why |
 //! | `/v1/projects` | GET | member | quotas and what is used of them |
 //! | `/v1/projects/{name}` | POST | admin | `cores`, `memory_bytes`, `accelerators`, `jobs`; what is left out is not limited |
 //! | | DELETE | admin | |
@@ -57,6 +58,7 @@ pub enum Call {
     Canary { model: String, ask: CanaryAsk },
     EndTrial { model: String, promote: bool },
     Undeploy(String),
+    Promotions,
     Projects,
     SetProject { name: String, quota: QuotaAsk },
     DeleteProject(String),
@@ -173,6 +175,7 @@ impl Call {
             Call::Canary { .. } => (Role::Admin, "start a canary"),
             Call::EndTrial { promote: true, .. } => (Role::Admin, "promote a canary"),
             Call::EndTrial { promote: false, .. } => (Role::Admin, "roll a canary back"),
+            Call::Promotions => (Role::Member, "see promotions"),
             Call::Projects => (Role::Member, "see projects"),
             Call::SetProject { .. } | Call::DeleteProject(_) => (Role::Admin, "change a quota"),
         }
@@ -349,6 +352,13 @@ pub(crate) async fn steer_deployment(
         _ => return Err(ApiError::NotFound { what: "order for a deployment called", name: order }),
     };
     perform(state, owner, call).await
+}
+
+pub(crate) async fn promotions(
+    State(state): State<AppState>,
+    Extension(owner): Owner,
+) -> Result<Json<Value>> {
+    perform(state, owner, Call::Promotions).await
 }
 
 pub(crate) async fn projects(State(state): State<AppState>, Extension(owner): Owner) -> Result<Json<Value>> {

@@ -41,6 +41,7 @@ const TEMPLATES: &[&str] = &[
     "/v1/deployments",
     "/v1/deployments/{model}",
     "/v1/deployments/{model}/{order}",
+    "/v1/promotions",
     "/v1/projects",
     "/v1/projects/{name}",
     "/v1/replicas",
@@ -77,6 +78,7 @@ pub fn app(state: AppState) -> Router {
             get(cluster::deployment).post(cluster::deploy).delete(cluster::undeploy),
         )
         .route("/v1/deployments/{model}/{order}", post(cluster::steer_deployment))
+        .route("/v1/promotions", get(cluster::promotions))
         .route("/v1/projects", get(cluster::projects))
         .route("/v1/projects/{name}", post(cluster::set_project).delete(cluster::delete_project))
         .route("/v1/replicas", get(replicas::list))

@@ -22,6 +22,10 @@ const KEYS_MAX: usize = 10_000;
 /// How long a change made by another process may stay unseen.
 const CACHE_FRESH: Duration = Duration::from_secs(1);
 
+/// What is not among keys that were read longer ago may just have been made. Ten reads a second are the most that wrong keys
+/// can cause.
+const UNKNOWN_FRESH: Duration = Duration::from_millis(100);
+
 /// How long keys are still checked from memory when the database cannot be read.
 const CACHE_STALE_MAX: Duration = Duration::from_secs(300);
 
@@ -145,12 +149,12 @@ impl Control {
     pub fn check_key(&self, text: &str) -> Result<Option<KeyInfo>> {
         let hash = hash(text);
         let now = self.now();
-        if let Some(answer) = self.cached_key(&hash, now, CACHE_FRESH) {
+        if let Some(answer) = self.cached_key(&hash, now, (CACHE_FRESH, UNKNOWN_FRESH)) {
             return Ok(answer);
         }
         match self.refresh_key_cache(now, |cache| cache.find(&hash).cloned()) {
             Ok(answer) => Ok(answer),
-            Err(error) => match self.cached_key(&hash, now, CACHE_STALE_MAX) {
+            Err(error) => match self.cached_key(&hash, now, (CACHE_STALE_MAX, CACHE_STALE_MAX)) {
                 Some(answer) => {
                     tracing::warn!(%error, "keys are checked from memory");
                     Ok(answer)
@@ -162,7 +166,7 @@ impl Control {
 
     /// As [`Control::check_key`], but only from memory and without waiting: `None` where the database has to be asked.
     pub fn known_key(&self, text: &str) -> Option<Option<KeyInfo>> {
-        self.cached_key(&hash(text), self.now(), CACHE_FRESH)
+        self.cached_key(&hash(text), self.now(), (CACHE_FRESH, UNKNOWN_FRESH))
     }
 
     /// Reads the keys again before they are too old to be checked from memory. Called often enough, it spares requests
@@ -176,10 +180,18 @@ impl Control {
         if is_fresh { Ok(()) } else { self.refresh_key_cache(now, |_| ()) }
     }
 
-    fn cached_key(&self, hash: &[u8; 32], now: UnixMs, max_age: Duration) -> Option<Option<KeyInfo>> {
+    /// The keys' word about one, if it is not older than the first time for one that is valid, and the second for another.
+    fn cached_key(
+        &self,
+        hash: &[u8; 32],
+        now: UnixMs,
+        (known_max, unknown_max): (Duration, Duration),
+    ) -> Option<Option<KeyInfo>> {
         let cache = self.0.keys.read().unwrap_or_else(PoisonError::into_inner);
-        let usable = cache.as_ref().filter(|cache| cache.age(now).is_some_and(|age| age < max_age));
-        usable.map(|cache| cache.find(hash).cloned())
+        let cache = cache.as_ref()?;
+        let (age, found) = (cache.age(now)?, cache.find(hash));
+        let age_max = if found.is_some() { known_max } else { unknown_max };
+        (age < age_max).then(|| found.cloned())
     }
 
     /// All keys ever created, revoked ones included, newest last.

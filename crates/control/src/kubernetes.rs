@@ -17,7 +17,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::database::random_hex;
 use crate::error::{Error, Result};
@@ -223,8 +223,7 @@ impl Launcher for KubernetesLauncher {
         let mark = random_hex::<16>()?;
         let cluster = &self.cluster[..self.cluster.len().min(CLUSTER_DIGITS)];
         let name = format!("loquat-{cluster}-{}-{}", job.id.0, job.n_starts + 1);
-        let attempt =
-            Attempt { name: &name, cluster: &self.cluster, mark: &mark, n_pods: 1, requests: Map::new() };
+        let attempt = Attempt { name: &name, cluster: &self.cluster, mark: &mark };
         let made = self.api.post(&self.api.jobs(""), &manifest::job(&self.options, job, &attempt))?;
         let made = match made.status {
             409 => self.take_over(&name, &mark)?,

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::clock::UnixMs;
 use crate::deployments::Deployment;
 use crate::error::{Error, Result};
-use crate::job::{JobId, JobState};
+use crate::job::{JobId, JobState, Needs};
 use crate::models::check_name;
 
 /// Thresholds and tasks of one pipeline.
@@ -49,6 +49,8 @@ pub struct TrainStage {
     pub args: Vec<String>,
     #[serde(default = "restarts")]
     pub max_restarts: u32,
+    #[serde(default)]
+    pub needs: Needs,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -61,6 +63,8 @@ pub struct EvaluateStage {
     pub args: Vec<String>,
     #[serde(default = "restarts")]
     pub max_restarts: u32,
+    #[serde(default)]
+    pub needs: Needs,
 }
 
 /// What a score must be.
@@ -97,6 +101,8 @@ pub struct ServeStage {
     pub replicas: Option<u32>,
     /// More of the command line of `loquat serve`.
     pub args: Vec<String>,
+    /// Of each replica.
+    pub needs: Needs,
 }
 
 fn restarts() -> u32 {

@@ -132,7 +132,8 @@ fn apply(
             }
             let serve = &found.pipeline.serve;
             let (source, args) = (Some(candidate.to_owned()), Some(serve.args.clone()));
-            let ask = Ask { n_replicas: serve.replicas, source, args, ..Ask::default() };
+            let needs = Some(serve.needs);
+            let ask = Ask { n_replicas: serve.replicas, source, args, needs, ..Ask::default() };
             deployments::deploy(transaction, model, &ask, now)?;
         }
         Effect::StartTrial => {

@@ -85,7 +85,7 @@ pub(crate) struct NoCluster;
 impl Cluster for NoCluster {
     fn call(&self, call: Call) -> Result<Value, Refusal> {
         match call {
-            Call::Jobs | Call::Nodes | Call::Deployments | Call::Projects => {
+            Call::Jobs | Call::Nodes | Call::Deployments | Call::Promotions | Call::Projects => {
                 Ok(json!({"object": "list", "data": []}))
             }
             _ => Err(Refusal::Conflict("this server is one replica, without a control plane".to_owned())),

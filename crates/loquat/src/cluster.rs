@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use api::{Call, Cluster, JobAsk, LogPiece, NeedsAsk, NodeOrder, QuotaAsk, Refusal};
 use control::{
-    Control, Deployment, Error, Job, JobId, JobSpec, Needs, Node, NodeMode, Project, Quota, Replica, Wait,
+    Control, Deployment, Error, Job, JobId, JobSpec, Needs, Node, NodeMode, Project, Promotion, Quota,
+    Replica, Wait,
 };
 use serde_json::{Value, json};
 
@@ -61,6 +62,7 @@ impl Cluster for ControlCluster {
                 }
                 json!({"id": model, "object": "deployment", "deleted": true})
             }
+            Call::Promotions => self.promotions()?,
             Call::Projects => self.projects()?,
             Call::SetProject { name, quota } => {
                 let QuotaAsk { cores, memory_bytes, accelerators, jobs } = quota;
@@ -112,6 +114,18 @@ impl ControlCluster {
         let waiting: BTreeMap<JobId, Wait> = self.control.waiting().map_err(refusal)?;
         let jobs = self.control.list_jobs(JOBS_SHOWN).map_err(refusal)?;
         Ok(list(jobs.iter().map(|job| job_view(job, waiting.get(&job.id)))))
+    }
+
+    fn promotions(&self) -> Result<Value, Refusal> {
+        let promotions = self.control.list_promotions(JOBS_SHOWN).map_err(refusal)?;
+        let view = |promotion: &Promotion| {
+            let Promotion { id, pipeline, candidate, stage, scores, history, created_at, .. } = promotion;
+            json!({
+                "id": id.to_string(), "object": "promotion", "model": pipeline.model, "candidate": candidate,
+                "stage": stage.as_str(), "scores": scores, "history": history, "created": created_at.seconds(),
+            })
+        };
+        Ok(list(promotions.iter().map(view)))
     }
 
     fn nodes(&self) -> Result<Value, Refusal> {

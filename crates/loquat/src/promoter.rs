@@ -79,20 +79,21 @@ fn is_refusal(error: &control::Error) -> bool {
 /// The job of a promotion's stage as a command line; a person could type it.
 pub(crate) fn spec(promotion: &Promotion, home_args: &[String]) -> JobSpec {
     let Promotion { id, pipeline, candidate, stage, .. } = promotion;
-    let (words, max_restarts) = match stage {
-        Stage::Train => (
-            train_args(pipeline, &run_name(promotion), candidate),
-            pipeline.train.as_ref().map(|t| t.max_restarts),
-        ),
-        _ => (
-            evaluate_args(pipeline, candidate, &report_name(promotion)),
-            pipeline.evaluate.as_ref().map(|evaluate| evaluate.max_restarts),
-        ),
+    let (words, max_restarts, needs) = match (stage, &pipeline.train, &pipeline.evaluate) {
+        (Stage::Train, Some(train), _) => {
+            (train_args(pipeline, &run_name(promotion), candidate), train.max_restarts, train.needs)
+        }
+        (_, _, Some(evaluate)) => {
+            let words = evaluate_args(pipeline, candidate, &report_name(promotion));
+            (words, evaluate.max_restarts, evaluate.needs)
+        }
+        _ => unreachable!("a stage that is a job was declared"),
     };
     JobSpec {
         name: format!("promote/{}/{}", id.0, stage.as_str()),
         args: home_args.iter().cloned().chain(words).collect(),
-        max_restarts: max_restarts.unwrap_or(0),
+        max_restarts,
+        needs,
         ..JobSpec::default()
     }
 }

@@ -143,3 +143,58 @@ fn cut(at: usize, range: &Range<usize>, own: &Range<usize>) -> Option<Range<usiz
     let (start, end) = (range.start.max(own.start), range.end.min(own.end));
     (start < end).then(|| at + (start - range.start)..at + (end - range.start))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::{Layout, Zero};
+
+    /// Of units that begin inside of parts, and of blocks.
+    fn unit(n_ranks: usize) -> Unit {
+        let units = [0..100_013, 100_013..150_007].map(|range: Range<usize>| range);
+        let layout = Layout::of_units(units.to_vec(), 150_007, (Zero::Gradients, [0, n_ranks]), n_ranks);
+        layout.units.into_iter().next().unwrap()
+    }
+
+    #[test]
+    fn blocks_are_what_is_open_on_some_rank() {
+        let unit = unit(2);
+        let mut open = Blocks::touching(&unit, &[3..5, 130..200]);
+        let behind = 100_013 / BLOCK * BLOCK..unit.bucket.end;
+        assert_eq!(open.ranges(true), [0..64, 128..256, behind.clone()]);
+        assert_eq!(open.ranges(false), [64..128, 256..behind.start]);
+        let other = Blocks::touching(&unit, std::slice::from_ref(&(64..65)));
+        // In pieces, as they come.
+        let (numbers, n) = (other.to_numbers(), other.words.len());
+        open.join(n, &numbers[..7]);
+        open.join(n + 7, &numbers[7..]);
+        assert_eq!(open.ranges(true), [0..256, behind]);
+        assert_eq!(open.shards(2).of(1), std::slice::from_ref(&(n..2 * n)));
+    }
+
+    #[test]
+    fn rows_go_where_they_came_from() {
+        let unit = unit(4);
+        let rows = Rows::new(&Blocks::touching(&unit, &[10..20, 50_000..70_000, 99_000..99_001]));
+        let ranges: Vec<Range<usize>> = rows.iter().map(|(_, range)| range.clone()).collect();
+        assert_eq!(rows.len(), ranges.iter().map(|range| range.len()).sum::<usize>());
+        let all: Vec<usize> = ranges.into_iter().flatten().collect();
+        for (at, len) in [(0, rows.len()), (5, 100), (60, 20_000), (rows.len() - 1, 1), (7, 0)] {
+            let places = rows.places(at, len);
+            let found: Vec<usize> = places.iter().flat_map(|(_, range)| range.clone()).collect();
+            assert_eq!(found, all[at..at + len], "{at}, {len}");
+            let parts: Vec<usize> = places.into_iter().flat_map(|(part, _)| part).collect();
+            assert_eq!(parts, (0..len).collect::<Vec<_>>());
+        }
+        let shards = rows.shards(&unit, 4);
+        let mut owned = 0;
+        for rank in 0..4 {
+            for at in shards.of(rank).iter().flat_map(Clone::clone) {
+                let is_own = |own: &Range<usize>| own.contains(&(all[at] - unit.range.start));
+                assert!(unit.shards.of(rank).iter().any(is_own), "{at} of {rank}");
+                owned += 1;
+            }
+        }
+        assert_eq!(owned, rows.len());
+    }
+}

@@ -16,7 +16,7 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::Response;
 use gateway::{Outcome, Prefix, Ticket};
-use http_body::{Body as HttpBody, Frame};
+use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
 use serde::Deserialize;
 use telemetry::chain;
@@ -35,6 +35,9 @@ const WAIT_MAX: Duration = Duration::from_secs(60);
 const WAIT_POLL: Duration = Duration::from_millis(20);
 /// Requests that wait so for one model.
 const WAITING_MAX: usize = 1_024;
+
+/// Bytes in which the beginning of a prompt is looked for: a long search would hold up other requests.
+const PREFIX_SEARCHED: usize = 16 << 10;
 
 /// What of an answer's head the client gets to see.
 const HEADERS: [header::HeaderName; 3] = [header::CONTENT_TYPE, header::CACHE_CONTROL, header::RETRY_AFTER];
@@ -55,7 +58,8 @@ impl Asked {
 /// The beginnings of a request's prompt, from its text as it was sent: a client sends what it sent before in the same
 /// words. Where the key stands inside of something else, only a cache hit is lost.
 fn prefix(tenant: &str, bytes: &[u8]) -> Prefix {
-    let at = |key: &[u8]| bytes.windows(key.len()).position(|window| window == key);
+    let head = &bytes[..bytes.len().min(PREFIX_SEARCHED)];
+    let at = |key: &[u8]| head.windows(key.len()).position(|window| window == key);
     let start = at(b"\"messages\"").or_else(|| at(b"\"prompt\"")).unwrap_or(bytes.len());
     Prefix::of(tenant, &bytes[start..])
 }
@@ -188,7 +192,8 @@ impl Sending {
         };
         flight.began(head.status);
         let is_events = is_event_stream(&head.headers);
-        let mut response = Response::new(Body::new(Relayed { first, rest, flight, is_events, ended: false }));
+        let relayed = Relayed::new(first, rest, flight, is_events);
+        let mut response = Response::new(Body::new(relayed));
         *response.status_mut() = head.status;
         for name in HEADERS {
             if let Some(value) = head.headers.get(&name) {
@@ -287,7 +292,29 @@ struct Relayed {
     rest: Incoming,
     flight: Flight,
     is_events: bool,
+    /// Bytes to come, where the replica said how many: the client is told, too, and needs no packet more for the end.
+    n_left: Option<u64>,
     ended: bool,
+}
+
+impl Relayed {
+    fn new(first: Option<Frame<Bytes>>, rest: Incoming, flight: Flight, is_events: bool) -> Relayed {
+        let n_first = first.as_ref().and_then(Frame::data_ref).map_or(0, Bytes::len) as u64;
+        let n_left = rest.size_hint().exact().map(|n| n + n_first);
+        Relayed { first, rest, flight, is_events, n_left, ended: false }
+    }
+
+    /// A frame goes to the client. With the last byte of those that were promised the answer is whole: nobody may ask for
+    /// an end behind it.
+    fn passed(&mut self, frame: Frame<Bytes>) -> Frame<Bytes> {
+        let n = frame.data_ref().map_or(0, Bytes::len) as u64;
+        self.n_left = self.n_left.map(|left| left.saturating_sub(n));
+        if self.n_left == Some(0) {
+            self.ended = true;
+            self.flight.ended_well();
+        }
+        frame
+    }
 }
 
 impl HttpBody for Relayed {
@@ -299,7 +326,7 @@ impl HttpBody for Relayed {
         context: &mut Context<'_>,
     ) -> Poll<Option<std::result::Result<Frame<Bytes>, hyper::Error>>> {
         if let Some(first) = self.first.take() {
-            return Poll::Ready(Some(Ok(first)));
+            return Poll::Ready(Some(Ok(self.passed(first))));
         }
         if self.ended {
             return Poll::Ready(None);
@@ -309,7 +336,7 @@ impl HttpBody for Relayed {
             Poll::Ready(frame) => frame,
         };
         match frame {
-            Some(Ok(frame)) => Poll::Ready(Some(Ok(frame))),
+            Some(Ok(frame)) => Poll::Ready(Some(Ok(self.passed(frame)))),
             Some(Err(error)) => {
                 self.ended = true;
                 self.flight.outcome = Outcome::Failed;
@@ -331,5 +358,9 @@ impl HttpBody for Relayed {
     fn is_end_stream(&self) -> bool {
         // Never before the end was seen: it is what tells a good answer from one that nobody read.
         self.ended && self.first.is_none()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.n_left.map_or_else(SizeHint::default, SizeHint::with_exact)
     }
 }

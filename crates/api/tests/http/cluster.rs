@@ -75,6 +75,7 @@ async fn each_route_asks_the_control_plane_for_what_it_says() {
         check("POST", &format!("/v1/deployments/m/{word}"), None, expected).await;
     }
     check("GET", "/v1/projects", None, Call::Projects).await;
+    check("GET", "/v1/promotions", None, Call::Promotions).await;
     let expected =
         Call::SetProject { name: "p".to_owned(), quota: QuotaAsk { cores: Some(4), ..QuotaAsk::default() } };
     check("POST", "/v1/projects/p", Some(json!({"cores": 4})), expected).await;
@@ -100,7 +101,9 @@ async fn a_key_may_do_what_its_role_allows_and_is_told_what_it_takes() {
             }
         }
     };
-    for path in ["/v1/jobs", "/v1/nodes", "/v1/deployments", "/v1/projects", "/v1/jobs/job-1/logs"] {
+    for path in
+        ["/v1/jobs", "/v1/nodes", "/v1/deployments", "/v1/projects", "/v1/promotions", "/v1/jobs/job-1/logs"]
+    {
         check("sk-use", "GET", path, Some("member")).await;
         check("sk-member", "GET", path, None).await;
     }

@@ -22,6 +22,10 @@ const BROKEN: u8 = 2;
 const CUTS: u8 = 3;
 /// Closes the connection before it says anything.
 const SILENT: u8 = 4;
+/// Says how long its answer is, which comes in two halves.
+const COUNTS: u8 = 5;
+/// As [`COUNTS`], and dies after the first half.
+const COUNTS_AND_CUTS: u8 = 6;
 
 /// An engine that answers five pieces, `pause` apart, each with its name.
 struct Stub {
@@ -86,6 +90,16 @@ async fn talk(
         if let Some(status) = refusal {
             let answer = format!("HTTP/1.1 {status}\r\ncontent-length: 2\r\n\r\nno");
             stream.write_all(answer.as_bytes()).await.unwrap();
+            continue;
+        }
+        if mode >= COUNTS && !is_probe {
+            let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 10\r\n\r\nfirst";
+            stream.write_all(head.as_bytes()).await.unwrap();
+            sleep(pause).await;
+            if mode == COUNTS_AND_CUTS {
+                return;
+            }
+            stream.write_all(b"after").await.unwrap();
             continue;
         }
         let kind = if body.contains("\"stream\":true") { "text/event-stream" } else { "application/json" };
@@ -215,6 +229,28 @@ async fn answers_come_through_byte_for_byte_and_prefixes_stay_together() {
     assert_eq!(listed["data"].as_array().unwrap().len(), 2);
     assert_eq!(listed["data"][0]["state"], "well");
     assert!(!listed.to_string().contains("secret"));
+}
+
+#[tokio::test]
+async fn an_answer_of_known_length_has_it_for_the_client_too() {
+    let stub = Stub::start("a", Duration::from_millis(20)).await;
+    let gateway = Gateway::start(vec![stub.target("a")]).await;
+    gateway.wait(1).await;
+    let counts = || {
+        let status = gateway.replicas.status("m").unwrap();
+        (status.replicas[0].n_answered, status.replicas[0].n_failed, status.in_flight)
+    };
+    let body = r#"{"model":"m","prompt":"x"}"#;
+    stub.set(COUNTS);
+    let before = counts();
+    let text = gateway.raw("POST", "/v1/completions", body).await;
+    assert!(text.contains("content-length: 10\r\n") && text.ends_with("\r\n\r\nfirstafter"), "{text}");
+    assert!(!text.contains("chunked"), "{text}");
+    assert_eq!(counts(), (before.0 + 1, before.1, 0), "it was seen whole");
+    stub.set(COUNTS_AND_CUTS);
+    let text = gateway.raw("POST", "/v1/completions", body).await;
+    assert!(text.contains("content-length: 10\r\n") && text.ends_with("\r\n\r\nfirst"), "{text}");
+    assert_eq!(counts(), (before.0 + 1, before.1 + 1, 0), "what broke off does not look whole");
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::job::Job;
+use crate::job::{Job, Needs};
 
 /// The label of everything of one cluster.
 pub(super) const CLUSTER: &str = "loquat/cluster";
@@ -68,15 +68,13 @@ pub(super) struct Attempt<'a> {
     pub(super) name: &'a str,
     pub(super) cluster: &'a str,
     pub(super) mark: &'a str,
-    /// Pods, one for each rank.
-    pub(super) n_pods: u32,
-    /// Of each.
-    pub(super) requests: Map<String, Value>,
 }
 
 /// The Job, on hold. Kubernetes starts nothing again by itself: the reconciler knows how often a job may run.
 pub(super) fn job(options: &KubernetesOptions, job: &Job, attempt: &Attempt) -> Value {
-    let Attempt { name, cluster, mark, n_pods, .. } = attempt;
+    let Attempt { name, cluster, mark } = attempt;
+    // One for each rank.
+    let n_pods = job.spec.needs.n_ranks();
     let id = job.id.0.to_string();
     json!({
         "apiVersion": "batch/v1",
@@ -96,30 +94,30 @@ pub(super) fn job(options: &KubernetesOptions, job: &Job, attempt: &Attempt) -> 
             "ttlSecondsAfterFinished": KEPT_SECONDS,
             "template": {
                 "metadata": {"labels": {CLUSTER: cluster, JOB: id}},
-                "spec": pod(options, job, attempt),
+                "spec": pod(options, job),
             },
         },
     })
 }
 
-fn pod(options: &KubernetesOptions, job: &Job, attempt: &Attempt) -> Value {
+fn pod(options: &KubernetesOptions, job: &Job) -> Value {
     let mut pod = json!({
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": GRACE_SECONDS,
         "automountServiceAccountToken": false,
     });
     merge(&mut pod, &options.pod);
-    pod["containers"] = json!([container(options, job, attempt)]);
+    pod["containers"] = json!([container(options, job)]);
     pod
 }
 
-fn container(options: &KubernetesOptions, job: &Job, attempt: &Attempt) -> Value {
+fn container(options: &KubernetesOptions, job: &Job) -> Value {
     let args: Vec<String> = job.spec.args.iter().map(|arg| literal(arg)).collect();
     let value = |name: &str, value: &str| json!({"name": name, "value": literal(value)});
     let mut env: Vec<Value> = job.spec.env.iter().map(|(name, text)| value(name, text)).collect();
     // Where a replica is to be reached, and of how many ranks this is one.
     env.push(json!({"name": "LOQUAT_ADDRESS", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}));
-    env.push(value("LOQUAT_PODS", &attempt.n_pods.to_string()));
+    env.push(value("LOQUAT_PODS", &job.spec.needs.n_ranks().to_string()));
     // Who serves in a pod is asked from others.
     env.push(value("LOQUAT_HOST", "0.0.0.0"));
     let mut container = json!({
@@ -132,12 +130,25 @@ fn container(options: &KubernetesOptions, job: &Job, attempt: &Attempt) -> Value
     if let Some(secret) = &options.secret {
         container["envFrom"] = json!([{"secretRef": {"name": secret}}]);
     }
-    if !attempt.requests.is_empty() {
+    let requests = requests(options, &job.spec.needs);
+    if !requests.is_empty() {
         // What is asked for is what may be used: accelerators allow nothing else, and memory should not.
-        container["resources"] = json!({"requests": attempt.requests, "limits": attempt.requests});
+        container["resources"] = json!({"requests": requests, "limits": requests});
     }
     merge(&mut container, &options.container);
     container
+}
+
+/// What one rank needs, in Kubernetes' units.
+fn requests(options: &KubernetesOptions, needs: &Needs) -> Map<String, Value> {
+    let Needs { cores, memory_bytes, accelerators, .. } = *needs;
+    let all = [
+        ("cpu", u64::from(cores)),
+        ("memory", memory_bytes),
+        (options.accelerator.as_str(), u64::from(accelerators)),
+    ];
+    let asked = all.into_iter().filter(|(_, n)| *n > 0);
+    asked.map(|(name, n)| (name.to_owned(), n.to_string().into())).collect()
 }
 
 /// Kubernetes replaces `$(NAME)` in arguments and values; `$$` is how it spells a dollar.

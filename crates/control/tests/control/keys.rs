@@ -111,6 +111,11 @@ pub(crate) fn keys_that_are_read_in_time_are_known_without_waiting(stage: &Stage
     control.freshen_keys().unwrap();
     assert_eq!(control.known_key(key.expose()).unwrap().unwrap().id, key.info.id);
     assert_eq!(control.known_key("sk-loquat-0"), Some(None), "known to be nobody's");
+    // What is not there may just have been made by another process: a tenth of a second later it is asked for.
+    clock.advance(100);
+    assert_eq!(control.known_key("sk-loquat-0"), None);
+    let new = other.create_key("b", Role::Use).unwrap();
+    assert!(control.check_key(new.expose()).unwrap().is_some());
     other.revoke_key(key.info.id).unwrap();
     // Half a second old, it is read again; a second old, it says nothing.
     clock.advance(400);

@@ -49,9 +49,23 @@ impl Postgres {
 
     /// Starts the server and waits until it answers.
     pub(crate) fn resume(&mut self) {
+        self.process = Some(self.spawn());
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while self.admin("SELECT 1").is_err() {
+            assert!(Instant::now() < deadline, "PostgreSQL does not answer");
+            std::thread::sleep(Duration::from_millis(50));
+            // It refuses to start while a helper of the one that was killed is still there.
+            let has_ended =
+                self.process.as_mut().is_some_and(|process| process.try_wait().unwrap().is_some());
+            if has_ended {
+                self.process = Some(self.spawn());
+            }
+        }
+    }
+
+    fn spawn(&self) -> Child {
         let port = self.port.to_string();
-        let process = self
-            .command("postgres")
+        self.command("postgres")
             .arg("-D")
             .arg(self.data())
             .arg("-k")
@@ -60,13 +74,7 @@ impl Postgres {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
-            .unwrap();
-        self.process = Some(process);
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while self.admin("SELECT 1").is_err() {
-            assert!(Instant::now() < deadline, "PostgreSQL does not answer");
-            std::thread::sleep(Duration::from_millis(50));
-        }
+            .unwrap()
     }
 
     /// Ends the server as a crash would.

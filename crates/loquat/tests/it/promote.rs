@@ -125,6 +125,13 @@ fn a_good_model_goes_live_and_no_other() {
     let listed = succeed(home, &["promote", "list"]);
     let stages: Vec<&str> = listed.lines().map(|line| line.split_whitespace().nth(2).unwrap()).collect();
     assert_eq!(stages, ["rolled_back", "live", "rejected", "live"], "{listed}");
+    let told = client.get_json("/v1/promotions");
+    let second = &told["data"][2];
+    assert_eq!((&second["stage"], &second["candidate"]), (&json!("rejected"), &json!("m@2")), "{told}");
+    assert!(
+        second["history"].as_array().unwrap().last().unwrap()["why"].as_str().unwrap().contains("0.01"),
+        "{told}"
+    );
     let shown = succeed(home, &["promote", "show", "2"]);
     assert!(shown.lines().last().unwrap().contains("rejected"), "{shown}");
     assert_eq!(gateway.stop(), Some(0));

@@ -7,8 +7,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use control::{
-    Control, Ending, Error, Job, JobSpec, JobState, KubernetesLauncher, Launcher, Observed, Reconciler,
-    Shutdown, StopHow,
+    Control, Ending, Error, Job, JobSpec, JobState, KubernetesLauncher, Launcher, Needs, Observed,
+    Reconciler, Shutdown, StopHow,
 };
 use serde_json::json;
 use telemetry::Metrics;
@@ -137,14 +137,37 @@ fn every_option_makes_a_valid_manifest_and_ranks_are_pods(kubernetes: &Kubernete
         KubernetesLauncher::new(options, place.directory.path(), &place.control.cluster_id().unwrap())
             .unwrap();
     let env: BTreeMap<String, String> = [("DOLLARS".to_owned(), "$(HOME) $$".to_owned())].into();
-    let script = format!("echo \"$DOLLARS of $LOQUAT_ADDRESS\" > {}/said", place.directory.path().display());
-    let job = place.job(&JobSpec { env, ..shell("full", &script, 0) });
-    let process = launcher.prepare(&job).unwrap().process;
+    let here = place.directory.path().display();
+    let script = format!(
+        "echo $JOB_COMPLETION_INDEX of $LOQUAT_PODS; touch {here}/rank$JOB_COMPLETION_INDEX; \
+         echo \"$DOLLARS of $LOQUAT_ADDRESS\" > {here}/said"
+    );
+    let needs = Needs { cores: 2, memory_bytes: 3 << 30, accelerators: 1, ranks: 3 };
+    let job = place.job(&JobSpec { env, needs, ..shell("full", &script, 0) });
+    let prepared = launcher.prepare(&job).unwrap();
+    let process = prepared.process;
     launcher.release(&process).unwrap();
     let said = wait_for("a word", || {
         std::fs::read_to_string(place.directory.path().join("said")).ok().filter(|text| text.ends_with('\n'))
     });
     assert_eq!(said, "$(HOME) $$ of 10.0.0.7\n", "nothing of a job's words is Kubernetes' to replace");
+    let container =
+        &kubernetes.objects().jobs[&name_of(&process)]["spec"]["template"]["spec"]["containers"][0].clone();
+    let requests = json!({"cpu": "2", "memory": "3221225472", "nvidia.com/gpu": "1"});
+    assert_eq!(container["resources"]["requests"], requests);
+    assert_eq!(container["resources"]["limits"]["ephemeral-storage"], "1Gi");
+    wait_for("every rank", || {
+        (0..3).all(|rank| place.directory.path().join(format!("rank{rank}")).exists()).then_some(())
+    });
+    // Each line says whose it is.
+    let recorded = Job { process: Some(process.clone()), log_path: prepared.log_path, ..job };
+    let ended = wait_for("the job to end", || {
+        launcher.tick();
+        Some(launcher.poll(&recorded).unwrap()).filter(|seen| *seen != Observed::Running)
+    });
+    assert_eq!(ended, Observed::Ended(Ending::Exited(0)));
+    let log = std::fs::read_to_string(recorded.log_path.as_ref().unwrap()).unwrap();
+    assert!((0..3).all(|rank| log.contains(&format!("[{rank}] {rank} of 3\n"))), "{log}");
     launcher.forget(&process);
 }
 
