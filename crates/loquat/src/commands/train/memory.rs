@@ -83,8 +83,8 @@ impl Needs {
         };
         let mut stages = [[0; 2]; 4];
         for (stage, most) in (0..=3).zip(&mut stages) {
-            if stage > 0 && ranks.team > 1 {
-                // The state of teams is not divided in another way.
+            if stage > 0 && ranks.team > 1 && stage != ranks.stage {
+                // The state of teams is not divided in another way: nobody is advised to. (A run that asks for it is refused.)
                 *most = [u64::MAX; 2];
                 continue;
             }
