@@ -6,6 +6,7 @@
 //! the number of ranks and of what carries them.
 #![forbid(unsafe_code)]
 
+mod group;
 mod handshake;
 mod mpi_comm;
 mod pending;
@@ -18,6 +19,7 @@ pub mod tree;
 use std::ops::Range;
 use std::sync::Arc;
 
+pub use group::teams;
 pub use handshake::{Hello, Refused, handshake};
 pub use mpi_comm::{MpiComm, MpiSettings};
 pub use pending::{Beside, Pending};
@@ -108,6 +110,8 @@ pub enum CommError {
     LengthDiffers { operation: &'static str, rank: usize, waiting: usize, got: usize, expected: usize },
     #[error("{n_ranks} ranks: the fixed order of sums needs a power of two")]
     NotAPowerOfTwo { n_ranks: usize },
+    #[error("{n_ranks} ranks are no whole number of teams of {n_team}, a power of two")]
+    NoTeams { n_ranks: usize, n_team: usize },
     #[error("{operation}: {n_bytes} bytes of rank {rank} are more than {BYTES_MAX}")]
     TooLong { operation: &'static str, rank: usize, n_bytes: u64 },
     #[error(

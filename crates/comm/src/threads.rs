@@ -358,6 +358,8 @@ impl Comm for ThreadComm {
         let mut mail = self.member.group.mail();
         mail.push_back(Letter { from: self.member.rank, to, values: values.to_vec() });
         drop(mail);
+        // Whoever has looked in vain and waits in a moment is waiting once this is free.
+        drop(self.member.group.meeting());
         self.member.group.changed.notify_all();
         Ok(())
     }

@@ -34,6 +34,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         store,
         run: "bench".into(),
         n_ranks: 1,
+        n_team: 1,
         hosts: Vec::new(),
         n_threads: std::thread::available_parallelism()?.get(),
         recompute: false,

@@ -27,6 +27,10 @@ pub enum Error {
     WorkersNotANumber { step: u64 },
     #[error("cannot read what a rank reports")]
     Report(#[source] serde_json::Error),
+    #[error("{n_ranks} ranks are no whole number of teams of {n_team}")]
+    Teams { n_ranks: usize, n_team: usize },
+    #[error("ranks that compute one model together (--tp {n_team}) exclude {what}")]
+    Team { n_team: usize, what: &'static str },
     #[error("Muon needs whole matrices: its state cannot be divided among ranks")]
     MuonDivided,
     #[error("low-rank changes are small: divide their optimizer's state at most (--zero 1)")]

@@ -82,6 +82,7 @@ impl Rank<'_> {
         let fixed = Fixed {
             pool: &self.pool,
             comm: &*self.comm,
+            team: self.team.as_ref().map(|team| &*team.comm),
             layout: &self.layout,
             params: &self.state.params,
             seconds: self.seconds,

@@ -61,6 +61,8 @@ pub(crate) enum Kind {
 pub(crate) struct Fixed<'a> {
     pub(crate) pool: &'a Pool,
     pub(crate) comm: &'a dyn Comm,
+    /// To those that compute the same micro-batches with other parts of the model.
+    pub(crate) team: Option<&'a dyn Comm>,
     pub(crate) layout: &'a Layout,
     /// This rank's shard of them, where they are divided.
     pub(crate) params: &'a [f32],
@@ -454,6 +456,15 @@ impl Keeper for Exchange<'_> {
 
     fn complete(&mut self, unit: usize) {
         if self.is_divided() { self.complete_divided(unit) } else { self.complete_whole(unit) }
+    }
+
+    fn sum(&mut self, values: &mut [f32]) {
+        let Some(team) = self.fixed.team.filter(|_| self.error.is_none()) else { return };
+        let start = (self.fixed.seconds)();
+        let summed = team.all_reduce_tree(values);
+        let seconds = (self.fixed.seconds)() - start;
+        self.spent.waited += seconds;
+        self.travelled(summed.map(|()| seconds));
     }
 }
 

@@ -26,6 +26,7 @@ mod loader;
 mod metrics_log;
 mod optimizer;
 mod plan;
+mod plans;
 mod publish;
 mod rank;
 mod run;
@@ -50,7 +51,8 @@ pub use plan::{
     AdamW, CheckpointPolicy, DataPart, Evaluate, Guard, Method, Muon, PLAN_VERSION, Plan, Sample, Start,
     TaskFile, Tasks,
 };
-pub use run::{Context, Outcome, create, plan_sha256, read_plan, run, run_rank};
+pub use plans::{create, plan_sha256, read_plan};
+pub use run::{Context, Outcome, run, run_rank};
 pub use schedule::{Decay, Schedule};
 pub use start::start_files;
 pub use tasks::keep_tasks;

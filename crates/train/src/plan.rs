@@ -329,6 +329,14 @@ impl Plan {
         self.diloco.map_or(self.micro_batches, |diloco| diloco.workers)
     }
 
+    /// Refuses ranks that are no whole number of teams of `n_team`, or teams that cannot share the step's parts evenly.
+    pub fn check_teams(&self, n_ranks: usize, n_team: usize) -> Result<()> {
+        if n_team == 0 || !n_ranks.is_multiple_of(n_team) {
+            return Err(Error::Teams { n_ranks, n_team });
+        }
+        self.check_ranks(n_ranks / n_team)
+    }
+
     /// Refuses ranks among which the step's parts cannot be shared evenly.
     pub fn check_ranks(&self, n_ranks: usize) -> Result<()> {
         if n_ranks.is_power_of_two() && self.parts().is_multiple_of(n_ranks) {

@@ -2,6 +2,7 @@
 
 mod links;
 mod rounds;
+pub(crate) mod team;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,11 +25,15 @@ use crate::state::State;
 use crate::{BadBatch, Error, Event, Plan, Ranks, Result, Step};
 pub(crate) use links::Links;
 pub(crate) use rounds::Rounds;
+use team::Team;
 
 /// What a rank needs beyond the plan.
 pub(crate) struct Rank<'a> {
     pub(crate) plan: &'a Plan,
+    /// To those that share a step's micro-batches with this rank.
     pub(crate) comm: Box<dyn Comm>,
+    /// To those that compute one model with it, if it has only a part.
+    pub(crate) team: Option<Team>,
     pub(crate) pool: Pool,
     pub(crate) model: TrainModel,
     pub(crate) trainable: Trainable,
@@ -143,7 +148,7 @@ impl Rank<'_> {
             }
             if must_save {
                 (is_save_due, self.is_saving) = (false, true);
-                self.saver.prepare(&self.state);
+                self.prepare_save()?;
             }
             let event = self.step(&loader)?;
             if let Some(lead) = &mut lead {
@@ -164,7 +169,10 @@ impl Rank<'_> {
     /// Of three things whether any rank says so.
     fn any(&self, wants: [bool; 3]) -> Result<[bool; 3]> {
         let all = self.comm.all_gather(&wants.map(|want| f64::from(u8::from(want))))?;
-        Ok([0, 1, 2].map(|at| all.iter().skip(at).step_by(3).any(|want| *want != 0.0)))
+        let any = |all: Vec<f64>| [0, 1, 2].map(|at| all.iter().skip(at).step_by(3).any(|want| *want != 0.0));
+        let wants = any(all);
+        let Some(team) = &self.team else { return Ok(wants) };
+        Ok(any(team.comm.all_gather(&wants.map(|want| f64::from(u8::from(want))))?))
     }
 
     /// Writes a checkpoint and waits for it. Its step, where this rank has published it.
@@ -176,7 +184,7 @@ impl Rank<'_> {
             self.all_told(lead)?;
         }
         self.tell_published(lead, true);
-        self.saver.begin_at_once(&self.pool, &self.state, seconds);
+        self.begin_save()?;
         self.saver.wait(seconds);
         self.all_told(lead)?;
         let is_there = self.tell_published(lead, true);
@@ -207,6 +215,11 @@ impl Rank<'_> {
     /// The model as it is now, on the first rank. Where parameters are divided all ranks bring theirs, tensor by tensor.
     pub(crate) fn weights(&self) -> Result<Option<Weights>> {
         let (rank, kind) = (self.comm.rank(), WeightKind::F32);
+        if let Some(team) = &self.team {
+            // Other teams have the same.
+            let whole = if rank == 0 { team.whole(&self.state.params)? } else { None };
+            return Ok(whole.map(|params| self.trainable.to_weights(&self.pool, &params, kind)));
+        }
         if self.layout.zero < Zero::Parameters {
             return Ok((rank == 0).then(|| self.trainable.to_weights(&self.pool, &self.state.params, kind)));
         }
@@ -336,6 +349,9 @@ impl Rank<'_> {
 
     /// The square of the norm of the gradient, from the sums that each rank has of what it owns.
     fn squares_of_sums(&mut self) -> Result<f64> {
+        if let Some(squares) = self.squares_of_team()? {
+            return Ok(squares);
+        }
         let (layout, grads) = (&self.layout, &self.memory.sums[0]);
         if layout.zero == Zero::Nothing {
             return Ok(sum_squares(&self.pool, grads, &mut self.squares));
@@ -416,11 +432,12 @@ impl Rank<'_> {
     /// the seconds waited for data, and what the exchange took. `alone` is the layout of a worker that exchanges nothing.
     fn gradients(&mut self, loader: &Loader, alone: Option<&Layout>) -> Result<(Sums, f64, Spent)> {
         let (mut sums, mut data_seconds) = (Sums::default(), 0.0);
-        let Rank { plan, pool, model, state, memory, layout, comm, seconds, .. } = self;
+        let Rank { plan, pool, model, state, memory, layout, comm, team, seconds, .. } = self;
+        let team = team.as_ref().map(|team| &*team.comm);
         let layout = alone.unwrap_or(layout);
         memory.reserve(layout);
         let (pool, layout, seconds): (&Pool, &Layout, _) = (pool, layout, *seconds);
-        let fixed = Fixed { pool, comm: &**comm, layout, params: &state.params, seconds };
+        let fixed = Fixed { pool, comm: &**comm, team, layout, params: &state.params, seconds };
         let params = (layout.zero < Zero::Parameters).then_some(&state.params[..]);
         let mut exchange = Exchange::new(fixed, memory);
         for turn in 0..layout.n_turns {

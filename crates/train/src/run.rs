@@ -9,9 +9,8 @@ use std::sync::atomic::AtomicBool;
 
 use comm::{Comm, Record};
 use data::{Dataset, chain};
-use model::{TrainModel, Trainable, Weights};
-use sha2::{Digest, Sha256};
-use store::{ObjectName, Put, Store};
+use model::{Division, TrainModel, Trainable, Weights};
+use store::{ObjectName, Store};
 use tensor::{Buf, Pool, Precision};
 
 use crate::checkpoint::{Checkpoints, Loaded};
@@ -19,7 +18,9 @@ use crate::exchange::Memory;
 use crate::layout::{Layout, Zero};
 use crate::metrics_log::MetricsLog;
 use crate::optimizer::Optimizer;
+use crate::plans::stored_plan;
 use crate::publish::{Trained, publish};
+use crate::rank::team::{self, Team};
 use crate::rank::{Lead, Links, Rank, Rounds};
 use crate::sample::Sampler;
 use crate::saver::Saver;
@@ -37,6 +38,8 @@ pub struct Context<'a> {
     pub store: Arc<dyn Store>,
     pub run: String,
     pub n_ranks: usize,
+    /// Ranks that compute one model together (tensor parallel); 1: each has the whole. Losses depend on it, within bounds.
+    pub n_team: usize,
     /// The machine of each rank, where they are processes.
     pub hosts: Vec<String>,
     /// What ended the ranks before these, where that is known.
@@ -71,49 +74,6 @@ pub enum Outcome {
     Interrupted,
 }
 
-/// Writes the plan into the run, and the files of the model it starts from, if it names one (see [`crate::start_files`]).
-/// A run that exists keeps its plan: another one is refused, naming the first field that differs.
-pub fn create(store: &Arc<dyn Store>, run: &str, plan: &Plan, start: Option<&model::Files>) -> Result<()> {
-    plan.check()?;
-    let name = plan_name(run)?;
-    if read_plan(store, run)?.is_none() {
-        // First, so that a run with a plan has all that it needs.
-        if let Some(files) = start {
-            start::keep(store, run, files)?;
-        }
-        if store.put_if_absent(&name, &plan.to_json())? == Put::Created {
-            return Ok(());
-        }
-    }
-    let old = Plan::from_json(&store.get(&name)?)?;
-    match first_difference(&as_value(&old)?, &as_value(plan)?, String::new()) {
-        None => Ok(()),
-        Some(field) => Err(Error::PlanChanged { run: run.to_owned(), field }),
-    }
-}
-
-/// The plan of a run, if there is such a run.
-pub fn read_plan(store: &Arc<dyn Store>, run: &str) -> Result<Option<Plan>> {
-    Ok(stored_plan(store, run)?.map(|(plan, _)| plan))
-}
-
-/// The plan and the SHA-256 of its bytes as they were written: what checkpoints name it by, whatever a newer build would
-/// write.
-fn stored_plan(store: &Arc<dyn Store>, run: &str) -> Result<Option<(Plan, String)>> {
-    let name = plan_name(run)?;
-    if store.head(&name)?.is_none() {
-        return Ok(None);
-    }
-    let bytes = store.get(&name)?;
-    Ok(Some((Plan::from_json(&bytes)?, hex::encode(Sha256::digest(&bytes)))))
-}
-
-/// The SHA-256 of a run's plan as it was written: what every rank of the run must have alike.
-pub fn plan_sha256(store: &Arc<dyn Store>, run: &str) -> Result<String> {
-    let found = stored_plan(store, run)?.ok_or_else(|| Error::NoRun { run: run.to_owned() })?;
-    Ok(found.1)
-}
-
 /// What every rank needs of a run.
 struct Opened {
     plan: Plan,
@@ -127,7 +87,8 @@ impl Opened {
         let run = &context.run;
         let (plan, plan_sha256) =
             stored_plan(&context.store, run)?.ok_or_else(|| Error::NoRun { run: run.clone() })?;
-        plan.check_ranks(context.n_ranks)?;
+        plan.check_teams(context.n_ranks, context.n_team)?;
+        team::check(&plan, context.zero, context.n_team)?;
         check_division(&plan, context.zero, context.n_ranks)?;
         let sources = Sources::open(&context.store, &plan)?;
         let trainable = start::trainable(&context.store, run, &plan)?;
@@ -203,7 +164,7 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
         .into_iter()
         .zip(loaded)
         .map(|(comm, loaded)| parts.rank(Box::new(comm), loaded, Record::default()));
-    let (finished, trained) = run_ranks(ranks.collect(), &mut leader, context.stop)?;
+    let (finished, trained) = run_ranks(ranks.collect::<Result<_>>()?, &mut leader, context.stop)?;
     leader.end(finished, &opened, trained)
 }
 
@@ -229,7 +190,7 @@ pub fn run_rank(
     if let Some(leader) = &mut leader {
         leader.begin(refused, step, &opened);
     }
-    let mut rank = RankParts::new(context, &opened)?.rank(comm, loaded, record);
+    let mut rank = RankParts::new(context, &opened)?.rank(comm, loaded, record)?;
     let lead = leader.as_mut().map(|leader| leader as &mut dyn Lead);
     let finished = rank.run(lead, context.stop)?;
     let trained = rank.trained(finished)?;
@@ -263,11 +224,19 @@ impl<'a> RankParts<'a> {
         Ok(RankParts { context, opened, precision, token_bytes })
     }
 
-    fn rank(&self, comm: Box<dyn Comm>, loaded: Loaded, record: Record) -> Rank<'a> {
+    fn rank(&self, comm: Box<dyn Comm>, loaded: Loaded, record: Record) -> Result<Rank<'a>> {
         let RankParts { context, opened, precision, .. } = *self;
         let Opened { plan, sources, trainable, checkpoints } = opened;
-        let layout = opened.layout(context, comm.rank());
+        // Of the whole model: what of a checkpoint a rank writes, and which state it goes on from.
+        let whole = opened.layout(context, comm.rank());
         let Loaded { state, workers } = loaded;
+        let how = (plan.checkpoint.keep, context.threads_of_a_rank());
+        let saver = Saver::new(checkpoints.clone(), &whole, how);
+        let (team, comm) = self.team(comm, whole.zero)?;
+        let computed = team.as_ref().map_or_else(|| trainable.clone(), |team| team::part(&team.division));
+        let ranks = [comm.rank(), comm.n_ranks()];
+        let layout = Layout::new(&computed, context.zero, ranks, plan.micro_batches);
+        let state = team.as_ref().map_or_else(|| state.clone(), |team| team.take(&state, &layout));
         let rounds = plan.diloco.map(|diloco| Rounds {
             diloco,
             first: plan.workers_of(comm.rank(), comm.n_ranks()).start,
@@ -276,19 +245,19 @@ impl<'a> RankParts<'a> {
             checkpoints: checkpoints.clone(),
             saved: state.step,
         });
-        let how = (plan.checkpoint.keep, context.threads_of_a_rank());
-        Rank {
-            saver: Saver::new(checkpoints.clone(), &layout, how),
+        Ok(Rank {
+            saver,
+            team,
             layout,
             memory: Memory::default(),
             is_saving: false,
             plan,
             comm,
             pool: Pool::new(context.threads_of_a_rank()),
-            model: TrainModel::new(trainable.clone(), plan.rows, plan.context, precision)
+            optimizer: Optimizer::new(plan, computed.specs(), &computed.decayed(), precision),
+            model: TrainModel::new(computed, plan.rows, plan.context, precision)
                 .with_z_loss(plan.z_loss)
                 .with_recompute(context.recompute),
-            optimizer: Optimizer::new(plan, trainable.specs(), &trainable.decayed(), precision),
             trainable: trainable.clone(),
             mixture: sources.mixture.clone(),
             validation: sources.validation.clone(),
@@ -300,7 +269,20 @@ impl<'a> RankParts<'a> {
             seconds: context.seconds,
             bytes_told: 0,
             record,
+        })
+    }
+
+    /// The rank's team, if it has only a part of the model, and those that it shares micro-batches with.
+    fn team(&self, all: Box<dyn Comm>, zero: Zero) -> Result<(Option<Team>, Box<dyn Comm>)> {
+        let (context, trainable) = (self.context, &self.opened.trainable);
+        if context.n_team <= 1 {
+            return Ok((None, all));
         }
+        let [comm, alike] = comm::teams(all, context.n_team)?;
+        let division = Division::new(trainable.config(), context.n_team)?;
+        // Of nobody in particular: a state that is put together is written by who has it.
+        let whole = Layout::new(trainable, zero, [0, 1], 1);
+        Ok((Some(Team { comm, division, whole }), alike))
     }
 }
 
@@ -485,26 +467,5 @@ fn check_division(plan: &Plan, zero: Zero, n_ranks: usize) -> Result<()> {
             Err(Error::TurnsDivided { n_ranks, micro_batches: plan.micro_batches })
         }
         () => Ok(()),
-    }
-}
-
-fn plan_name(run: &str) -> Result<ObjectName> {
-    Ok(ObjectName::parse(&format!("runs/{run}/plan.json"))?)
-}
-
-fn as_value(plan: &Plan) -> Result<serde_json::Value> {
-    serde_json::to_value(plan).map_err(Error::PlanJson)
-}
-
-/// The path of the first field in which two values differ.
-fn first_difference(old: &serde_json::Value, new: &serde_json::Value, path: String) -> Option<String> {
-    use serde_json::Value::Object;
-    match (old, new) {
-        (Object(a), Object(b)) => a.keys().chain(b.keys()).find_map(|key| {
-            let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
-            let null = serde_json::Value::Null;
-            first_difference(a.get(key).unwrap_or(&null), b.get(key).unwrap_or(&null), path)
-        }),
-        _ => (old != new).then_some(path),
     }
 }

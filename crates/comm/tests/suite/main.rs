@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use comm::{Beside, Comm, CommError, Hello, MpiComm, MpiSettings, Record, handshake, threads, tree};
+use comm::{Beside, Comm, CommError, Hello, MpiComm, MpiSettings, Record, handshake, teams, threads, tree};
 
 /// What a rank that `mpirun` started is told of.
 const SIZE: &str = "OMPI_COMM_WORLD_SIZE";
@@ -178,6 +178,35 @@ fn threads_keep_the_promises() {
     }
 }
 
+/// In a team, and then among those that have its place in the other teams.
+fn suites_of_teams(comm: Box<dyn Comm>) {
+    let [team, alike] = teams(comm, 2).unwrap();
+    assert_eq!((team.n_ranks(), alike.n_ranks()), (2, 2));
+    suite(&*team);
+    suite(&*alike);
+    alike.leave().unwrap();
+}
+
+#[test]
+fn teams_keep_the_promises() {
+    std::thread::scope(|scope| {
+        for comm in threads(4).unwrap() {
+            scope.spawn(move || suites_of_teams(Box::new(comm)));
+        }
+    });
+    let Some((text, code)) = under_mpi("teams", 4) else { return };
+    assert_eq!((code, text.matches("kept every promise").count()), (Some(0), 4), "{text}");
+}
+
+#[test]
+fn teams_are_whole() {
+    for n_team in [0, 3, 8] {
+        let comm = threads(4).unwrap().remove(0);
+        let error = teams(Box::new(comm), n_team).err().unwrap().to_string();
+        assert!(error.contains(&format!("4 ranks are no whole number of teams of {n_team}")), "{error}");
+    }
+}
+
 #[test]
 fn mpi_keeps_the_promises() {
     for n_ranks in [2, 4] {
@@ -228,6 +257,10 @@ fn as_one_rank() {
             suite(&comm);
             comm.leave().unwrap();
             println!("rank {} kept every promise", comm.rank());
+        }
+        "teams" => {
+            suites_of_teams(Box::new(join(Duration::from_secs(60), &record).unwrap()));
+            println!("it kept every promise");
         }
         "late" => late(&record),
         "differ" => {

@@ -161,9 +161,18 @@ pub(crate) struct Distributed {
     /// result does not depend on it.
     #[arg(long, value_name = "STAGE", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=3))]
     pub(crate) zero: u8,
+    /// Ranks that compute one model together, each with some of its heads and of its feed-forward columns (tensor parallel): a
+    /// power of two that divides --ranks. Losses are those of one rank but for roundings.
+    #[arg(long, value_name = "RANKS", default_value_t = 1, value_parser = tp)]
+    pub(crate) tp: usize,
     /// Seconds without any progress after which a rank gives the others up.
     #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     rank_limit: u64,
+}
+
+fn tp(text: &str) -> Result<usize, String> {
+    let n = text.parse().ok().filter(|n: &usize| n.is_power_of_two());
+    n.ok_or_else(|| format!("{text:?} is not a power of two"))
 }
 
 impl Distributed {

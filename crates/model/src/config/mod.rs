@@ -43,6 +43,8 @@ pub enum ConfigError {
     OutOfRange { field: &'static str, value: String, allowed: String },
     #[error("config.json: {field} = {value} is not supported")]
     Unsupported { field: &'static str, value: String },
+    #[error("the model cannot be divided into {n} parts: {why}")]
+    Indivisible { n: usize, why: String },
     #[error("config.json has format version {found}, this build reads up to {FORMAT_VERSION}")]
     Newer { found: u64 },
     #[error("models of type {0} cannot be trained here, only those that predict the next token can")]

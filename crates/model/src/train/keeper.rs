@@ -43,6 +43,9 @@ pub trait Keeper {
 
     /// Nothing more is added to the gradients of this unit by this pass.
     fn complete(&mut self, unit: usize);
+
+    /// Where several compute a part of the model each (see [`crate::Division`]): replaces `values` by the sum of all of theirs.
+    fn sum(&mut self, _values: &mut [f32]) {}
 }
 
 /// All gradients in one vector.

@@ -65,6 +65,7 @@ impl<'a> Pass<'a> {
         let LayerMemory { qkv, out_nhd, lse_bht, .. } = memory;
         attention_forward(pool, (shape.attention, mask), out_nhd, lse_bht, qkv);
         self.matrices.forward((l, Site::Output), &mut self.scratch.delta_nc, out_nhd);
+        self.grads.keeper.sum(&mut self.scratch.delta_nc);
         self.post_norm((l, ATTENTION), ranges.attention_post_norm.as_ref());
     }
 
@@ -81,6 +82,7 @@ impl<'a> Pass<'a> {
             Activation::GeluErf => unreachable!("no model that predicts has it"),
         }
         self.matrices.forward((l, Site::Down), delta_nc, act_nf);
+        self.grads.keeper.sum(delta_nc);
         let post_norm = self.matrices.values.table.layers[l].ff_post_norm.as_ref();
         self.post_norm((l, FEED_FORWARD), post_norm);
     }
@@ -125,6 +127,7 @@ impl<'a> Pass<'a> {
         Norm::of(&self.matrices.values, &ranges.ff_norm, self.shape.norm_eps).again(pool, normed_nc, stream);
         self.matrices.dw((l, Site::Up), &mut self.grads, up_no, normed_nc);
         self.matrices.dx((l, Site::Up), delta_nc, up_no);
+        self.grads.keeper.sum(delta_nc);
         self.norm_backward(2 * l + 1, &ranges.ff_norm);
     }
 
@@ -157,6 +160,7 @@ impl<'a> Pass<'a> {
         // Below the first layer's matrices LoRA trains nothing.
         if l > 0 || self.grads.all {
             self.matrices.dx((l, Site::Qkv), delta_nc, dqkv);
+            self.grads.keeper.sum(delta_nc);
             self.norm_backward(2 * l, &ranges.attention_norm);
         }
     }

@@ -18,6 +18,7 @@
 
 mod batch;
 mod budget;
+mod division;
 mod head;
 mod keeper;
 mod layer;
@@ -33,6 +34,7 @@ use tensor::{Accumulate, Buf, Mat, Pool, Precision, matmul};
 
 pub use batch::MicroBatch;
 pub use budget::ActivationBytes;
+pub use division::Division;
 use keeper::Flat;
 pub use keeper::{Keeper, Kept};
 use matrices::{Grads, Held, Matrices, MatrixScratch, Values};

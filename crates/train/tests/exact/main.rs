@@ -17,6 +17,7 @@ mod diloco;
 mod divided;
 mod methods;
 mod mishaps;
+mod teams;
 
 const STEPS: u64 = 6;
 
@@ -73,6 +74,7 @@ fn context<'a>(store: &Arc<dyn Store>, run: &str, stop: &'a AtomicBool) -> Conte
         store: store.clone(),
         run: run.into(),
         n_ranks: 1,
+        n_team: 1,
         hosts: Vec::new(),
         after: None,
         zero: Zero::Nothing,

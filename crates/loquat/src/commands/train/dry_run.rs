@@ -98,8 +98,13 @@ fn tell_here(plan: &Plan, needs: &Needs, args: &args::Train) -> Result<()> {
         println!("memory     {:>9} activations with --recompute", bytes_text(needs.recomputed));
     }
     println!(
-        "layout     data parallel on {} rank(s) of this machine, each with {}; {}",
+        "layout     data parallel on {} rank(s) of this machine{}, each with {}; {}",
         args.ranks,
+        if args.distributed.tp > 1 {
+            format!(", {} of which share a model", args.distributed.tp)
+        } else {
+            String::new()
+        },
         match super::zero(args) {
             Zero::Nothing => "all of the state",
             Zero::Optimizer => "a part of what the optimizer remembers",
@@ -108,7 +113,7 @@ fn tell_here(plan: &Plan, needs: &Needs, args: &args::Train) -> Result<()> {
         },
         if plan.bf16 { "products in bf16, sums and weights in f32" } else { "f32" }
     );
-    if args.ranks > 1 {
+    if args.ranks > 1 && args.distributed.tp == 1 {
         for stage in 0..=3 {
             let ranks = RanksHere { stage, ..RanksHere::of(args, None) };
             let of_rank = Needs::new(plan, ranks, args.recompute)?.of_rank;

@@ -18,6 +18,8 @@ pub(super) struct RanksHere {
     pub(super) of_machine: usize,
     pub(super) of_process: usize,
     pub(super) stage: u8,
+    /// So many of them compute one model together.
+    pub(super) team: usize,
 }
 
 /// Bytes by kind, in the order of the list that is shown.
@@ -38,15 +40,15 @@ pub(super) struct Needs {
 impl RanksHere {
     /// As they were started, or as `args` would start them.
     pub(super) fn of(args: &args::Train, launched: Option<&Launched>) -> RanksHere {
-        let stage = args.distributed.zero;
+        let (stage, team) = (args.distributed.zero, args.distributed.tp);
         match launched {
             Some(launched) => {
-                RanksHere { all: launched.n_ranks, of_machine: launched.n_local, of_process: 1, stage }
+                RanksHere { all: launched.n_ranks, of_machine: launched.n_local, of_process: 1, stage, team }
             }
             None => {
                 let (n, hosts) = (args.ranks, args.distributed.hosts.len().max(1));
                 let of_process = if args.distributed.launch.is_some() { 1 } else { n };
-                RanksHere { all: n, of_machine: n.div_ceil(hosts), of_process, stage }
+                RanksHere { all: n, of_machine: n.div_ceil(hosts), of_process, stage, team }
             }
         }
     }
@@ -56,6 +58,10 @@ impl Needs {
     /// Of the ranks of this machine.
     pub(super) fn new(plan: &Plan, ranks: RanksHere, recompute: bool) -> Result<Needs> {
         let config = plan.config()?;
+        // What one of a team has is as if the model were smaller.
+        let part = config.part_of(ranks.team)?;
+        let of_part = Plan { model: serde_json::from_str(&part.to_json("float32"))?, ..plan.clone() };
+        let n_teams = (ranks.all / ranks.team).max(1);
         let changes = match &plan.method {
             Method::Full => None,
             Method::Lora { changes, .. } => Some(changes),
@@ -64,25 +70,33 @@ impl Needs {
         let is_kept = plan.start.is_some() && (changes.is_some() || plan.objective.is_of_pairs());
         let n_frozen = if is_kept { config.n_params() } else { 0 };
         let activations = |recompute| {
-            TrainModel::activation_bytes(&config, [plan.rows, plan.context], recompute).total() as u64
+            TrainModel::activation_bytes(&part, [plan.rows, plan.context], recompute).total() as u64
         };
-        let (here, copy, frozen) = (ranks.of_machine as u64, plan.copy_bytes()?, 4 * n_frozen as u64);
+        let (here, frozen) = (ranks.of_machine as u64, 4 * n_frozen as u64);
+        // The first of a team puts the whole together for checkpoints, once and to be written.
+        let put_together = if ranks.team > 1 { 6 * 4 * config.n_params() as u64 } else { 0 };
+        let copy = plan.copy_bytes()? + put_together;
         // Threads share the model that they start from.
         let frozen_here = frozen * here / ranks.of_process.max(1) as u64;
         let of = |stage: u8, rank: usize| {
-            plan.rank_bytes([rank, ranks.all], Zero::of_stage(stage).unwrap_or_default())
+            of_part.rank_bytes([rank, n_teams], Zero::of_stage(stage).unwrap_or_default())
         };
         let mut stages = [[0; 2]; 4];
         for (stage, most) in (0..=3).zip(&mut stages) {
+            if stage > 0 && ranks.team > 1 && stage != ranks.stage {
+                // The state of teams is not divided in another way: nobody is advised to. (A run that asks for it is refused.)
+                *most = [u64::MAX; 2];
+                continue;
+            }
             let first = of(stage, 0)?.most(activations(recompute), copy);
-            let other = of(stage, ranks.all - 1)?.most(activations(recompute), 0);
+            let other = of(stage, n_teams - 1)?.most(activations(recompute), 0);
             let of = |n: u64| first + (n - 1) * other;
             *most = [
                 of(here) + frozen_here + here * PROGRAM_BYTES,
                 of(ranks.of_process as u64) + frozen + PROGRAM_BYTES,
             ];
         }
-        let (first, other) = (of(ranks.stage, 0)?, of(ranks.stage, ranks.all - 1)?);
+        let (first, other) = (of(ranks.stage, 0)?, of(ranks.stage, n_teams - 1)?);
         let steps = first.gradients + first.travelling + first.checkpoint + copy;
         Ok(Needs {
             kinds: vec![
@@ -93,7 +107,8 @@ impl Needs {
                 ("optimizer", first.optimizer + (here - 1) * other.optimizer),
                 ("activations", here * activations(recompute)),
                 ("checkpoint being written", first.checkpoint + (here - 1) * other.checkpoint),
-                ("copies for samples and tasks", copy),
+                ("copies for samples and tasks", copy - put_together),
+                ("a team's checkpoint, put together", put_together),
                 ("more, for the finished model's file", first.publication.saturating_sub(steps)),
                 ("the program", here * PROGRAM_BYTES),
             ],

@@ -76,6 +76,7 @@ pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
         store: store.clone(),
         run: run.to_owned(),
         n_ranks,
+        n_team: args.distributed.tp,
         hosts: member.as_ref().map_or(Vec::new(), |member| member.hosts.clone()),
         after: std::env::var(AFTER).ok(),
         zero: zero(args),

@@ -90,7 +90,10 @@ pub(super) fn plan(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<
     };
     spread(&mut plan, args);
     plan.check()?;
-    plan.check_ranks(args.ranks)?;
+    // (Processes are told how many there are by who starts them, and the run checks that.)
+    if args.ranks > 1 {
+        plan.check_teams(args.ranks, args.distributed.tp)?;
+    }
     Ok(Planned { plan, weights, files: start.map(|(_, files)| files), task_files, datasets })
 }
 

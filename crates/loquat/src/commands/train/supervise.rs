@@ -90,8 +90,11 @@ impl Supervisor<'_> {
     fn n_ranks(&self, n_hosts: usize) -> usize {
         let (asked, hosts) = (self.args.ranks, self.args.distributed.hosts.len());
         let possible = if hosts == 0 { asked } else { (asked.div_ceil(hosts) * n_hosts).min(asked) };
-        let is_even = |n: &usize| n.is_power_of_two() && self.n_parts.is_multiple_of(*n);
-        (1..=possible).rev().find(is_even).unwrap_or(1)
+        let n_team = self.args.distributed.tp;
+        let is_even = |n: &usize| {
+            n.is_power_of_two() && n.is_multiple_of(n_team) && self.n_parts.is_multiple_of(n / n_team)
+        };
+        (1..=possible).rev().find(is_even).unwrap_or(n_team)
     }
 
     fn hosts_that_answer(&self) -> Vec<String> {

@@ -39,12 +39,15 @@ fn a_straggler_is_named_and_measured() {
     let all = events(&told);
     let ranks: Vec<&Value> =
         all[n_before..].iter().map(|event| &event["ranks"]).filter(|r| r.is_object()).collect();
-    let slowest = ranks.iter().filter(|ranks| ranks["slowest"] == 1);
-    let seconds = |name: &str| slowest.clone().filter_map(|ranks| ranks[name].as_f64()).sum::<f64>();
-    let (own, middle) = (seconds("slowest_seconds"), seconds("median_seconds"));
     assert!(ranks.len() > 20, "too few steps to tell: {told}");
-    assert!(2 * slowest.clone().count() > ranks.len(), "rank 1 is seldom the slowest: {told}");
-    assert!(own > 1.3 * middle, "{own} s and {middle} s");
+    // Not every step falls into a time in which it stands still; those that do make the others wait.
+    let waited_for = |rank: u64| {
+        let slowest = ranks.iter().filter(|ranks| ranks["slowest"] == rank);
+        let seconds = |name: &str| slowest.clone().filter_map(|ranks| ranks[name].as_f64()).sum::<f64>();
+        seconds("slowest_seconds") - seconds("median_seconds")
+    };
+    let (own, other) = (waited_for(1), waited_for(0));
+    assert!(own > 0.1 && own > 2.0 * other, "{own} s for rank 1, {other} s for rank 0: {told}");
     let hosts = all.iter().find_map(|event| event["hosts"].as_array()).map(Vec::len);
     assert_eq!(hosts, Some(2), "ranks have hosts: {told}");
     let links = all.iter().filter_map(|event| event["links"].as_array()).flatten();
