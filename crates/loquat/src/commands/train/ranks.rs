@@ -23,7 +23,7 @@ pub(super) const EXIT_REFUSED: u8 = 78;
 
 /// How often a rank posts what it is doing, at most and at least.
 const POST_EVERY: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(10)];
-/// So long a rank that gives up waits for the others to post, and for the store to answer.
+/// So long a rank that gives up waits for the others to post or to say why, and for the store to answer.
 const LAST_POSTS: Duration = Duration::from_millis(1500);
 const EXPLAIN_MAX: Duration = Duration::from_secs(10);
 
@@ -65,7 +65,12 @@ impl Member {
             self.comm.leave()?;
         }
         planned?;
-        if went_well { Ok(()) } else { bail!("rank 0 could not plan the run") }
+        if went_well {
+            return Ok(());
+        }
+        // Rank 0 says why; mpirun ends all of them with the first that goes, maybe before it has.
+        std::thread::sleep(LAST_POSTS);
+        bail!("rank 0 could not plan the run")
     }
 
     /// Compares what must be the same on every rank.
