@@ -104,19 +104,19 @@ impl Runs {
         begun
     }
 
-    /// Starts a supervised run that has a checkpoint and at least half of its steps before it, and says of how many steps and
+    /// Starts a supervised run that has a checkpoint and most of its steps before it, and says of how many steps and
     /// under what name: of more and more, since a checkpoint takes seconds and a quick machine's step a few milliseconds.
     fn begin_midway(&self, run: &str, command: impl Fn(&str, u64) -> Command) -> (Begun, u64, String) {
-        for steps in [300, 1200, 4800, 19_200] {
+        for steps in [1200, 4800, 19_200] {
             let name = format!("{run}-{steps}");
             let begun = self.begin(command(&name, steps), &name);
             let n_done = begun.text().matches("\"event\":\"step\"").count() as u64;
-            if 2 * n_done < steps {
+            if 4 * n_done < steps {
                 return (begun, steps, name);
             }
             begun.end();
         }
-        panic!("19,200 steps are half over before a checkpoint is there");
+        panic!("a quarter of 19,200 steps is over before a checkpoint is there");
     }
 
     /// Processes that are a rank of the run, not what started them.
