@@ -100,18 +100,30 @@ impl Bundle {
     /// verified: what it made of them is worth nothing where this is an error.
     pub fn read_each(&self, file: &str, take: &mut dyn FnMut(&[u8])) -> Result<()> {
         let (entry, name) = self.find(file)?;
+        self.read_chunks(entry, &name, &mut |chunk| {
+            take(chunk);
+            Ok(())
+        })
+    }
+
+    fn read_chunks(
+        &self,
+        entry: &FileEntry,
+        name: &ObjectName,
+        take: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
         let (mut hash, mut at) = (Sha256::new(), 0);
         while at < entry.bytes {
             let end = entry.bytes.min(at + CHUNK_BYTES as u64);
-            let chunk = match self.store.get_range(&name, at..end) {
-                Err(Error::OutOfRange { bytes, .. }) => return Err(self.truncated(entry, &name, bytes)),
+            let chunk = match self.store.get_range(name, at..end) {
+                Err(Error::OutOfRange { bytes, .. }) => return Err(self.truncated(entry, name, bytes)),
                 chunk => chunk?,
             };
             hash.update(&chunk);
-            take(&chunk);
+            take(&chunk)?;
             at = end;
         }
-        self.check(entry, &name, at, &hex::encode(hash.finalize()))
+        self.check(entry, name, at, &hex::encode(hash.finalize()))
     }
 
     /// Brings every file into `dir` (created if need be), checksums verified; files that are right there already stay.
@@ -135,19 +147,7 @@ impl Bundle {
         let temp = path.with_file_name(format!(".{}.part", entry.name));
         let fail = |source| download_error(path, source);
         let mut file = File::create(&temp).map_err(fail)?;
-        let mut hash = Sha256::new();
-        let mut at = 0;
-        while at < entry.bytes {
-            let end = entry.bytes.min(at + CHUNK_BYTES as u64);
-            let chunk = match self.store.get_range(&name, at..end) {
-                Err(Error::OutOfRange { bytes, .. }) => return Err(self.truncated(entry, &name, bytes)),
-                chunk => chunk?,
-            };
-            hash.update(&chunk);
-            file.write_all(&chunk).map_err(fail)?;
-            at = end;
-        }
-        self.check(entry, &name, at, &hex::encode(hash.finalize()))?;
+        self.read_chunks(entry, &name, &mut |chunk| file.write_all(chunk).map_err(fail))?;
         file.sync_all().and_then(|()| fs::rename(&temp, path)).map_err(fail)
     }
 
