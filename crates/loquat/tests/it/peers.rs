@@ -209,15 +209,21 @@ fn write_golden(name: &str, path: &Path) {
     gguf::write(&mut file, &loaded.weights, extras).unwrap();
 }
 
+/// Where files of tasks lie, and a model that can do some of them.
+fn tasks_and_model() -> Option<(PathBuf, PathBuf)> {
+    let data = root().join("../shared/data/eval/core");
+    if !data.exists() {
+        eprintln!("SKIPPED: {} is missing", data.display());
+        return None;
+    }
+    Some((data, chat_model()?))
+}
+
 /// The same accuracies as an evaluation of one sequence at a time by transformers, on some items of each form.
 #[test]
 fn accuracies_are_those_of_the_reference() {
     let Some(python) = peer("LOQUAT_PEERS_PYTHON", "var/venv-peers/bin/python") else { return };
-    let data = root().join("../shared/data/eval/core");
-    let Some(chat) = chat_model().filter(|_| data.exists()) else {
-        eprintln!("SKIPPED: {} is missing", data.display());
-        return;
-    };
+    let Some((data, chat)) = tasks_and_model() else { return };
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("smollm2");
     let model = model.to_str().unwrap();
@@ -280,11 +286,7 @@ metric_list: [{{ metric: acc }}]
 #[test]
 fn accuracies_are_those_of_lm_evaluation_harness() {
     let Some(python) = peer("LOQUAT_PEERS_PYTHON", "var/venv-peers/bin/python") else { return };
-    let data = root().join("../shared/data/eval/core");
-    let Some(chat) = chat_model().filter(|_| data.exists()) else {
-        eprintln!("SKIPPED: {} is missing", data.display());
-        return;
-    };
+    let Some((data, chat)) = tasks_and_model() else { return };
     let dir = tempfile::tempdir().unwrap();
     let (model, found) = (dir.path().join("smollm2"), dir.path().join("found"));
     succeed(dir.path(), &["model", "export", chat.to_str().unwrap(), model.to_str().unwrap()]);
