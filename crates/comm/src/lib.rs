@@ -98,8 +98,8 @@ pub trait Comm: Send {
 /// The most that one rank brings to [`Comm::all_gather_bytes`]: 1 M micro-batches' sums are 24 MB.
 pub const BYTES_MAX: usize = 64 << 20;
 
-/// Why a collective could not be completed. The group is of no use afterwards: the job restarts from
-/// its checkpoint.
+/// Why a collective could not be completed. The group is of no use afterwards: the job restarts from its checkpoint, or
+/// those that are left make a new one ([`MpiComm::regroup`]).
 #[derive(Debug, thiserror::Error)]
 pub enum CommError {
     #[error("rank {rank} stopped while rank {waiting} waited for it in {operation}")]
@@ -118,6 +118,12 @@ pub enum CommError {
         "the launcher started {launched} ranks, the MPI library {library} sees {seen}: it is not the launcher's"
     )]
     OtherLibrary { launched: usize, seen: usize, library: String },
+    #[error("{operation}: ranks were lost")]
+    RanksLost {
+        operation: &'static str,
+        #[source]
+        source: mpi::Error,
+    },
     #[error("the thread that speaks MPI stopped")]
     ThreadStopped,
     #[error("{operation}")]

@@ -12,7 +12,7 @@ use std::time::Duration;
 use mpi::World;
 
 use crate::pending::{Beside, Pending};
-use crate::post::{Job, Post, Reply, Spare, failed};
+use crate::post::{Job, Loss, Post, Reply, Spare, failed};
 use crate::sent::Sent;
 use crate::tree::Shards;
 use crate::{Comm, CommError, Record};
@@ -33,6 +33,8 @@ pub struct MpiSettings {
 pub struct MpiComm {
     rank: usize,
     n_ranks: usize,
+    /// Of every rank that is left, spare ones among them, the number that it began with.
+    numbers: Vec<usize>,
     limit: Duration,
     /// The thread that speaks MPI, which wants always the same one.
     jobs: Sender<(Job, Sender<Reply>)>,
@@ -62,7 +64,9 @@ impl MpiComm {
             match world {
                 Ok(world) => {
                     let (spare, sent) = shared;
-                    let post = Post { world, limit, record, spare, sent };
+                    let numbers = (0..world.n_ranks()).collect();
+                    let (n_ranks, loss) = (world.n_ranks(), Loss::None);
+                    let post = Post { world, n_ranks, numbers, loss, limit, record, spare, sent };
                     if joined.send(Ok((post.world.rank(), post.world.n_ranks()))).is_ok() {
                         speak(post, &todo);
                     }
@@ -78,8 +82,64 @@ impl MpiComm {
                 return Err(CommError::TimedOut { waiting, seconds, operation, missing: Vec::new() });
             }
         };
+        let (outbox, numbers) = (RefCell::new(Arc::from([])), (0..n_ranks).collect());
+        Ok(MpiComm { rank, n_ranks, numbers, limit, jobs, outbox, spare, sent })
+    }
+
+    /// Another end of the same rank, which speaks through the same thread.
+    pub fn again(&self) -> MpiComm {
         let outbox = RefCell::new(Arc::from([]));
-        Ok(MpiComm { rank, n_ranks, limit, jobs, outbox, spare, sent })
+        let MpiComm { rank, n_ranks, limit, .. } = *self;
+        let (jobs, spare, sent) = (self.jobs.clone(), self.spare.clone(), self.sent.clone());
+        MpiComm { rank, n_ranks, numbers: self.numbers.clone(), limit, jobs, outbox, spare, sent }
+    }
+
+    /// After [`CommError::RanksLost`]: the group of those that are left, once each of them has come here. It has any number
+    /// of ranks, so it can say things to each other, and sums only after [`MpiComm::narrow`].
+    ///
+    /// Errors: the launcher or the library ends all ranks with the first; one that is left does not come within the limit.
+    pub fn regroup(&mut self) -> Result<(), CommError> {
+        let replies = self.ask(Job::Regroup)?;
+        loop {
+            match self.patiently(&replies, "regroup")? {
+                Reply::Left(rank, numbers) => (self.rank, self.numbers) = (rank, numbers),
+                Reply::Done(done) => {
+                    done?;
+                    self.n_ranks = self.numbers.len();
+                    return Ok(());
+                }
+                Reply::Values(..) | Reply::Bytes(_) => {}
+            }
+        }
+    }
+
+    /// From now on the group is the first so many of those that are left; the others, spare, can only leave, which waits
+    /// until all do.
+    pub fn narrow(&mut self, n_ranks: usize) -> Result<(), CommError> {
+        assert!(n_ranks <= self.numbers.len(), "{n_ranks} of {}", self.numbers.len());
+        self.fill(&self.ask(Job::Narrow(n_ranks))?, &mut [])?;
+        self.n_ranks = n_ranks;
+        Ok(())
+    }
+
+    pub fn is_spare(&self) -> bool {
+        self.rank >= self.n_ranks
+    }
+
+    /// Of every rank that is left, spare ones among them, the number that it began with.
+    pub fn numbers(&self) -> &[usize] {
+        &self.numbers
+    }
+
+    /// The next reply of an operation that waits inside of MPI, which has no limit of its own.
+    fn patiently(&self, replies: &Receiver<Reply>, operation: &'static str) -> Result<Reply, CommError> {
+        replies.recv_timeout(2 * self.limit).map_err(|error| match error {
+            RecvTimeoutError::Disconnected => CommError::ThreadStopped,
+            RecvTimeoutError::Timeout => {
+                let (waiting, seconds) = (self.numbers[self.rank], 2 * self.limit.as_secs());
+                CommError::TimedOut { waiting, seconds, operation, missing: Vec::new() }
+            }
+        })
     }
 
     /// The sum that the MPI library takes itself, in its own order: what ours is measured against.
@@ -102,7 +162,7 @@ impl MpiComm {
                     values[at..at + piece.len()].copy_from_slice(&piece);
                     self.spare.put(piece);
                 }
-                Reply::Bytes(_) => {}
+                Reply::Bytes(_) | Reply::Left(..) => {}
                 Reply::Done(done) => return done.map(drop),
             }
         }
@@ -119,17 +179,27 @@ impl MpiComm {
     }
 }
 
-/// Does jobs until the rank is gone or something went wrong: then messages may be anywhere, and nothing more is said.
+/// Does jobs until the rank is gone or something went wrong: then messages may be anywhere, and nothing more is said but to
+/// find those that are left, where that can be done.
 fn speak(mut post: Post, todo: &Receiver<(Job, Sender<Reply>)>) {
     while let Ok((job, replies)) = todo.recv() {
-        let is_last = matches!(job, Job::Leave);
-        let done = post.work(job, &replies);
+        let (is_last, is_regroup) = (matches!(job, Job::Leave), matches!(job, Job::Regroup));
+        let done = match post.loss {
+            Loss::Known | Loss::Agreed if !is_regroup => Err(post.lost(job.operation())),
+            _ => post.work(job, &replies),
+        };
         if is_last && done.is_ok() {
             drop(replies.send(Reply::Done(post.world.leave().map(|()| 0.0).map_err(failed("leaving")))));
             return;
         }
-        let failed = done.is_err();
-        if replies.send(Reply::Done(done)).is_err() || failed {
+        let goes_on = match &done {
+            Ok(_) => true,
+            Err(CommError::RanksLost { .. }) => post.learn_of_loss(),
+            Err(_) => false,
+        };
+        // Whoever began it may not wait for it any more, once ranks were lost.
+        let is_heard = replies.send(Reply::Done(done)).is_ok();
+        if !(goes_on && (is_heard || post.loss != Loss::None)) {
             return;
         }
     }
@@ -193,7 +263,7 @@ impl Comm for MpiComm {
         loop {
             match replies.recv().map_err(|_| CommError::ThreadStopped)? {
                 Reply::Bytes(bytes) => all = bytes,
-                Reply::Values(..) => {}
+                Reply::Values(..) | Reply::Left(..) => {}
                 Reply::Done(done) => return done.map(|_| all),
             }
         }
@@ -225,16 +295,14 @@ impl Comm for MpiComm {
 
     fn leave(&self) -> Result<(), CommError> {
         let replies = self.ask(Job::Leave)?;
+        if self.is_spare() {
+            // For as long as the others train. Should they hang, their end is the end of the job.
+            return self.fill(&replies, &mut []);
+        }
         // The end is said inside of MPI, which has no limit of its own.
         loop {
-            match replies.recv_timeout(2 * self.limit) {
-                Ok(Reply::Done(done)) => return done.map(drop),
-                Ok(_) => {}
-                Err(RecvTimeoutError::Disconnected) => return Err(CommError::ThreadStopped),
-                Err(RecvTimeoutError::Timeout) => {
-                    let (waiting, seconds, operation) = (self.rank, 2 * self.limit.as_secs(), "leave");
-                    return Err(CommError::TimedOut { waiting, seconds, operation, missing: Vec::new() });
-                }
+            if let Reply::Done(done) = self.patiently(&replies, "leave")? {
+                return done.map(drop);
             }
         }
     }

@@ -22,6 +22,8 @@ const WINDOW: usize = 8;
 /// How often it is asked in vain before the thread sleeps between questions.
 const ASKS_MAX: u32 = 2000;
 const NAP: Duration = Duration::from_micros(50);
+/// Of a rank that is spare.
+const LONG_NAP: Duration = Duration::from_millis(20);
 
 /// What a rank asks its thread to do.
 pub(crate) enum Job {
@@ -33,6 +35,10 @@ pub(crate) enum Job {
     Receive(usize, usize),
     /// MPI's own sum, for comparison.
     LibrarySum(Vec<f32>),
+    /// After ranks were lost: finds those that are left.
+    Regroup,
+    /// From now on the first so many are the group; the others are spare.
+    Narrow(usize),
     Leave,
 }
 
@@ -40,6 +46,8 @@ pub(crate) enum Job {
 pub(crate) enum Reply {
     Values(usize, Box<[f32]>),
     Bytes(Vec<Vec<u8>>),
+    /// Which of those that are left this rank is, and of each the number that it began with.
+    Left(usize, Vec<usize>),
     /// With the seconds that it took.
     Done(Result<f64, CommError>),
 }
@@ -64,11 +72,27 @@ impl Spare {
 
 pub(crate) struct Post {
     pub(crate) world: World,
+    /// The group: the first so many of the world. The others are spare, and only wait.
+    pub(crate) n_ranks: usize,
+    /// Of every rank of the world, the number that it began with.
+    pub(crate) numbers: Vec<usize>,
+    /// How far ranks that were lost have been dealt with.
+    pub(crate) loss: Loss,
     /// Without any progress for so long, an operation is given up.
     pub(crate) limit: Duration,
     pub(crate) record: Record,
     pub(crate) spare: Spare,
     pub(crate) sent: Sent,
+}
+
+/// Between the first sign that ranks were lost and the new group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Loss {
+    None,
+    /// This rank has learned of it.
+    Known,
+    /// All that are left have agreed that there is one.
+    Agreed,
 }
 
 /// A message under way.
@@ -107,21 +131,107 @@ impl Post {
                 let sums = self.world.all_reduce_of_the_library(&mine).map_err(failed("library_sum"))?;
                 values(0, sums.into());
             }
-            Job::Leave => drop(self.gather_bytes(&[])?),
+            Job::Regroup => self.regroup(replies)?,
+            Job::Narrow(n_ranks) => self.n_ranks = n_ranks,
+            Job::Leave => self.part()?,
         }
         self.record.end();
         Ok(begun.elapsed().as_secs_f64())
     }
 
+    /// All have come to the end. A spare rank waits here for the others.
+    fn part(&mut self) -> Result<(), CommError> {
+        let is_spare = self.world.rank() >= self.n_ranks;
+        let gathered = if is_spare { Ok(()) } else { self.gather_bytes(&[]).map(drop) };
+        if !self.can_survive()? {
+            return gathered;
+        }
+        // One that has heard from all could go while another has not: they go together or not at all.
+        gathered?;
+        if self.agree(("leave", true), is_spare)? {
+            return Ok(());
+        }
+        self.loss = Loss::Agreed;
+        let (function, text) = ("MPIX_Comm_iagree", "another rank has learned of it".to_owned());
+        Err(failed("leave")(mpi::Error::Lost { function, text }))
+    }
+
+    /// Whether those that are left can go on.
+    pub(crate) fn learn_of_loss(&mut self) -> bool {
+        if self.loss == Loss::None {
+            self.loss = Loss::Known;
+        }
+        self.world.can_survive().unwrap_or(false)
+    }
+
+    /// What is said in place of an operation, until there is a new group.
+    pub(crate) fn lost(&self, operation: &'static str) -> CommError {
+        let text = "it is known already".to_owned();
+        failed(operation)(mpi::Error::Lost { function: operation, text })
+    }
+
+    fn can_survive(&self) -> Result<bool, CommError> {
+        self.world.can_survive().map_err(failed("surviving"))
+    }
+
+    /// Finds those that are left, however many more are lost on the way.
+    fn regroup(&mut self, replies: &Sender<Reply>) -> Result<(), CommError> {
+        let operation = "regroup";
+        let own = self.numbers[self.world.rank()];
+        loop {
+            self.world.revoke().map_err(failed(operation))?;
+            // Spare ranks wait in a question of this kind, which nothing but an answer ends.
+            if self.loss != Loss::Agreed {
+                self.agree((operation, false), false)?;
+            }
+            self.loss = Loss::Known;
+            self.world.shrink().map_err(failed(operation))?;
+            self.n_ranks = self.world.n_ranks();
+            self.numbers = vec![own; self.n_ranks];
+            match self.gather_bytes(&(own as u64).to_le_bytes()) {
+                Ok(all) => {
+                    let number = |bytes: &Vec<u8>| {
+                        bytes.first_chunk::<8>().map_or(own, |eight| u64::from_le_bytes(*eight) as usize)
+                    };
+                    self.numbers = all.iter().map(number).collect();
+                    self.loss = Loss::None;
+                    drop(replies.send(Reply::Left(self.world.rank(), self.numbers.clone())));
+                    return Ok(());
+                }
+                Err(CommError::RanksLost { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Whether all that are left say yes; without a limit where `patient`.
+    fn agree(&mut self, (operation, own): (&'static str, bool), patient: bool) -> Result<bool, CommError> {
+        let mut request = self.world.agree(own).map_err(failed(operation))?;
+        let (begun, mut n_asked) = (Instant::now(), 0);
+        loop {
+            if let Test::Agreed(all) = request.test().map_err(failed(operation))? {
+                return Ok(all);
+            }
+            n_asked += 1;
+            let is_late = !patient && begun.elapsed() > self.limit;
+            match n_asked {
+                _ if is_late => return Err(self.timed_out(operation, Vec::new())),
+                ..ASKS_MAX => std::thread::yield_now(),
+                _ if patient => std::thread::sleep(LONG_NAP),
+                _ => std::thread::sleep(NAP),
+            }
+        }
+    }
+
     /// Every rank's shard in pieces, and in how many steps the longest is sent.
     fn cut(&self, shards: &Shards) -> (Pieces, usize) {
-        let pieces: Pieces = (0..self.world.n_ranks()).map(|rank| shards.pieces(rank, PIECE_LEN)).collect();
+        let pieces: Pieces = (0..self.n_ranks).map(|rank| shards.pieces(rank, PIECE_LEN)).collect();
         let n_steps = pieces.iter().map(Vec::len).max().unwrap_or(0);
         (pieces, n_steps)
     }
 
     fn others(&self) -> Vec<usize> {
-        (0..self.world.n_ranks()).filter(|rank| *rank != self.world.rank()).collect()
+        (0..self.n_ranks).filter(|rank| *rank != self.world.rank()).collect()
     }
 
     /// Gives `values` the pieces of this rank's shard of the sum. Every rank sends every other one its part of that one's
@@ -210,7 +320,7 @@ impl Post {
         len_of: impl Fn(usize) -> usize,
     ) -> Result<Vec<Vec<u8>>, CommError> {
         let others = self.others();
-        let mut all = vec![Vec::new(); self.world.n_ranks()];
+        let mut all = vec![Vec::new(); self.n_ranks];
         all[self.world.rank()] = own.to_vec();
         let start = &mut |post: &mut Post, _: usize| {
             let mut flights = Vec::new();
@@ -333,19 +443,19 @@ impl Post {
             return Ok(());
         }
         let late = under_way.iter().flatten().filter(|flight| flight.landed.is_none());
-        let mut missing: Vec<usize> = late.map(|flight| flight.peer).collect();
+        let mut missing: Vec<usize> = late.map(|flight| self.numbers[flight.peer]).collect();
         missing.sort_unstable();
         missing.dedup();
         self.record.waits_for(missing.clone());
         if progress.elapsed() < self.limit {
             return Ok(());
         }
-        Err(CommError::TimedOut {
-            waiting: self.world.rank(),
-            seconds: self.limit.as_secs(),
-            operation,
-            missing,
-        })
+        Err(self.timed_out(operation, missing))
+    }
+
+    fn timed_out(&self, operation: &'static str, missing: Vec<usize>) -> CommError {
+        let waiting = self.numbers[self.world.rank()];
+        CommError::TimedOut { waiting, seconds: self.limit.as_secs(), operation, missing }
     }
 }
 
@@ -368,13 +478,18 @@ impl Job {
             Job::Send(..) => "send",
             Job::Receive(..) => "receive",
             Job::LibrarySum(_) => "library_sum",
+            Job::Regroup => "regroup",
+            Job::Narrow(_) => "narrow",
             Job::Leave => "leave",
         }
     }
 }
 
 pub(crate) fn failed(operation: &'static str) -> impl Fn(mpi::Error) -> CommError {
-    move |source| CommError::Mpi { operation, source }
+    move |source| match source {
+        mpi::Error::Lost { .. } => CommError::RanksLost { operation, source },
+        _ => CommError::Mpi { operation, source },
+    }
 }
 
 /// What came, in the order of ranks.

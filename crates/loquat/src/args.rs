@@ -12,7 +12,7 @@ use tools::KvName;
 
 pub(crate) use cluster::{JobCommand, KeyCommand, NeedFlags, NodeCommand, Offer, ProjectCommand, RoleName};
 pub(crate) use serve::{Guess, Serve, spelled_out};
-pub(crate) use train::{DataChoice, DecayName, Method, Train};
+pub(crate) use train::{DataChoice, DecayName, Method, OnLoss, Train};
 
 pub(crate) use tools::{
     Bench, Chat, EvalCommand, Export, ExportFormat, ModelCommand, Output, Perplexity, Quantize, Tasks,

@@ -58,7 +58,9 @@ impl Lives {
             self.open.iter().filter(|(step, _)| *step > started.step).map(|(_, s)| s.steps).sum();
         self.open.retain(|(step, _)| *step <= started.step);
         if let (Some(last), Some(why)) = (self.last_unix, &started.after) {
-            let seconds = again + (started.began_unix - last).max(0.0);
+            // As it was measured by those that went on, or as far as the two lives tell.
+            let apart = || again + (started.began_unix - last).max(0.0);
+            let seconds = started.lost_seconds.unwrap_or_else(apart);
             match self.lost.iter_mut().find(|(cause, _)| cause == why) {
                 Some((_, sum)) => *sum += seconds,
                 None => self.lost.push((why.clone(), seconds)),
@@ -198,6 +200,7 @@ mod tests {
             chats_dropped: 0,
             began_unix,
             after,
+            lost_seconds: None,
         })
     }
 

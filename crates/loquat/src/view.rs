@@ -71,6 +71,9 @@ impl View {
         match event {
             Event::Started(started) => {
                 self.started = Some(started.clone());
+                if let (Some(why), Some(seconds)) = (&started.after, started.lost_seconds) {
+                    self.warn(&format!("{why}; {} go on after {seconds:.2} s", started.n_ranks));
+                }
                 let Started { chats_cut: cut, chats_dropped: dropped, .. } = *started;
                 if cut + dropped > 0 {
                     self.warn(&format!(
@@ -303,6 +306,7 @@ mod tests {
             chats_dropped: 0,
             began_unix: 0.0,
             after: None,
+            lost_seconds: None,
         }));
         view.show(&Event::Step(Step {
             step: 50,

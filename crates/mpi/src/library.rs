@@ -18,6 +18,9 @@ pub enum Error {
     NotOpenMpi { library: String, name: &'static str },
     #[error("{function}: {text}")]
     Mpi { function: &'static str, text: String },
+    /// Of a library that survives it: ranks are dead, or others say that some are.
+    #[error("{function}: {text}")]
+    Lost { function: &'static str, text: String },
 }
 
 type InitThread = unsafe extern "C" fn(*mut c_int, *mut *mut *mut c_char, c_int, *mut c_int) -> c_int;
@@ -31,6 +34,16 @@ type GetCount = unsafe extern "C" fn(*const Status, Handle, *mut c_int) -> c_int
 type AllReduce = unsafe extern "C" fn(*const c_void, *mut c_void, c_int, Handle, Handle, Handle) -> c_int;
 type Text = unsafe extern "C" fn(*mut c_char, *mut c_int) -> c_int;
 type ErrorText = unsafe extern "C" fn(c_int, *mut c_char, *mut c_int) -> c_int;
+type ErrorClass = unsafe extern "C" fn(c_int, *mut c_int) -> c_int;
+type GetAttribute = unsafe extern "C" fn(Handle, c_int, *mut *mut c_int, *mut c_int) -> c_int;
+type OnComm = unsafe extern "C" fn(Handle) -> c_int;
+type Shrink = unsafe extern "C" fn(Handle, *mut Handle) -> c_int;
+type Agree = unsafe extern "C" fn(Handle, *mut c_int, *mut Handle) -> c_int;
+
+/// Open MPI 5: the attribute that says whether ranks may outlive others, and the classes of errors that tell of lost ones
+/// (`MPI_ERR_PROC_FAILED`, `…_PENDING`, `MPI_ERR_REVOKED`).
+pub(crate) const ATTRIBUTE_FT: c_int = 12;
+const LOST: std::ops::RangeInclusive<c_int> = 75..=77;
 
 /// Open MPI's `MPI_Status`: five fields, 24 bytes on 64 bits; the rest is room.
 #[repr(C, align(8))]
@@ -57,11 +70,21 @@ pub(crate) struct Library {
     pub(crate) all_reduce: AllReduce,
     pub(crate) library_version: Text,
     error_string: ErrorText,
+    error_class: ErrorClass,
+    pub(crate) get_attribute: GetAttribute,
+    pub(crate) survival: Option<Survival>,
     pub(crate) world: Handle,
     pub(crate) byte: Handle,
     pub(crate) float: Handle,
     pub(crate) sum: Handle,
     pub(crate) errors_return: Handle,
+}
+
+/// User-level failure mitigation (ULFM): what those do that are left.
+pub(crate) struct Survival {
+    pub(crate) revoke: OnComm,
+    pub(crate) shrink: Shrink,
+    pub(crate) agree: Agree,
 }
 
 /// Longer than `MPI_MAX_LIBRARY_VERSION_STRING` and `MPI_MAX_ERROR_STRING`.
@@ -94,7 +117,16 @@ impl Library {
                 unsafe { std::mem::transmute::<*mut c_void, $kind>(find($name)?) }
             };
         }
+        let can_survive = find(c"MPIX_Comm_shrink").is_ok();
+        let survival = || -> Result<Survival, Error> {
+            Ok(Survival {
+                revoke: function!(c"MPIX_Comm_revoke" as OnComm),
+                shrink: function!(c"MPIX_Comm_shrink" as Shrink),
+                agree: function!(c"MPIX_Comm_iagree" as Agree),
+            })
+        };
         Ok(Library {
+            survival: if can_survive { Some(survival()?) } else { None },
             world: find(c"ompi_mpi_comm_world")?,
             byte: find(c"ompi_mpi_byte")?,
             float: find(c"ompi_mpi_float")?,
@@ -112,6 +144,8 @@ impl Library {
             all_reduce: function!(c"MPI_Allreduce" as AllReduce),
             library_version: function!(c"MPI_Get_library_version" as Text),
             error_string: function!(c"MPI_Error_string" as ErrorText),
+            error_class: function!(c"MPI_Error_class" as ErrorClass),
+            get_attribute: function!(c"MPI_Comm_get_attr" as GetAttribute),
             path: path.clone(),
         })
     }
@@ -123,7 +157,11 @@ impl Library {
         }
         // SAFETY: as `text` asks for.
         let text = unsafe { text(|buffer, len| (self.error_string)(code, buffer, len)) };
-        Err(Error::Mpi { function, text })
+        let mut class = code;
+        // SAFETY: it writes one int.
+        unsafe { (self.error_class)(code, &mut class) };
+        let is_lost = self.survival.is_some() && LOST.contains(&class);
+        Err(if is_lost { Error::Lost { function, text } } else { Error::Mpi { function, text } })
     }
 }
 

@@ -1,4 +1,4 @@
-//! [`World`]: all ranks that were started together, and messages between them.
+//! [`World`]: all ranks that were started together, or those that are left of them, and messages between them.
 
 use std::ffi::c_int;
 use std::ops::Range;
@@ -7,7 +7,7 @@ use std::ptr;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use crate::library::{Error, Handle, Library, Status, text};
+use crate::library::{ATTRIBUTE_FT, Error, Handle, Library, Status, Survival, text};
 
 /// `MPI_THREAD_FUNNELED`: only the thread that began calls MPI.
 const THREAD_FUNNELED: c_int = 1;
@@ -15,6 +15,8 @@ const THREAD_FUNNELED: c_int = 1;
 /// MPI as one rank sees it. It stays in the thread that began it, as MPI wants it.
 pub struct World {
     library: Rc<Library>,
+    /// The communicator.
+    comm: Handle,
     rank: usize,
     n_ranks: usize,
 }
@@ -32,6 +34,8 @@ enum Buffer {
     SentBytes(Box<[u8]>),
     Received(Box<[f32]>),
     ReceivedBytes(Box<[u8]>),
+    /// What this rank says, and then what all say together.
+    Agreed(Box<c_int>),
 }
 
 /// What became of a message.
@@ -40,6 +44,8 @@ pub enum Test {
     Sent,
     Received(Box<[f32]>),
     ReceivedBytes(Box<[u8]>),
+    /// Whether all that are left said yes.
+    Agreed(bool),
 }
 
 impl World {
@@ -53,15 +59,72 @@ impl World {
             (library.init_thread)(ptr::null_mut(), ptr::null_mut(), THREAD_FUNNELED, &mut provided)
         };
         library.check("MPI_Init_thread", code)?;
+        let comm = library.world;
+        World::of(Rc::new(library), comm)
+    }
+
+    fn of(library: Rc<Library>, comm: Handle) -> Result<World, Error> {
         // SAFETY: handles of the library itself.
-        let code = unsafe { (library.comm_set_errhandler)(library.world, library.errors_return) };
+        let code = unsafe { (library.comm_set_errhandler)(comm, library.errors_return) };
         library.check("MPI_Comm_set_errhandler", code)?;
         let (mut rank, mut n_ranks) = (0, 0);
         // SAFETY: each writes one int.
-        library.check("MPI_Comm_rank", unsafe { (library.comm_rank)(library.world, &mut rank) })?;
+        library.check("MPI_Comm_rank", unsafe { (library.comm_rank)(comm, &mut rank) })?;
         // SAFETY: as above.
-        library.check("MPI_Comm_size", unsafe { (library.comm_size)(library.world, &mut n_ranks) })?;
-        Ok(World { library: Rc::new(library), rank: rank as usize, n_ranks: n_ranks as usize })
+        library.check("MPI_Comm_size", unsafe { (library.comm_size)(comm, &mut n_ranks) })?;
+        Ok(World { library, comm, rank: rank as usize, n_ranks: n_ranks as usize })
+    }
+
+    /// Whether those that are left can go on when ranks die: the library has what that takes, and the launcher, which would
+    /// else end all of them, was told so (`mpirun --with-ft ulfm`).
+    pub fn can_survive(&self) -> Result<bool, Error> {
+        Ok(self.survival()?.is_some())
+    }
+
+    fn survival(&self) -> Result<Option<&Survival>, Error> {
+        let Some(survival) = &self.library.survival else { return Ok(None) };
+        let (mut value, mut is_there): (*mut c_int, c_int) = (ptr::null_mut(), 0);
+        // SAFETY: an attribute of this kind is given as the address of an int that the library owns.
+        let code = unsafe {
+            (self.library.get_attribute)(self.library.world, ATTRIBUTE_FT, &mut value, &mut is_there)
+        };
+        self.library.check("MPI_Comm_get_attr", code)?;
+        // SAFETY: as above, where it is there.
+        let is_on = is_there != 0 && !value.is_null() && unsafe { *value } != 0;
+        Ok(Some(survival).filter(|_| is_on))
+    }
+
+    /// Ends what the others wait for in this world: they learn that ranks were lost.
+    pub fn revoke(&self) -> Result<(), Error> {
+        let Some(survival) = self.survival()? else { return Err(self.cannot("MPIX_Comm_revoke")) };
+        // SAFETY: the communicator is valid.
+        self.library.check("MPIX_Comm_revoke", unsafe { (survival.revoke)(self.comm) })
+    }
+
+    /// Says yes or no; once all that are left have, all know whether all said yes, the same on each.
+    pub fn agree(&self, own: bool) -> Result<Request, Error> {
+        let Some(survival) = self.survival()? else { return Err(self.cannot("MPIX_Comm_iagree")) };
+        let mut flag = Box::new(c_int::from(own));
+        let mut handle = ptr::null_mut();
+        // SAFETY: the request owns the int at this address, on the heap, and leaks it where it is never done.
+        let code = unsafe { (survival.agree)(self.comm, &mut *flag, &mut handle) };
+        self.library.check("MPIX_Comm_iagree", code)?;
+        Ok(Request { library: self.library.clone(), handle, buffer: Some(Buffer::Agreed(flag)) })
+    }
+
+    /// The world of those that are left. Waits until all of them have come here.
+    pub fn shrink(&mut self) -> Result<(), Error> {
+        let Some(survival) = self.survival()? else { return Err(self.cannot("MPIX_Comm_shrink")) };
+        let mut left = ptr::null_mut();
+        // SAFETY: the communicator is valid; the other argument is room for a handle.
+        self.library.check("MPIX_Comm_shrink", unsafe { (survival.shrink)(self.comm, &mut left) })?;
+        // The old one, of which messages may still be under way, stays: a few hundred bytes for each time.
+        *self = World::of(self.library.clone(), left)?;
+        Ok(())
+    }
+
+    fn cannot(&self, function: &'static str) -> Error {
+        Error::Mpi { function, text: "the ranks were not started so that some may be lost".to_owned() }
     }
 
     pub fn rank(&self) -> usize {
@@ -116,7 +179,7 @@ impl World {
                 library.byte,
                 to as c_int,
                 tag.into(),
-                library.world,
+                self.comm,
                 &mut handle,
             )
         };
@@ -156,7 +219,7 @@ impl World {
                 library.byte,
                 from as c_int,
                 tag.into(),
-                library.world,
+                self.comm,
                 &mut handle,
             )
         };
@@ -171,7 +234,7 @@ impl World {
         let (from, to) = (values.as_ptr().cast(), sums.as_mut_ptr().cast());
         let n = count(values.len());
         // SAFETY: both hold `n` floats and do not overlap; the call is over when it returns.
-        let code = unsafe { (library.all_reduce)(from, to, n, library.float, library.sum, library.world) };
+        let code = unsafe { (library.all_reduce)(from, to, n, library.float, library.sum, self.comm) };
         library.check("MPI_Allreduce", code)?;
         Ok(sums)
     }
@@ -193,13 +256,18 @@ impl Request {
         let (mut done, mut status) = (0, Status::new());
         // SAFETY: the handle is this request's, not yet done; the others are an int and room for a status.
         let code = unsafe { (self.library.test)(&mut self.handle, &mut done, &mut status) };
-        self.library.check("MPI_Test", code)?;
+        let tested = self.library.check("MPI_Test", code);
+        if let Some(Buffer::Agreed(flag)) = self.buffer.take_if(|buffer| buffer.is_agreed() && done != 0) {
+            // That some are dead is told beside it, and changes nothing of what the others have agreed on.
+            return Ok(Test::Agreed(*flag != 0));
+        }
+        tested?;
         if done == 0 {
             return Ok(Test::Pending);
         }
         let mut n_bytes = 0;
         match self.buffer.take() {
-            None | Some(Buffer::Sent(_) | Buffer::SentBytes(_)) => Ok(Test::Sent),
+            None | Some(Buffer::Sent(_) | Buffer::SentBytes(_) | Buffer::Agreed(_)) => Ok(Test::Sent),
             Some(received) => {
                 // SAFETY: the status is the one that the receive has filled.
                 let code = unsafe { (self.library.get_count)(&status, self.library.byte, &mut n_bytes) };
@@ -219,11 +287,16 @@ impl Request {
 }
 
 impl Buffer {
+    fn is_agreed(&self) -> bool {
+        matches!(self, Buffer::Agreed(_))
+    }
+
     fn short(&self, n_bytes: c_int) -> String {
         let expected = match self {
             Buffer::Sent(values) => size_of_val(&values[..]),
             Buffer::Received(values) => size_of_val(&values[..]),
             Buffer::SentBytes(bytes) | Buffer::ReceivedBytes(bytes) => bytes.len(),
+            Buffer::Agreed(_) => size_of::<c_int>(),
         };
         format!("a message of {n_bytes} bytes where {expected} were expected")
     }

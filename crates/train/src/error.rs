@@ -87,6 +87,8 @@ pub enum Error {
         #[source]
         last: Box<Error>,
     },
+    #[error("rank {rank} does not say where it is as this version does")]
+    RankUnclear { rank: usize },
     #[error("rank {rank} panicked")]
     RankPanicked { rank: usize },
     #[error(transparent)]

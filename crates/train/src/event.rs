@@ -122,6 +122,9 @@ pub struct Started {
     /// What ended the life before, where a supervisor knows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after: Option<String>,
+    /// How long it took from the last step of the life before, where those that are left of its ranks went on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost_seconds: Option<f64>,
 }
 
 /// One optimizer step. `step` counts finished steps: the first is 1.

@@ -36,6 +36,7 @@ mod schedule;
 mod sources;
 mod start;
 mod state;
+mod survive;
 mod tasks;
 mod tensorboard;
 

@@ -61,6 +61,12 @@ pub(crate) struct Rank<'a> {
     pub(crate) links: Links,
     /// What this rank is doing, for those who ask.
     pub(crate) record: Record,
+    /// The step that its process began with.
+    pub(crate) first: u64,
+    /// How many states have been looked at: that of step 0, 1, …
+    pub(crate) looked: u64,
+    /// When the last step was over.
+    pub(crate) stepped: f64,
 }
 
 /// A dataset's held-out rows, and its weight in the mean over datasets.
@@ -121,11 +127,12 @@ impl Rank<'_> {
             return self.run_rounds(rounds, lead, stop);
         }
         let loader = Loader::start(self.mixture.clone(), self.order());
-        if self.state.step == 0 {
-            self.look(&mut lead, &|_| true)?;
-        }
-        let (mut is_save_due, first) = (false, self.state.step);
-        while self.state.step < self.plan.steps {
+        let mut is_save_due = false;
+        loop {
+            self.look_once(&mut lead)?;
+            if self.state.step == self.plan.steps {
+                break;
+            }
             self.tell_published(&mut lead, false);
             let can_save = !self.is_saving && self.saver.is_idle();
             let wants = [
@@ -154,11 +161,9 @@ impl Rank<'_> {
             if let Some(lead) = &mut lead {
                 lead.event(event);
             }
-            let (step, is_done) = (self.state.step, self.state.step == self.plan.steps);
-            self.look(&mut lead, &|every| is_done || step.is_multiple_of(every))?;
             is_save_due |= self.state.step.is_multiple_of(self.plan.checkpoint.every_steps);
         }
-        if self.state.step > first {
+        if self.state.step > self.first {
             self.save(&mut lead)?;
         }
         self.memory = Memory::default();
@@ -260,6 +265,17 @@ impl Rank<'_> {
             mine: self.layout.micro_batches(self.comm.rank()),
             rows: self.plan.rows as u64,
         }
+    }
+
+    /// At what is due at the state as it is now, if nobody has.
+    fn look_once(&mut self, lead: &mut Option<&mut dyn Lead>) -> Result<()> {
+        let (step, is_done) = (self.state.step, self.state.step == self.plan.steps);
+        if self.looked <= step {
+            self.look(lead, &|every| is_done || step.is_multiple_of(every))?;
+            self.looked = step + 1;
+        }
+        self.stepped = (self.seconds)();
+        Ok(())
     }
 
     /// Evaluates, samples and asks, each where what happens every so many steps is due.

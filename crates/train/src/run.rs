@@ -10,6 +10,7 @@ use std::sync::atomic::AtomicBool;
 use comm::{Comm, Record};
 use data::{Dataset, chain};
 use model::{Division, TrainModel, Trainable, Weights};
+use serde::{Deserialize, Serialize};
 use store::{ObjectName, Store};
 use tensor::{Buf, Pool, Precision};
 
@@ -28,12 +29,17 @@ use crate::sources::Sources;
 use crate::state::State;
 use crate::tasks::Asker;
 use crate::tensorboard::TensorBoard;
-use crate::{Curve, Error, Event, Plan, Result, Started, agree, read_metrics, start};
+use crate::{Curve, Error, Event, Plan, Result, Started, read_metrics, start};
+
+mod processes;
+
+pub use processes::run_rank;
 
 /// How often metrics reach the store while steps go on.
 const FLUSH_SECONDS: f64 = 2.0;
 
 /// What a run is carried out with. None of it changes the result.
+#[derive(Clone)]
 pub struct Context<'a> {
     pub store: Arc<dyn Store>,
     pub run: String,
@@ -67,7 +73,7 @@ impl Context<'_> {
 }
 
 /// How a run ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Outcome {
     Finished,
     /// Stopped on request; the same call goes on with it.
@@ -168,42 +174,6 @@ pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcom
     leader.end(finished, &opened, trained)
 }
 
-/// Carries a created run out as one rank of several processes; `comm` leads to the others. Only on rank 0 `on_event` is
-/// told what happens. An error on one rank leaves the others waiting: end the process.
-pub fn run_rank(
-    context: &Context,
-    (comm, record): (Box<dyn Comm>, Record),
-    on_event: &mut dyn FnMut(&Event),
-) -> Result<Outcome> {
-    record.work(0, "opening the run");
-    let mut opened = Opened::open(context)?;
-    let mut refused = Vec::new();
-    let layout = opened.layout(context, comm.rank());
-    let workers = opened.plan.workers_of(comm.rank(), comm.n_ranks());
-    let load = |step| opened.checkpoints.load(step, (&layout, workers.clone()));
-    let found = agree::newest(&opened.checkpoints, comm.as_ref(), &load, &mut refused)?;
-    let loaded = found.unwrap_or_else(|| opened.initial(&layout, workers.len()));
-    let step = loaded.state.step;
-    opened.forget_start();
-    let mut leader =
-        if comm.rank() == 0 { Some(Leader::new(context, &opened, step, on_event)?) } else { None };
-    if let Some(leader) = &mut leader {
-        leader.begin(refused, step, &opened);
-    }
-    let mut rank = RankParts::new(context, &opened)?.rank(comm, loaded, record)?;
-    let lead = leader.as_mut().map(|leader| leader as &mut dyn Lead);
-    let finished = rank.run(lead, context.stop)?;
-    let trained = rank.trained(finished)?;
-    let outcome = match leader {
-        Some(leader) => leader.end(finished, &opened, trained)?,
-        None if finished => Outcome::Finished,
-        None => Outcome::Interrupted,
-    };
-    rank.record.work(rank.state.step, "leaving");
-    rank.comm.leave()?;
-    Ok(outcome)
-}
-
 /// What ranks are made of, besides what connects them and what they begin with.
 struct RankParts<'a> {
     context: &'a Context<'a>,
@@ -237,6 +207,7 @@ impl<'a> RankParts<'a> {
         let ranks = [comm.rank(), comm.n_ranks()];
         let layout = Layout::new(&computed, context.zero, ranks, plan.micro_batches);
         let state = team.as_ref().map_or_else(|| state.clone(), |team| team.take(&state, &layout));
+        let step = state.step;
         let rounds = plan.diloco.map(|diloco| Rounds {
             diloco,
             first: plan.workers_of(comm.rank(), comm.n_ranks()).start,
@@ -266,6 +237,10 @@ impl<'a> RankParts<'a> {
             state,
             rounds,
             links: Links::default(),
+            first: step,
+            // What is due at a later step has been done by whoever wrote its checkpoint.
+            looked: if step == 0 { 0 } else { step + 1 },
+            stepped: (context.seconds)(),
             seconds: context.seconds,
             bytes_told: 0,
             record,
@@ -335,6 +310,8 @@ struct Leader<'a, 'b> {
     asker: Asker,
     on_event: &'b mut dyn FnMut(&Event),
     flushed: f64,
+    /// What it took until those that are left of other ranks go on, if these do.
+    lost_seconds: Option<f64>,
 }
 
 impl<'a, 'b> Leader<'a, 'b> {
@@ -354,6 +331,7 @@ impl<'a, 'b> Leader<'a, 'b> {
             plan,
             on_event,
             flushed: (context.seconds)(),
+            lost_seconds: None,
         })
     }
 
@@ -362,12 +340,11 @@ impl<'a, 'b> Leader<'a, 'b> {
         self.started(step, opened);
     }
 
-    fn end(mut self, finished: bool, opened: &Opened, trained: Option<Trained>) -> Result<Outcome> {
+    fn end(&mut self, finished: bool, opened: &Opened, trained: Option<Trained>) -> Result<Outcome> {
         if finished {
             self.finish(&opened.sources.voice, &opened.trainable, trained)?;
         }
-        self.flush();
-        self.flush_board();
+        self.flush_all();
         Ok(if finished { Outcome::Finished } else { Outcome::Interrupted })
     }
 
@@ -381,8 +358,10 @@ impl<'a, 'b> Leader<'a, 'b> {
             peak_flops: self.context.peak_flops,
             n_ranks: self.context.n_ranks as u64,
             hosts: self.context.hosts.clone(),
-            began_unix: self.context.started_unix,
+            began_unix: self.context.started_unix
+                + self.lost_seconds.map_or(0.0, |_| (self.context.seconds)()),
             after: self.context.after.clone(),
+            lost_seconds: self.lost_seconds,
             chats_cut: sources.n_cut,
             chats_dropped: sources.n_dropped,
         }));
@@ -394,6 +373,11 @@ impl<'a, 'b> Leader<'a, 'b> {
             (self.on_event)(&Event::MetricsFailed { step: 0, why: chain(&error) });
         }
         self.flushed = (self.context.seconds)();
+    }
+
+    fn flush_all(&mut self) {
+        self.flush();
+        self.flush_board();
     }
 
     fn flush_board(&mut self) {

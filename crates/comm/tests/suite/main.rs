@@ -2,6 +2,8 @@
 //!
 //! This program starts itself again under `mpirun`: the test `as_one_rank` is what each of those processes runs.
 
+mod lost;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -30,7 +32,12 @@ fn in_path(program: &str) -> Option<PathBuf> {
 
 /// Runs `case` on so many ranks; its output and exit code.
 fn under_mpi(case: &str, n_ranks: usize) -> Option<(String, Option<i32>)> {
+    under_mpirun(&[], case, n_ranks)
+}
+
+fn under_mpirun(options: &[&str], case: &str, n_ranks: usize) -> Option<(String, Option<i32>)> {
     let mut command = Command::new(mpirun()?);
+    command.args(options);
     command.args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", &n_ranks.to_string()]);
     command.arg(std::env::current_exe().unwrap()).args(["--exact", "as_one_rank", "--nocapture"]);
     let output = command.env(CASE, case).env("OMPI_ALLOW_RUN_AS_ROOT", "1").output().unwrap();
@@ -263,6 +270,8 @@ fn as_one_rank() {
             println!("it kept every promise");
         }
         "late" => late(&record),
+        "lost" => lost::lost(),
+        "cannot" => lost::cannot(),
         "differ" => {
             let comm = join(Duration::from_secs(60), &record).unwrap();
             let same = [("plan".to_owned(), format!("digest {}", comm.rank()))].into();

@@ -145,6 +145,10 @@ pub(crate) struct Distributed {
     /// With --launch: start again at most so often.
     #[arg(long, value_name = "N", default_value_t = 3, requires = "launch")]
     pub(crate) restarts: u32,
+    /// With --launch: what happens when ranks are lost. Those that are left can go on from the last step, in the same processes,
+    /// where mpirun can do that (Open MPI 5 with ULFM) and each rank has the whole model; the result does not depend on it.
+    #[arg(long, value_name = "WHAT", value_enum, default_value_t = OnLoss::GoOn, requires = "launch")]
+    pub(crate) on_loss: OnLoss,
     /// With --launch: machines to start ranks on, separated by commas. Those that do not answer are left out.
     #[arg(long, value_name = "NAMES", value_delimiter = ',', requires = "launch", env = "LOQUAT_HOSTS")]
     pub(crate) hosts: Vec<String>,
@@ -184,6 +188,14 @@ impl Distributed {
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 pub(crate) enum Launcher {
     Mpi,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+pub(crate) enum OnLoss {
+    /// Those that are left go on, where they can; else as below.
+    GoOn,
+    /// All are started again, from the last checkpoint.
+    StartAgain,
 }
 
 /// What to start from, what of it to train, and to what end.

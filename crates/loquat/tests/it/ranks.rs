@@ -6,6 +6,7 @@ mod bad_links;
 mod bad_ranks;
 mod diloco;
 mod divided;
+mod lost;
 mod teams;
 
 #[cfg(feature = "long")]
@@ -231,8 +232,8 @@ fn ranks_that_differ_are_refused_on_every_rank() {
 #[test]
 fn a_killed_rank_costs_the_steps_since_the_last_checkpoint() {
     let Some(runs) = Runs::prepared() else { return };
-    let command =
-        |run: &str, steps| runs.command(runs.words(run, steps, "--launch mpi --ranks 4 --rank-limit 30"));
+    let extra = "--launch mpi --ranks 4 --rank-limit 30 --on-loss start-again";
+    let command = |run: &str, steps| runs.command(runs.words(run, steps, extra));
     let (begun, steps, run) = runs.begin_midway("killed", command);
     let ranks = runs.ranks(&run);
     assert_eq!(ranks.len(), 4, "{}", begun.text());

@@ -110,7 +110,7 @@ impl Member {
         let board = Board::new(context.store.clone(), &context.run);
         let every = (limit / 4).clamp(POST_EVERY[0], POST_EVERY[1]);
         let posting = board.keep_posting(own.clone(), record.clone(), every);
-        let ended = train::run_rank(context, (Box::new(comm), record.clone()), on_event);
+        let ended = train::run_rank(context, (comm, record.clone()), on_event);
         if let Err(train::Error::Comm(error)) = &ended
             && is_loss(error)
         {
@@ -127,7 +127,13 @@ fn version() -> String {
 }
 
 fn is_loss(error: &CommError) -> bool {
-    matches!(error, CommError::TimedOut { .. } | CommError::RankStopped { .. } | CommError::Mpi { .. })
+    matches!(
+        error,
+        CommError::TimedOut { .. }
+            | CommError::RankStopped { .. }
+            | CommError::RanksLost { .. }
+            | CommError::Mpi { .. }
+    )
 }
 
 /// Tells what is known, and ends the process: whoever started the ranks starts them again.

@@ -2,20 +2,27 @@
 //! are lost: on the machines that are left, as many as the step's micro-batches can be shared by.
 
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use control::EXIT_INTERRUPTED;
+use store::Store;
+use train::Event;
 
 use super::board::Board;
 use super::ranks::{EXIT_RANKS_LOST, EXIT_REFUSED};
-use crate::args;
+use crate::args::{self, OnLoss};
 use crate::home::Home;
 use crate::signals::Stop;
 
 /// Flags that are for the supervisor, not for the ranks.
-const OWN: &[&str] = &["--launch", "--restarts", "--hosts", "--remote-shell", "--mpirun-option", "--ranks"];
+const OWN: &[&str] =
+    &["--launch", "--restarts", "--on-loss", "--hosts", "--remote-shell", "--mpirun-option", "--ranks"];
+/// User-level failure mitigation.
+const WITH_ULFM: &[&str] = &["--with-ft", "ulfm"];
 const TICK: Duration = Duration::from_millis(100);
 /// How long a machine has to answer.
 const ANSWER_MAX: Duration = Duration::from_secs(3);
@@ -29,10 +36,13 @@ const LAST_WORDS: Duration = Duration::from_secs(4);
 /// Starts ranks until the run is done.
 struct Supervisor<'a> {
     args: &'a args::Train,
+    store: Arc<dyn Store>,
     board: Board,
     stop: Stop,
     /// What ranks share of a step.
     n_parts: usize,
+    /// Options with which `mpirun` leaves ranks alone when others are lost, where they can go on.
+    surviving: &'static [&'static str],
 }
 
 /// How a life of the ranks ended.
@@ -48,7 +58,28 @@ pub(super) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
     let planned = train::read_plan(&store, args.run_name())?.map(|plan| plan.parts());
     let asked = args.diloco.map_or(args.micro_batches, |diloco| diloco.workers);
     let n_parts = planned.unwrap_or(asked);
-    Supervisor { args, board, stop: Stop::on_signals()?, n_parts }.run()
+    let (stop, surviving) = (Stop::on_signals()?, if can_go_on(args)? { WITH_ULFM } else { &[] });
+    Supervisor { args, store, board, stop, n_parts, surviving }.run()
+}
+
+/// Each rank has the whole state, and `mpirun` and its library are made for it.
+fn can_go_on(args: &args::Train) -> Result<bool> {
+    let distributed = &args.distributed;
+    let is_whole = distributed.zero == 0 && distributed.tp == 1 && args.diloco.is_none();
+    if distributed.on_loss != OnLoss::GoOn || !is_whole {
+        return Ok(false);
+    }
+    let version = Command::new(mpirun()?).arg("--version").stdin(Stdio::null()).output();
+    let version = version.context("cannot start mpirun")?.stdout;
+    // Of Open MPI since 5.0; other launchers say other things. A library without ULFM answers that it cannot, and then the
+    // ranks are started again as ever.
+    let version = String::from_utf8_lossy(&version);
+    let major = version.split_once("(Open MPI) ").and_then(|(_, rest)| rest.split('.').next()?.parse::<u32>().ok());
+    Ok(major.is_some_and(|major| major >= 5))
+}
+
+fn mpirun() -> Result<PathBuf> {
+    crate::in_path("mpirun").context("there is no mpirun in PATH")
 }
 
 impl Supervisor<'_> {
@@ -63,7 +94,8 @@ impl Supervisor<'_> {
             let begun = Instant::now();
             let ended = self.life((n_ranks, &hosts), after.as_deref())?;
             let why = match ended {
-                Ended::By(status) if status.success() => return Ok(ExitCode::SUCCESS),
+                Ended::By(status) if status.success() && self.is_finished()? => return Ok(ExitCode::SUCCESS),
+                Ended::By(status) if status.success() => "all ranks were lost".to_owned(),
                 Ended::By(status) => match status.code() {
                     Some(code) if [EXIT_INTERRUPTED, i32::from(EXIT_REFUSED), 2].contains(&code) => {
                         return Ok(ExitCode::from(code as u8));
@@ -84,6 +116,15 @@ impl Supervisor<'_> {
             after = Some(why);
         }
         unreachable!("the loop has no end")
+    }
+
+    /// Where ranks may be lost, `mpirun` takes it well that all are.
+    fn is_finished(&self) -> Result<bool> {
+        if self.surviving.is_empty() {
+            return Ok(true);
+        }
+        let events = train::read_metrics(self.store.as_ref(), self.args.run_name())?;
+        Ok(events.iter().any(|event| matches!(event, Event::Finished { .. })))
     }
 
     /// As many as were asked for; fewer where machines are missing and the rest cannot share the step evenly.
@@ -165,9 +206,9 @@ impl Supervisor<'_> {
     }
 
     fn mpirun(&self, n_ranks: usize, hosts: &[String]) -> Result<Command> {
-        let program = crate::in_path("mpirun").context("there is no mpirun in PATH")?;
         let distributed = &self.args.distributed;
-        let mut command = Command::new(program);
+        let mut command = Command::new(mpirun()?);
+        command.args(self.surviving);
         // Ranks that wait sleep, so that there may be more of them than cores.
         command.args(["--oversubscribe", "--bind-to", "none", "-n", &n_ranks.to_string()]);
         if !hosts.is_empty() {
