@@ -9,7 +9,8 @@
 //! **Where to start.** `routes.rs` is the table of routes. A chat's way: `edge.rs` (id, host, accounting), `auth.rs`,
 //! `body.rs`, `chat.rs` (fields), `prompt.rs` (ids), `generate.rs` (submit, answer), `choice.rs` (ids back to text).
 //! `cluster.rs` shows and steers jobs, nodes and deployments, by the role of the key.
-//! `replicas/` sends requests for models that other processes serve there. `error.rs` alone decides HTTP statuses, `limits.rs` names every bound, `serve.rs` is the accept loop.
+//! `replicas/` sends requests for models that other processes serve there. `error.rs` alone decides HTTP statuses, `limits.rs` names every bound, `serve.rs` is the accept loop, `tls.rs` what
+//! it shows and whom the gateway believes.
 #![forbid(unsafe_code)]
 
 mod adapters;
@@ -41,6 +42,7 @@ mod stall;
 mod state;
 mod stop;
 mod structured;
+mod tls;
 mod tokenize;
 mod tools;
 
@@ -53,7 +55,8 @@ pub use limits::Limits;
 pub use replicas::{Replicas, RouteStatus, Target, TargetKey};
 pub use routes::app;
 pub use runs::{Curve, Eval, Point, Runs};
-pub use serve::serve;
+pub use serve::{serve, serve_tls};
 pub use state::{
     AppState, Cause, KeyChecker, KeyOwner, Lifecycle, LoadAdapter, Models, Parts, Role, ServedModel,
 };
+pub use tls::{ServerTls, TlsError};

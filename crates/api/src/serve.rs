@@ -12,6 +12,8 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use telemetry::chain;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -24,6 +26,7 @@ use crate::limits::Limits;
 use crate::routes::app;
 use crate::stall::StallGuard;
 use crate::state::AppState;
+use crate::tls::{self, ServerTls};
 
 /// Between two looks at how many requests are still running while draining.
 const DRAIN_POLL: Duration = Duration::from_millis(20);
@@ -33,13 +36,25 @@ const CLOSE_TIME: Duration = Duration::from_secs(1);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Serves until `shutdown` completes, then refuses new requests, lets running ones finish for
-/// [`Limits::drain_time_max`] and returns. Speaks HTTP/1.1; a proxy in front adds TLS and HTTP/2.
+/// [`Limits::drain_time_max`] and returns. Speaks HTTP/1.1.
 pub async fn serve(
     listener: TcpListener,
     state: AppState,
     shutdown: impl Future<Output = ()>,
 ) -> io::Result<()> {
+    serve_tls(listener, None, state, shutdown).await
+}
+
+/// [`serve`] over TLS, if there is something to show.
+pub async fn serve_tls(
+    listener: TcpListener,
+    tls: Option<ServerTls>,
+    state: AppState,
+    shutdown: impl Future<Output = ()>,
+) -> io::Result<()> {
+    let reading = tokio::spawn(read_again(tls.clone(), state.clone()));
     let server = Server {
+        tls,
         app: app(state.clone()),
         limits: state.limits.clone(),
         connections: Connections::new(state.limits.connections_max),
@@ -61,6 +76,7 @@ pub async fn serve(
     }
     drop(listener);
     watch.abort();
+    reading.abort();
     server.close.send_replace(true);
     let cut_off = state.lifecycle.n_in_flight();
     if timeout(CLOSE_TIME, async { while tasks.join_next().await.is_some() {} }).await.is_err() {
@@ -73,6 +89,27 @@ pub async fn serve(
     Ok(())
 }
 
+/// Certificates and authorities are read again when their files change.
+async fn read_again(tls: Option<ServerTls>, state: AppState) {
+    loop {
+        sleep(tls::LOOK_EVERY).await;
+        match tls.as_ref().map(|tls| tls.refresh((state.now_unix_s)())) {
+            Some(Ok(true)) => tracing::info!("the new certificate is shown from now on"),
+            Some(Err(error)) => {
+                tracing::warn!(error = chain(&error), "the certificate from before is shown on")
+            }
+            Some(Ok(false)) | None => (),
+        }
+        match state.replicas.trust_again() {
+            Ok(true) => tracing::info!("the new authorities are believed from now on"),
+            Ok(false) => (),
+            Err(error) => {
+                tracing::warn!(error = chain(&error), "the authorities from before are believed on")
+            }
+        }
+    }
+}
+
 async fn idle(state: &AppState) {
     while state.lifecycle.n_in_flight() > 0 {
         sleep(DRAIN_POLL).await;
@@ -81,6 +118,7 @@ async fn idle(state: &AppState) {
 
 struct Server {
     app: Router,
+    tls: Option<ServerTls>,
     limits: Arc<Limits>,
     connections: Connections,
     /// Becomes true when connections should end after their current answer.
@@ -112,34 +150,57 @@ impl Server {
     }
 
     fn connection(&self, stream: TcpStream, connection: Arc<Connection>) -> impl Future<Output = ()> + use<> {
-        let (app, limits) = (self.app.clone(), self.limits.clone());
-        let mut close = self.close.subscribe();
+        let (app, limits, close) = (self.app.clone(), self.limits.clone(), self.close.subscribe());
+        let (talk, tls) = (Talk { app, limits, close, connection }, self.tls.clone());
         async move {
             // A token is one small packet; without this it waits for the acknowledgement of the one before.
             if let Err(error) = stream.set_nodelay(true) {
                 tracing::debug!(%error, "cannot set TCP_NODELAY");
             }
-            let io = TokioIo::new(StallGuard::new(stream, limits.write_stall_max));
-            let entry = connection.clone();
-            let service =
-                service_fn(move |request: Request<Incoming>| answer(app.clone(), request, entry.clone()));
-            let served = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(limits.head_time_max)
-                .max_buf_size(limits.head_bytes_max)
-                .serve_connection(io, service);
-            tokio::pin!(served);
-            let ended = tokio::select! {
-                ended = served.as_mut() => ended,
-                () = connection.asked_to_close() => return,
-                () = told_to_close(&mut close) => {
-                    served.as_mut().graceful_shutdown();
-                    served.await
-                }
+            let Some(tls) = tls else { return talk.hold(stream).await };
+            let shaken = tokio::select! {
+                shaken = timeout(talk.limits.head_time_max, tls.accept(stream)) => shaken,
+                () = talk.connection.asked_to_close() => return,
             };
-            if let Err(error) = ended {
-                tracing::debug!(error = %BoxError::from(error), "a connection ended early");
+            match shaken.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+                Ok(stream) => talk.hold(stream).await,
+                Err(error) => tracing::debug!(%error, "no TLS with a client"),
             }
+        }
+    }
+}
+
+/// What is said on one connection.
+struct Talk {
+    app: Router,
+    limits: Arc<Limits>,
+    close: watch::Receiver<bool>,
+    connection: Arc<Connection>,
+}
+
+impl Talk {
+    async fn hold(self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
+        let Talk { app, limits, mut close, connection } = self;
+        let io = TokioIo::new(StallGuard::new(stream, limits.write_stall_max));
+        let entry = connection.clone();
+        let service =
+            service_fn(move |request: Request<Incoming>| answer(app.clone(), request, entry.clone()));
+        let served = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(limits.head_time_max)
+            .max_buf_size(limits.head_bytes_max)
+            .serve_connection(io, service);
+        tokio::pin!(served);
+        let ended = tokio::select! {
+            ended = served.as_mut() => ended,
+            () = connection.asked_to_close() => return,
+            () = told_to_close(&mut close) => {
+                served.as_mut().graceful_shutdown();
+                served.await
+            }
+        };
+        if let Err(error) = ended {
+            tracing::debug!(error = %BoxError::from(error), "a connection ended early");
         }
     }
 }

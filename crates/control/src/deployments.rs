@@ -185,8 +185,11 @@ impl Control {
     pub fn put_replica(&self, replica: &Replica) -> Result<()> {
         check_name("replica name", &replica.name)?;
         check_name("model name", &replica.model)?;
-        if !replica.url.starts_with("http://") || replica.url.len() > 512 {
-            let why = format!("{:?} is no http:// address", replica.url.chars().take(60).collect::<String>());
+        if !is_address(&replica.url) || replica.url.len() > 512 {
+            let why = format!(
+                "{:?} is no http:// or https:// address",
+                replica.url.chars().take(60).collect::<String>()
+            );
             return Err(Error::Invalid { what: "replica address", why });
         }
         self.write("put a replica", |transaction| {
@@ -428,4 +431,9 @@ fn replica(row: &Row) -> Result<Replica, Fault> {
         draining: row.int(6)? == 1,
         seen_at: UnixMs(row.int(7)?),
     })
+}
+
+/// Whether a source is an engine's address, not a model that replicas of ours can load.
+pub fn is_address(source: &str) -> bool {
+    source.starts_with("http://") || source.starts_with("https://")
 }

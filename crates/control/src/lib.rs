@@ -46,7 +46,7 @@ mod sql;
 
 pub use clock::{Clock, UnixMs};
 pub use database::Control;
-pub use deployments::{Ask, Canary, Deployment, REPLICAS_MAX, Replica};
+pub use deployments::{Ask, Canary, Deployment, REPLICAS_MAX, Replica, is_address};
 pub use error::{Error, Result};
 pub use job::{Desired, Ending, Job, JobId, JobSpec, JobState, Needs, PRIORITY_MAX, Submitted};
 pub use jobs::End;

@@ -3,7 +3,7 @@
 //! A new version comes one replica at a time, beside the old ones, and an old one goes only when a new one has been seen to
 //! be well in its place: at no time are fewer well than before, as long as the new ones are.
 
-use crate::deployments::Deployment;
+use crate::deployments::{Deployment, is_address};
 
 /// A replica that a job of ours runs, or is about to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,7 +48,7 @@ pub fn rollout(wanted: Option<&Deployment>, running: &[Running]) -> Vec<Step> {
     let is_old = |r: &&&Running| r.version != wanted.live && Some(r.version.as_str()) != canary;
     let old: Vec<&Running> = active.iter().filter(is_old).copied().collect();
     // Somebody else starts and stops what is an address.
-    let is_ours = |source: &str| !source.starts_with("http://");
+    let is_ours = |source: &str| !is_address(source);
     let n = if is_ours(&wanted.live) { wanted.n_replicas as usize } else { 0 };
 
     // A trial takes one replica, as long as there is anything to try it on.

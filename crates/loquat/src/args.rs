@@ -5,7 +5,7 @@ mod serve;
 mod tools;
 mod train;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 use tools::KvName;
@@ -165,6 +165,13 @@ pub(crate) struct Listen {
     /// Port to listen on; 0 takes a free one.
     #[arg(long, default_value_t = 8080)]
     pub(crate) port: u16,
+    /// Speak TLS: a file with this server's certificate and those between it and its authority, in PEM. It must name the
+    /// address that clients ask, of replicas as `loquat deploy list` shows it. A new one is taken up while the server runs.
+    #[arg(long, value_name = "FILE", requires = "tls_key", env = "LOQUAT_TLS_CERT")]
+    pub(crate) tls_cert: Option<PathBuf>,
+    /// The certificate's private key, in PEM.
+    #[arg(long, value_name = "FILE", requires = "tls_cert", env = "LOQUAT_TLS_KEY")]
+    pub(crate) tls_key: Option<PathBuf>,
     #[arg(long, short = 't')]
     pub(crate) threads: Option<usize>,
     /// Tokens that one sequence may have, prompt and answer together; 0 is what the model was made for.
@@ -191,6 +198,8 @@ impl Listen {
         Listen {
             host: "127.0.0.1".to_owned(),
             port: 0,
+            tls_cert: None,
+            tls_key: None,
             threads,
             ctx_size: 0,
             kv_mib: Some(kv_mib),
@@ -198,6 +207,12 @@ impl Listen {
             max_num_seqs: 1,
             prompt_lookup: 0,
         }
+    }
+
+    /// What processes that this one starts show their clients: the same.
+    pub(crate) fn tls_env(&self) -> Vec<(&'static str, &Path)> {
+        let files = [("LOQUAT_TLS_CERT", &self.tls_cert), ("LOQUAT_TLS_KEY", &self.tls_key)];
+        files.into_iter().filter_map(|(name, file)| Some((name, file.as_deref()?))).collect()
     }
 
     /// How tokens are guessed ahead, as far as these flags say.
@@ -213,6 +228,10 @@ impl Listen {
 pub(crate) struct Up {
     #[command(flatten)]
     pub(crate) listen: Listen,
+    /// Whom the gateway believes that it is a replica, where those speak TLS: a file of authorities' certificates, in PEM. A
+    /// new one is taken up while it runs. [default: the authorities that browsers believe]
+    #[arg(long, value_name = "FILE", env = "LOQUAT_TLS_CA")]
+    pub(crate) tls_ca: Option<PathBuf>,
     /// What runs jobs: processes of this machine, a Slurm cluster whose nodes see this home and this program, or a
     /// Kubernetes cluster whose pods reach the store and the database.
     #[arg(long, value_enum, default_value_t = LauncherName::Local)]
@@ -341,7 +360,7 @@ pub(crate) enum DeployCommand {
     /// Any engine with an OpenAI API becomes a replica of the model.
     Add {
         model: String,
-        /// http://host:port
+        /// http://host:port or https://host:port
         url: String,
         /// The environment variable that holds the key it wants.
         #[arg(long)]

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result};
-use api::AppState;
+use api::{AppState, ServerTls};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
@@ -17,6 +17,8 @@ const HTTP_THREADS: usize = 2;
 
 pub(crate) struct Http {
     pub(crate) address: SocketAddr,
+    /// Of its address: https where it speaks TLS.
+    pub(crate) scheme: &'static str,
     runtime: Runtime,
     server: JoinHandle<std::io::Result<()>>,
     close: watch::Sender<bool>,
@@ -26,6 +28,9 @@ impl Http {
     /// Binds the address and serves `state` from now on.
     pub(crate) fn start(state: &AppState, listen: &Listen) -> Result<Http> {
         raise_file_limit();
+        let files = listen.tls_cert.as_ref().zip(listen.tls_key.as_ref());
+        let tls = files.map(|(cert, key)| ServerTls::open(cert, key, crate::now_unix_s())).transpose()?;
+        let scheme = if tls.is_some() { "https" } else { "http" };
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(HTTP_THREADS)
             .enable_all()
@@ -41,8 +46,13 @@ impl Http {
             // The sender lives as long as the server; its end means the same as its word.
             let _ = closed.wait_for(|closed| *closed).await;
         };
-        let server = runtime.spawn(api::serve(listener, state.clone(), shutdown));
-        Ok(Http { address, runtime, server, close })
+        let server = runtime.spawn(api::serve_tls(listener, tls, state.clone(), shutdown));
+        Ok(Http { address, scheme, runtime, server, close })
+    }
+
+    /// Where it is.
+    pub(crate) fn url(&self) -> String {
+        format!("{}://{}", self.scheme, self.address)
     }
 
     /// Refuses new requests from now on; running ones go on.

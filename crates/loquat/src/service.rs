@@ -1,8 +1,7 @@
 //! One machine's Loquat while it runs: API and console, control plane with its jobs, and the models that are served.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -43,7 +42,11 @@ pub(crate) struct Service {
 
 impl Service {
     /// Opens the state, binds the port and starts everything; models are loaded as [`ModelKeeper`] finds them.
-    pub(crate) fn start(home: &Home, listen: &Listen, runs_on: &RunsOn) -> Result<Service> {
+    pub(crate) fn start(
+        home: &Home,
+        (listen, tls_ca): (&Listen, Option<&Path>),
+        runs_on: &RunsOn,
+    ) -> Result<Service> {
         let control = home.control()?;
         let store = home.store()?;
         home.check_cluster(&control, store.as_ref())?;
@@ -55,8 +58,9 @@ impl Service {
             limits: Limits::default(),
             now_unix_s: crate::now_unix_s,
         });
+        tls_ca.map(|ca| state.replicas.trust(ca)).transpose()?;
         let http = Http::start(&state, listen)?;
-        let (launcher, node) = launcher(home, &control, runs_on)?;
+        let (launcher, node) = launcher(home, &control, (runs_on, listen))?;
         if let Some(node) = &node {
             // A name that another machine uses is found out now, and not from a log.
             control.put_node(node, &NodeLoad::default())?;
@@ -81,8 +85,8 @@ impl Service {
         Ok(Service { control, state, http, reconciler, threads, stop, keeper })
     }
 
-    pub(crate) fn address(&self) -> SocketAddr {
-        self.http.address
+    pub(crate) fn url(&self) -> String {
+        self.http.url()
     }
 
     /// Loads what should be served and is not yet, now.
@@ -116,12 +120,19 @@ pub(crate) enum RunsOn {
 type AnyLauncher = Box<dyn Launcher + Send>;
 
 /// The launcher, and this machine's name where its processes are its own to look after: a batch system's jobs are anybody's.
-fn launcher(home: &Home, control: &Control, runs_on: &RunsOn) -> Result<(AnyLauncher, Option<NodeSpec>)> {
+fn launcher(
+    home: &Home,
+    control: &Control,
+    (runs_on, listen): (&RunsOn, &Listen),
+) -> Result<(AnyLauncher, Option<NodeSpec>)> {
     let (program, logs) = (std::env::current_exe()?, home.job_logs());
     match runs_on {
         RunsOn::ThisMachine(offer) => {
             let node = home.node(offer);
-            let launcher = LocalLauncher::new(&program, &logs)?.with_env(home.as_env()).on_node(&node.name);
+            // Each machine has a certificate of its own, which its replicas show as well.
+            let tls = listen.tls_env().into_iter().map(|(name, file)| (name, file.display().to_string()));
+            let env = home.as_env().into_iter().chain(tls);
+            let launcher = LocalLauncher::new(&program, &logs)?.with_env(env).on_node(&node.name);
             Ok((Box::new(launcher), Some(node)))
         }
         RunsOn::Slurm(sbatch) => {

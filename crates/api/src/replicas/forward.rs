@@ -165,9 +165,9 @@ impl Sending {
             Ok(request) => request,
             Err(why) => return Err(failed(&mut flight, why)),
         };
-        let answer = match self.replicas.0.client.request(request).await {
+        let answer = match self.replicas.ask(request).await {
             Ok(answer) => answer,
-            Err(error) => return Err(failed(&mut flight, chain(&error))),
+            Err(why) => return Err(failed(&mut flight, why)),
         };
         match answer.status() {
             StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {

@@ -7,6 +7,7 @@ mod forward;
 mod probe;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
@@ -14,14 +15,19 @@ use std::time::Duration;
 use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
+use axum::http::{Request, Response};
 use gateway::{Endpoint, Policy, ReplicaStatus, Router, Window};
+use hyper::body::Incoming;
+use hyper_rustls::HttpsConnector;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use serde_json::{Value, json};
+use telemetry::chain;
 use tokio::time::Instant;
 
 use crate::state::AppState;
+use crate::tls::{TlsError, Trust};
 
 pub(crate) use forward::forward;
 pub(crate) use probe::watch;
@@ -37,7 +43,7 @@ const IDLE_CONNECTIONS_MAX: usize = 512;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
     pub endpoint: Endpoint,
-    /// `http://host:port`, without `/v1`.
+    /// `http://host:port` or `https://host:port`, without `/v1`.
     pub url: String,
     pub key: TargetKey,
 }
@@ -74,7 +80,8 @@ pub struct Replicas(Arc<Inner>);
 
 struct Inner {
     routes: RwLock<BTreeMap<String, Arc<Route>>>,
-    client: Client<HttpConnector, Body>,
+    client: RwLock<HttpClient>,
+    trust: Mutex<Trust>,
     started: Instant,
 }
 
@@ -106,25 +113,68 @@ pub struct RouteStatus {
     pub idle_ms: u64,
 }
 
+type HttpClient = Client<HttpsConnector<HttpConnector>, Body>;
+
 impl Default for Replicas {
+    /// Of addresses with https:// those are believed that browsers believe.
     fn default() -> Replicas {
-        let mut connector = HttpConnector::new();
-        connector.set_connect_timeout(Some(CONNECT_MAX));
-        // Tokens are small packets.
-        connector.set_nodelay(true);
-        connector.set_keepalive(Some(SILENCE_MAX / 2));
-        connector.set_keepalive_interval(Some(SILENCE_MAX / 4));
-        connector.set_tcp_user_timeout(Some(SILENCE_MAX));
-        let client = Client::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(Duration::from_secs(20))
-            .pool_max_idle_per_host(IDLE_CONNECTIONS_MAX)
-            .build(connector);
-        Replicas(Arc::new(Inner { routes: RwLock::default(), client, started: Instant::now() }))
+        let trust = Trust::default();
+        let client =
+            client(&trust).unwrap_or_else(|e| panic!("the authorities of this build are usable: {e}"));
+        let (client, trust, started) = (RwLock::new(client), Mutex::new(trust), Instant::now());
+        Replicas(Arc::new(Inner { routes: RwLock::default(), client, trust, started }))
     }
 }
 
+fn client(trust: &Trust) -> Result<HttpClient, TlsError> {
+    let mut connector = HttpConnector::new();
+    connector.set_connect_timeout(Some(CONNECT_MAX));
+    // Tokens are small packets.
+    connector.set_nodelay(true);
+    connector.set_keepalive(Some(SILENCE_MAX / 2));
+    connector.set_keepalive_interval(Some(SILENCE_MAX / 4));
+    connector.set_tcp_user_timeout(Some(SILENCE_MAX));
+    Ok(Client::builder(TokioExecutor::new())
+        .pool_timer(TokioTimer::new())
+        .pool_idle_timeout(Duration::from_secs(20))
+        .pool_max_idle_per_host(IDLE_CONNECTIONS_MAX)
+        .build(trust.connector(connector)?))
+}
+
 impl Replicas {
+    /// From now on those are believed to be replicas whose certificate an authority of this file has signed, and only those.
+    pub fn trust(&self, ca: &Path) -> Result<(), TlsError> {
+        self.set_trust(Trust::open(ca)?)
+    }
+
+    /// Reads that file again if it has changed; whether it had.
+    pub(crate) fn trust_again(&self) -> Result<bool, TlsError> {
+        let changed = self.0.trust.lock().unwrap_or_else(PoisonError::into_inner).changed()?;
+        changed.map_or(Ok(false), |trust| self.set_trust(trust).map(|()| true))
+    }
+
+    fn set_trust(&self, trust: Trust) -> Result<(), TlsError> {
+        let client = client(&trust);
+        // One that cannot be used is told of once.
+        *self.0.trust.lock().unwrap_or_else(PoisonError::into_inner) = trust;
+        *self.0.client.write().unwrap_or_else(PoisonError::into_inner) = client?;
+        Ok(())
+    }
+
+    /// Asks a replica, over TLS where its address says so.
+    async fn ask(&self, request: Request<Body>) -> Result<Response<Incoming>, String> {
+        let client = self.0.client.read().unwrap_or_else(PoisonError::into_inner).clone();
+        client.request(request).await.map_err(|error| {
+            let why = chain(&error);
+            let hint = if why.contains("invalid peer certificate") {
+                " (--tls-ca says who is believed)"
+            } else {
+                ""
+            };
+            why + hint
+        })
+    }
+
     /// From now on `model` is served by these, of which those of version `canary.0` get the share `canary.1` of the
     /// requests. Requests under way go on, also at replicas that are not named any more.
     pub fn set(&self, model: &str, created: u64, targets: Vec<Target>, canary: Option<(String, f64)>) {

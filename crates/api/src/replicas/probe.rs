@@ -7,7 +7,6 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::http::{Request, StatusCode, header};
 use serde_json::json;
-use telemetry::chain;
 use tokio::time::{sleep, timeout};
 
 use super::{Known, Replicas, Route};
@@ -78,7 +77,7 @@ async fn generate_one(replicas: &Replicas, route: &Route, known: &Known) -> Resu
         request = request.header(header::AUTHORIZATION, bearer);
     }
     let request = request.body(Body::from(body.to_string())).map_err(|error| error.to_string())?;
-    let answer = replicas.0.client.request(request).await.map_err(|error| chain(&error))?;
+    let answer = replicas.ask(request).await?;
     match answer.status() {
         StatusCode::OK | StatusCode::TOO_MANY_REQUESTS => Ok(()),
         status => Err(format!("it answered {status}")),

@@ -29,11 +29,11 @@ pub(crate) fn run(home: &Home, args: &args::Demo) -> Result<ExitCode> {
     println!("{}", tensor::cpu::describe());
     let service = Service::start(
         home,
-        &args.listen,
+        (&args.listen, None),
         &RunsOn::ThisMachine(args::Offer { node_jobs: 4, ..args::Offer::default() }),
     )?;
     let key = up::console_key(home, &service.control)?;
-    println!("console   http://{}/#key={key}", service.address());
+    println!("console   {}/#key={key}", service.url());
     if let Some(path) = &args.chat_model {
         keep_chat_model(&service, path)?;
     }
@@ -41,7 +41,7 @@ pub(crate) fn run(home: &Home, args: &args::Demo) -> Result<ExitCode> {
     match outcome {
         Ok(true) => {
             service.refresh_models()?;
-            up::tell(&service.state, service.address(), Some(&key));
+            up::tell(&service.state, &service.url(), Some(&key));
             stop.wait();
         }
         Ok(false) => {}

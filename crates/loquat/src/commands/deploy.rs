@@ -58,7 +58,7 @@ pub(crate) fn canary(
     (model, source): (&str, &str),
     percent: u32,
 ) -> Result<Deployment> {
-    if source.starts_with("http://") {
+    if control::is_address(source) {
         add(control, model, source, None)?;
     }
     Ok(control.start_canary(model, &known(home, source)?, percent)?)
@@ -66,7 +66,7 @@ pub(crate) fn canary(
 
 /// A source as a replica anywhere finds it: a path of this machine, made whole, or a model's name.
 pub(super) fn known(home: &Home, source: &str) -> Result<String> {
-    if source.starts_with("http://") {
+    if control::is_address(source) {
         return Ok(address(source));
     }
     crate::commands::model::resolve(home, source)?;
@@ -90,7 +90,7 @@ fn add(control: &Control, model: &str, url: &str, key_env: Option<&str>) -> Resu
         let ask = Ask { n_replicas: Some(0), source: Some(url.clone()), ..Ask::default() };
         control.deploy(model, &ask)?;
     }
-    let host = url.strip_prefix("http://").unwrap_or(&url).replace('/', "_");
+    let host = url.split_once("://").map_or(&*url, |(_, host)| host).replace('/', "_");
     let name = format!("elsewhere/{host}/{model}");
     control.put_replica(&Replica {
         name: name.clone(),

@@ -30,10 +30,10 @@ pub(crate) fn up(home: &Home, args: &args::Up) -> Result<ExitCode> {
             RunsOn::Kubernetes(Box::new(crate::pods::options(path)?))
         }
     };
-    let service = Service::start(home, &args.listen, &runs_on)?;
+    let service = Service::start(home, (&args.listen, args.tls_ca.as_deref()), &runs_on)?;
     let key = console_key(home, &service.control)?;
     service.refresh_models()?;
-    tell(&service.state, service.address(), Some(&key));
+    tell(&service.state, &service.url(), Some(&key));
     stop.wait();
     println!("stopping: running answers finish, jobs save and stop");
     service.shut_down()?;
@@ -44,9 +44,9 @@ pub(crate) fn up(home: &Home, args: &args::Up) -> Result<ExitCode> {
 pub(crate) fn serve(home: &Home, args: &args::Serve) -> Result<ExitCode> {
     let stop = Stop::on_signals()?;
     let replica = Replica::start(home, args)?;
-    tell(&replica.state, replica.address(), args.api_key.as_deref());
+    tell(&replica.state, &replica.http.url(), args.api_key.as_deref());
     if let Some(name) = &args.replica {
-        register(home, name, args, replica.address())?;
+        register(home, name, args, &replica.http)?;
     }
     stop.wait();
     replica.stop()?;
@@ -54,8 +54,8 @@ pub(crate) fn serve(home: &Home, args: &args::Serve) -> Result<ExitCode> {
 }
 
 /// Tells the cluster's gateways where this replica is.
-fn register(home: &Home, name: &str, args: &args::Serve, address: SocketAddr) -> Result<()> {
-    let control = home.control()?;
+fn register(home: &Home, name: &str, args: &args::Serve, http: &Http) -> Result<()> {
+    let (control, address) = (home.control()?, http.address);
     let host = match crate::pods::address() {
         Some(pod) => pod,
         None if address.ip().is_unspecified() => crate::machine::host_name(),
@@ -65,7 +65,7 @@ fn register(home: &Home, name: &str, args: &args::Serve, address: SocketAddr) ->
         name: name.to_owned(),
         model: served_name(args, 0),
         version: args.models()[0].to_owned(),
-        url: format!("http://{host}:{}", address.port()),
+        url: format!("{}://{host}:{}", http.scheme, address.port()),
         own: true,
         key: None,
         draining: false,
@@ -153,19 +153,19 @@ fn adapter_dir(home: &Home, dir: &str) -> Result<PathBuf> {
 }
 
 /// Where it is, with which key, and a line to try: what a new user needs, each on a line of its own.
-pub(crate) fn tell(state: &AppState, address: SocketAddr, key: Option<&str>) {
+pub(crate) fn tell(state: &AppState, url: &str, key: Option<&str>) {
     let names: Vec<String> = state.models.list().iter().map(|m| m.id.clone()).collect();
     let chat = state.models.list().into_iter().min_by_key(|m| m.is_base);
     let fragment = key.map_or(String::new(), |k| format!("#key={k}"));
     println!("\nserving   {}", if names.is_empty() { "no model yet".to_owned() } else { names.join(", ") });
-    println!("console   http://{address}/{fragment}");
+    println!("console   {url}/{fragment}");
     if let Some(key) = key {
         println!("API key   {key}");
     }
     if let Some(model) = chat {
         let header = key.map_or(String::new(), |k| format!(" -H 'Authorization: Bearer {k}'"));
         println!(
-            "try       curl http://{address}/v1/chat/completions{header} -H 'Content-Type: application/json' \
+            "try       curl {url}/v1/chat/completions{header} -H 'Content-Type: application/json' \
              -d '{{\"model\":\"{}\",\"messages\":[{{\"role\":\"user\",\"content\":\"What is the capital of France?\"}}]}}'",
             model.id
         );

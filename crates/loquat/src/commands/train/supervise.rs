@@ -74,7 +74,8 @@ fn can_go_on(args: &args::Train) -> Result<bool> {
     // Of Open MPI since 5.0; other launchers say other things. A library without ULFM answers that it cannot, and then the
     // ranks are started again as ever.
     let version = String::from_utf8_lossy(&version);
-    let major = version.split_once("(Open MPI) ").and_then(|(_, rest)| rest.split('.').next()?.parse::<u32>().ok());
+    let major =
+        version.split_once("(Open MPI) ").and_then(|(_, rest)| rest.split('.').next()?.parse::<u32>().ok());
     Ok(major.is_some_and(|major| major >= 5))
 }
 
