@@ -11,5 +11,6 @@ mod fake;
 mod replicas;
 mod specification;
 mod structured;
+mod tls;
 mod tokenize;
 mod tools;
