@@ -180,12 +180,14 @@ impl MpiComm {
 }
 
 /// Does jobs until the rank is gone or something went wrong: then messages may be anywhere, and nothing more is said but to
-/// find those that are left, where that can be done.
+/// find those that are left, where that can be done. Whatever else was begun ends with the same error.
 fn speak(mut post: Post, todo: &Receiver<(Job, Sender<Reply>)>) {
+    let mut given_up = None;
     while let Ok((job, replies)) = todo.recv() {
         let (is_last, is_regroup) = (matches!(job, Job::Leave), matches!(job, Job::Regroup));
-        let done = match post.loss {
-            Loss::Known | Loss::Agreed if !is_regroup => Err(post.lost(job.operation())),
+        let done = match (&given_up, post.loss) {
+            (Some(missed), _) => Err(post.timed_out(job.operation(), Vec::clone(missed))),
+            (None, Loss::Known | Loss::Agreed) if !is_regroup => Err(post.lost(job.operation())),
             _ => post.work(job, &replies),
         };
         if is_last && done.is_ok() {
@@ -195,11 +197,15 @@ fn speak(mut post: Post, todo: &Receiver<(Job, Sender<Reply>)>) {
         let goes_on = match &done {
             Ok(_) => true,
             Err(CommError::RanksLost { .. }) => post.learn_of_loss(),
+            Err(CommError::TimedOut { missing, .. }) => {
+                given_up = Some(missing.clone());
+                true
+            }
             Err(_) => false,
         };
-        // Whoever began it may not wait for it any more, once ranks were lost.
+        // Whoever began it may not wait for it any more, once something went wrong.
         let is_heard = replies.send(Reply::Done(done)).is_ok();
-        if !(goes_on && (is_heard || post.loss != Loss::None)) {
+        if !(goes_on && (is_heard || given_up.is_some() || post.loss != Loss::None)) {
             return;
         }
     }

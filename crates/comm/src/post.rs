@@ -453,7 +453,7 @@ impl Post {
         Err(self.timed_out(operation, missing))
     }
 
-    fn timed_out(&self, operation: &'static str, missing: Vec<usize>) -> CommError {
+    pub(crate) fn timed_out(&self, operation: &'static str, missing: Vec<usize>) -> CommError {
         let waiting = self.numbers[self.world.rank()];
         CommError::TimedOut { waiting, seconds: self.limit.as_secs(), operation, missing }
     }

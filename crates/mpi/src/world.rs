@@ -173,15 +173,7 @@ impl World {
         let count = count(n_bytes);
         // SAFETY: `buffer` owns the bytes at `at` and lives, unmoved on the heap and unwritten, as long as the request.
         let code = unsafe {
-            (library.isend)(
-                at.cast(),
-                count,
-                library.byte,
-                to as c_int,
-                tag.into(),
-                self.comm,
-                &mut handle,
-            )
+            (library.isend)(at.cast(), count, library.byte, to as c_int, tag.into(), self.comm, &mut handle)
         };
         library.check("MPI_Isend", code)?;
         Ok(Request { library: library.clone(), handle, buffer: Some(buffer) })
@@ -213,15 +205,7 @@ impl World {
         // SAFETY: `buffer` owns the bytes at `at`, on the heap; nobody reads them until the request is done, and they are
         // leaked if it never is.
         let code = unsafe {
-            (library.irecv)(
-                at.cast(),
-                count,
-                library.byte,
-                from as c_int,
-                tag.into(),
-                self.comm,
-                &mut handle,
-            )
+            (library.irecv)(at.cast(), count, library.byte, from as c_int, tag.into(), self.comm, &mut handle)
         };
         library.check("MPI_Irecv", code)?;
         Ok(Request { library: library.clone(), handle, buffer: Some(buffer) })

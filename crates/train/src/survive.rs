@@ -94,7 +94,8 @@ fn regroup(plan: &Plan, comm: &mut MpiComm, kept: &mut Kept) -> Result<Option<us
     let Some(newest) = all.iter().filter_map(|told| told.step).max() else { return Ok(None) };
     if kept.ended.is_none() {
         bring(comm, (&all[..], newest, n_ranks), kept)?;
-        kept.looked = all.iter().filter(|told| told.step == Some(newest)).map(|told| told.looked).min().unwrap_or(0);
+        kept.looked =
+            all.iter().filter(|told| told.step == Some(newest)).map(|told| told.looked).min().unwrap_or(0);
     }
     comm.narrow(n_ranks)?;
     Ok(Some(n_ranks))
@@ -115,17 +116,24 @@ fn bring(comm: &MpiComm, (all, newest, n_ranks): (&[Told], u64, usize), kept: &m
     let Some(giver) = all.iter().position(is_newest) else { return Ok(()) };
     let behind: Vec<usize> = (0..n_ranks).filter(|rank| !is_newest(&all[*rank])).collect();
     let rank = comm.rank();
-    if rank == giver && let Some(state) = &kept.state {
+    if rank == giver
+        && let Some(state) = &kept.state
+    {
         for to in behind {
-            [&state.params, &state.adam_m, &state.adam_v].into_iter().try_for_each(|vector| comm.send(to, vector))?;
+            [&state.params, &state.adam_m, &state.adam_v]
+                .into_iter()
+                .try_for_each(|vector| comm.send(to, vector))?;
         }
-    } else if behind.contains(&rank) && let Some(state) = &mut kept.state {
+    } else if behind.contains(&rank)
+        && let Some(state) = &mut kept.state
+    {
         kept.is_torn = true;
         for vector in [&mut state.params, &mut state.adam_m, &mut state.adam_v] {
             comm.receive(giver, vector)?;
         }
         let Told { tokens, elapsed_seconds, health, .. } = all[giver].clone();
-        (state.step, state.tokens, state.elapsed_seconds, state.health) = (newest, tokens, elapsed_seconds, health);
+        (state.step, state.tokens, state.elapsed_seconds, state.health) =
+            (newest, tokens, elapsed_seconds, health);
         kept.is_torn = false;
     }
     Ok(())

@@ -301,6 +301,8 @@ fn late(record: &Record) {
     let begun = Instant::now();
     let error = comm.reduce_scatter_tree(&mut vec![1.0; 100_000]).unwrap_err();
     assert_eq!(error.missing(), [2]);
+    // What is begun after that ends with the same, at once.
+    assert_eq!(comm.barrier().unwrap_err().missing(), [2]);
     assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
     println!("{error}; {}", record.doing());
     // All of them get to say so.

@@ -146,7 +146,8 @@ pub(crate) struct Distributed {
     #[arg(long, value_name = "N", default_value_t = 3, requires = "launch")]
     pub(crate) restarts: u32,
     /// With --launch: what happens when ranks are lost. Those that are left can go on from the last step, in the same processes,
-    /// where mpirun can do that (Open MPI 5 with ULFM) and each rank has the whole model; the result does not depend on it.
+    /// where mpirun can do that (Open MPI 5 with ULFM), all are on this machine and each has the whole model. The result does
+    /// not depend on it.
     #[arg(long, value_name = "WHAT", value_enum, default_value_t = OnLoss::GoOn, requires = "launch")]
     pub(crate) on_loss: OnLoss,
     /// With --launch: machines to start ranks on, separated by commas. Those that do not answer are left out.

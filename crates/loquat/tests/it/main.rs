@@ -22,6 +22,7 @@ mod serve;
 mod slurm;
 mod support;
 mod tiny;
+mod tls;
 mod tools;
 mod train;
 mod tune;

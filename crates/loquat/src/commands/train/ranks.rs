@@ -117,6 +117,10 @@ impl Member {
             posting.give_up();
             give_up(error, board, (own, record));
         }
+        if ended.is_err() && own.rank > 0 {
+            // The first says why and what came before; mpirun ends all of them with the first that goes.
+            std::thread::sleep(LAST_POSTS);
+        }
         Ok(ended?)
     }
 }

@@ -66,7 +66,9 @@ pub(super) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
 fn can_go_on(args: &args::Train) -> Result<bool> {
     let distributed = &args.distributed;
     let is_whole = distributed.zero == 0 && distributed.tp == 1 && args.diloco.is_none();
-    if distributed.on_loss != OnLoss::GoOn || !is_whole {
+    // A machine that is cut off takes its part of `mpirun` with it: that has only been survived by starting again.
+    let is_here = distributed.hosts.is_empty();
+    if distributed.on_loss != OnLoss::GoOn || !is_whole || !is_here {
         return Ok(false);
     }
     let version = Command::new(mpirun()?).arg("--version").stdin(Stdio::null()).output();
