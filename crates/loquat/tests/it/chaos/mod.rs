@@ -45,7 +45,7 @@ fn a_cluster_outlives_any_of_its_parts() {
 #[test]
 fn a_cluster_outlives_half_an_hour_of_faults_on_slurm() {
     let between = Duration::from_secs(45);
-    disturb(&Plan { seconds: 1800, between, on_slurm: true, steps: (600, 20), goodput_min: 0.9 });
+    disturb(&Plan { seconds: 1800, between, on_slurm: true, steps: (1500, 30), goodput_min: 0.9 });
 }
 
 fn number(name: &str) -> Option<u64> {
