@@ -30,6 +30,7 @@ mod json;
 mod limits;
 mod logprobs;
 mod models;
+mod openapi;
 mod probes;
 mod prompt;
 mod replicas;
