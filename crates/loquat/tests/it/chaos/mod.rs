@@ -103,7 +103,7 @@ fn disturb(plan: &Plan) {
 
     let verdict = Verdict { calm, bound, started, asked: &asked, faults: &faults };
     verdict.check_answers(plan.goodput_min);
-    verdict.check_recoveries();
+    let wrong = verdict.recoveries();
     writes.check(place.database(), &place.store());
     let whole = place.weights("calm");
     let mut useful = 0.0;
@@ -116,6 +116,7 @@ fn disturb(plan: &Plan) {
     let n_starts: u32 = runs.iter().map(|id| place.job(*id).n_starts).sum();
     println!("{} faults; {} runs of the same bytes in {n_starts} lives", faults.len(), runs.len());
     verdict.check_goodput(useful, elapsed, plan.goodput_min);
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     place.end();
 }
 

@@ -94,7 +94,7 @@ impl Weed {
     pub(super) fn start_volume(&mut self, i: usize) {
         let port = self.volume_ports[i];
         let args = format!(
-            "volume -ip=127.0.0.1 -port={port} -port.grpc={} -dir={} -max=12 -mserver={} -dataCenter=dc1 -rack=r{i}",
+            "volume -ip=127.0.0.1 -port={port} -port.grpc={} -dir={} -max=60 -mserver={} -dataCenter=dc1 -rack=r{i}",
             port + 10_000,
             self.dir(&format!("v{i}")),
             self.peers
