@@ -21,8 +21,7 @@ const CONFIG: &str = r#"{"model_type": "llama", "num_hidden_layers": 2, "hidden_
     "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 512, "rms_norm_eps": 1e-5,
     "tie_word_embeddings": true, "max_position_embeddings": 64}"#;
 const SHAPE: &str = "--json --rows 2 --micro-batches 8 --context 64 --ranks 2 --threads 1";
-const SERVE: [&str; 9] =
-    ["--", "--host", "0.0.0.0", "--threads", "1", "--kv-mib", "8", "--max-num-seqs", "4"];
+const SERVE: [&str; 6] = ["--threads", "1", "--kv-mib", "8", "--max-num-seqs", "4"];
 const N_REPLICAS: usize = 2;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -166,7 +165,9 @@ impl Place {
         let model = tiny::directory(self.directory.path(), "served").display().to_string();
         let n = N_REPLICAS.to_string();
         let set = ["deploy", "set", "m", "--source", &model, "--replicas", &n];
-        self.succeed(&[&set[..], &SERVE].concat());
+        // Where gateways are on another host than replicas, these are found by their host's name.
+        let listen = ["--", "--host", if self.hosts.is_some() { "0.0.0.0" } else { "127.0.0.1" }];
+        self.succeed(&[&set[..], &listen, &SERVE].concat());
         let deadline = Instant::now() + PATIENCE;
         for gateway in &self.gateways {
             let is_well = || {
