@@ -16,8 +16,8 @@
 //! What is used by many tasks is packed once, together; what only one task uses is packed by it, into memory that its
 //! core has near:
 //! - many rows: b is packed first (one run of the pool), then tasks of about 144 rows pack their own blocks of a. What a
-  core reads once per task comes from L3 or memory, ten times further than L2: while the tiles of a panel of b are
-  computed, the lines of the next are asked for, a few with each word of depth, and so are those of a when it is packed;
+//!   core reads once per task comes from L3 or memory, ten times further than L2: while the tiles of a panel of b are
+//!   computed, the lines of the next are asked for, a few with each word of depth, and so are those of a when it is packed;
 //! - few rows: a is packed first, then tasks of some columns pack panels of b as they use them, so that a product with
 //!   one row reads the weights once and writes them nowhere but to L1.
 //!
