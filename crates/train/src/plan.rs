@@ -337,6 +337,11 @@ impl Plan {
         self.check_ranks(n_ranks / n_team)
     }
 
+    /// Whether each rank has to sum its own share of a step's parts, which must then be a node of the tree of sums.
+    pub fn wants_nodes(&self) -> bool {
+        self.diloco.is_some() || self.muon.is_some()
+    }
+
     /// Refuses more ranks than there are parts of a step, and ranks that cannot share them in the order of sums: workers that
     /// meet, and what needs all gradients on every rank, want a power of two that divides them.
     pub fn check_ranks(&self, n_ranks: usize) -> Result<()> {
@@ -347,7 +352,7 @@ impl Plan {
             None if !(1..=self.micro_batches).contains(&n_ranks) => {
                 Err(Error::Ranks { n_ranks, micro_batches: self.micro_batches })
             }
-            None if self.muon.is_some() && !are_nodes => Err(Error::MuonDivided),
+            None if self.wants_nodes() && !are_nodes => Err(Error::MuonDivided),
             None => Ok(()),
         }
     }
