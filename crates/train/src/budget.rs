@@ -33,23 +33,24 @@ impl RankBytes {
 }
 
 impl Plan {
-    /// What the rank `rank` of `n_ranks` takes; none of them takes more than the first.
+    /// What a rank takes of team `team` of `n_teams`, of so many ranks each; none of them takes more than the first.
     ///
     /// # Errors
-    /// If the plan has no model.
-    pub fn rank_bytes(&self, [rank, n_ranks]: [usize; 2], zero: Zero) -> Result<RankBytes> {
+    /// If the plan has no model, or one that so many cannot compute together.
+    pub fn rank_bytes(&self, [team, n_teams]: [usize; 2], n_team: usize, zero: Zero) -> Result<RankBytes> {
         let config = self.config()?;
+        let part = config.part_of(n_team)?;
         let (units, n) = match &self.method {
-            Method::Full => (Trainable::new(&config).units(), config.n_params()),
+            Method::Full => (Trainable::new(&part).units(), part.n_params()),
             Method::Lora { changes, .. } => {
                 let n = Trainable::n_trained(&config, Some(changes))?;
                 (std::iter::once(0..n).collect(), n)
             }
         };
-        let layout = Layout::of_units(units, n, (zero, [rank, n_ranks]), self.micro_batches);
+        let layout = Layout::of_units(units, n, (zero, [team, n_teams]), self.micro_batches);
         let bytes = layout.bytes(4 * config.n_params(), self.publish.is_some());
         Ok(match self.diloco {
-            Some(diloco) => bytes.with_workers(4 * n as u64, diloco.workers.div_ceil(n_ranks) as u64),
+            Some(diloco) => bytes.with_workers(4 * n as u64, diloco.workers.div_ceil(n_teams) as u64),
             None => bytes,
         })
     }
@@ -74,14 +75,13 @@ impl Layout {
         let (n, n_own, zero) = (self.n, self.n_own(), self.zero);
         let n_params = if zero == Zero::Parameters { n_own } else { n };
         let n_grads = if zero >= Zero::Gradients { n_own } else { n };
-        let depth = comm::tree::depth(self.n_turns);
         let n_written = if zero == Zero::Nothing && self.rank > 0 { 0 } else { 3 * n_own };
         // The model as tensors, and as a file; where it is not divided what was trained is there as well.
         let published = if self.rank == 0 && is_published { 2 * model_bytes } else { 0 };
         let bytes = |n: usize| 4 * n as u64;
         RankBytes {
             parameters: bytes(n_params),
-            gradients: bytes(depth * n_grads),
+            gradients: bytes(self.n_sums() * n_grads),
             optimizer: bytes(2 * n_own),
             travelling: bytes(self.n_travelling()),
             checkpoint: bytes(n_written),

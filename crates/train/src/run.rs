@@ -9,15 +9,16 @@ use std::sync::atomic::AtomicBool;
 
 use comm::{Comm, Record};
 use data::{Dataset, chain};
-use model::{Division, TrainModel, Trainable, Weights};
+use model::{Stripes, TrainModel, Trainable, Weights};
 use store::{ObjectName, Store};
 use tensor::{Buf, Pool, Precision};
 
-use crate::checkpoint::{Checkpoints, Loaded};
+use crate::checkpoint::{Checkpoints, Loaded, Reader};
 use crate::exchange::Memory;
 use crate::layout::{Layout, Zero};
 use crate::metrics_log::MetricsLog;
 use crate::optimizer::Optimizer;
+use crate::part::{self, Part};
 use crate::plans::stored_plan;
 use crate::publish::{Trained, publish};
 use crate::rank::team::{self, Team};
@@ -79,6 +80,8 @@ struct Opened {
     plan: Plan,
     sources: Sources,
     trainable: Trainable,
+    /// Of a team, by place: what its ranks compute.
+    parts: Vec<Part>,
     checkpoints: Checkpoints,
 }
 
@@ -88,8 +91,8 @@ impl Opened {
         let (plan, plan_sha256) =
             stored_plan(&context.store, run)?.ok_or_else(|| Error::NoRun { run: run.clone() })?;
         plan.check_teams(context.n_ranks, context.n_team)?;
-        team::check(&plan, context.zero, context.n_team)?;
-        check_division(&plan, context.zero, context.n_ranks)?;
+        team::check(&plan, context.n_team)?;
+        check_division(&plan, context.zero, context.n_ranks / context.n_team)?;
         let sources = Sources::open(&context.store, &plan)?;
         let trainable = start::trainable(&context.store, run, &plan)?;
         let checkpoints = Checkpoints {
@@ -99,17 +102,32 @@ impl Opened {
             n_params: trainable.n_params(),
             n_workers: plan.diloco.map_or(0, |diloco| diloco.workers),
         };
-        Ok(Opened { plan, sources, trainable, checkpoints })
+        let parts = Part::all(&trainable, context.n_team)?;
+        Ok(Opened { plan, sources, trainable, parts, checkpoints })
     }
 
+    /// What a rank computes.
+    fn part(&self, rank: usize) -> &Part {
+        &self.parts[rank % self.parts.len()]
+    }
+
+    /// Of the state of its part, what a rank keeps.
     fn layout(&self, context: &Context, rank: usize) -> Layout {
-        let ranks = [rank, context.n_ranks];
-        Layout::new(&self.trainable, context.zero, ranks, self.plan.micro_batches)
+        let n_team = self.parts.len();
+        let teams = [rank / n_team, context.n_ranks / n_team];
+        Layout::new(&self.part(rank).trainable, context.zero, teams, self.plan.micro_batches)
+    }
+
+    /// What every rank stores of the whole model's vectors.
+    fn writers(&self, context: &Context) -> Arc<[Stripes]> {
+        let layouts: Vec<Layout> = (0..self.parts.len()).map(|place| self.layout(context, place)).collect();
+        part::writers(&self.parts, &layouts).into()
     }
 
     /// What a rank with so many workers begins with.
-    fn initial(&self, layout: &Layout, n_workers: usize) -> Loaded {
-        let mut state = State::initial(layout, &self.trainable, self.plan.seed);
+    fn initial(&self, reader: &Reader) -> Loaded {
+        let (layout, n_workers) = (reader.layout, reader.workers.len());
+        let mut state = State::initial(layout, (&self.trainable, reader.stripes), self.plan.seed);
         let workers = vec![state.clone(); n_workers];
         if self.plan.diloco.is_some() {
             // The outer step keeps one mean.
@@ -120,21 +138,24 @@ impl Opened {
 
     /// What the ranks of this process go on from, where they are all; tells of checkpoints that cannot be read.
     fn load_all(&self, context: &Context, refused: &mut Vec<Event>) -> Result<Vec<Loaded>> {
-        let (first, workers) = (self.layout(context, 0), 0..self.checkpoints.n_workers);
+        let (layout, workers) = (self.layout(context, 0), 0..self.checkpoints.n_workers);
+        let first = Reader { layout: &layout, stripes: &self.part(0).stripes, workers: workers.clone() };
         let mut report = |event| refused.push(event);
-        let found = self.checkpoints.load_newest((&first, workers.clone()), &mut report)?;
+        let found = self.checkpoints.load_newest(&first, &mut report)?;
         let step = found.as_ref().map_or(0, |loaded| loaded.state.step);
-        let mut found = found.unwrap_or_else(|| self.initial(&first, workers.len()));
+        let mut found = found.unwrap_or_else(|| self.initial(&first));
         let per_rank = workers.len() / context.n_ranks;
         let mut of_rank = |rank: usize| -> Result<Loaded> {
             let workers: Vec<State> = found.workers.drain(..per_rank).collect();
-            if rank == 0 || first.zero == Zero::Nothing {
+            let is_alike = layout.zero == Zero::Nothing && rank.is_multiple_of(self.parts.len());
+            if rank == 0 || is_alike {
                 return Ok(Loaded { state: found.state.clone(), workers });
             }
             let layout = self.layout(context, rank);
+            let reader = Reader { layout: &layout, stripes: &self.part(rank).stripes, workers: 0..0 };
             match step {
-                0 => Ok(self.initial(&layout, 0)),
-                _ => self.checkpoints.load(step, (&layout, 0..0))?.ok_or(Error::CheckpointMissing { step }),
+                0 => Ok(self.initial(&reader)),
+                _ => self.checkpoints.load(step, &reader)?.ok_or(Error::CheckpointMissing { step }),
             }
         };
         (0..context.n_ranks).map(&mut of_rank).collect()
@@ -180,9 +201,10 @@ pub fn run_rank(
     let mut refused = Vec::new();
     let layout = opened.layout(context, comm.rank());
     let workers = opened.plan.workers_of(comm.rank(), comm.n_ranks());
-    let load = |step| opened.checkpoints.load(step, (&layout, workers.clone()));
+    let reader = Reader { layout: &layout, stripes: &opened.part(comm.rank()).stripes, workers };
+    let load = |step| opened.checkpoints.load(step, &reader);
     let found = agree::newest(&opened.checkpoints, comm.as_ref(), &load, &mut refused)?;
-    let loaded = found.unwrap_or_else(|| opened.initial(&layout, workers.len()));
+    let loaded = found.unwrap_or_else(|| opened.initial(&reader));
     let step = loaded.state.step;
     opened.forget_start();
     let mut leader =
@@ -210,6 +232,8 @@ struct RankParts<'a> {
     opened: &'a Opened,
     precision: Precision,
     token_bytes: Arc<[u32]>,
+    /// What every rank stores.
+    writers: Arc<[Stripes]>,
 }
 
 impl<'a> RankParts<'a> {
@@ -221,22 +245,19 @@ impl<'a> RankParts<'a> {
         let is_text = |id: u32| id < n_ids && !tokenizer.is_special(id);
         let bytes = |id: u32| if is_text(id) { tokenizer.token_bytes(id).len() as u32 } else { 0 };
         let token_bytes = (0..config.vocab as u32).map(bytes).collect();
-        Ok(RankParts { context, opened, precision, token_bytes })
+        Ok(RankParts { context, opened, precision, token_bytes, writers: opened.writers(context) })
     }
 
     fn rank(&self, comm: Box<dyn Comm>, loaded: Loaded, record: Record) -> Result<Rank<'a>> {
-        let RankParts { context, opened, precision, .. } = *self;
-        let Opened { plan, sources, trainable, checkpoints } = opened;
-        // Of the whole model: what of a checkpoint a rank writes, and which state it goes on from.
-        let whole = opened.layout(context, comm.rank());
-        let Loaded { state, workers } = loaded;
+        let RankParts { context, opened, precision, ref writers, .. } = *self;
+        let Opened { plan, sources, trainable, checkpoints, .. } = opened;
+        let (rank, part) = (comm.rank(), opened.part(comm.rank()));
+        let layout = opened.layout(context, rank);
+        let stored = part.stored(&layout.owned(layout.rank));
         let how = (plan.checkpoint.keep, context.threads_of_a_rank());
-        let saver = Saver::new(checkpoints.clone(), &whole, how);
-        let (team, comm) = self.team(comm, whole.zero)?;
-        let computed = team.as_ref().map_or_else(|| trainable.clone(), |team| team::part(&team.division));
-        let ranks = [comm.rank(), comm.n_ranks()];
-        let layout = Layout::new(&computed, context.zero, ranks, plan.micro_batches);
-        let state = team.as_ref().map_or_else(|| state.clone(), |team| team.take(&state, &layout));
+        let saver = Saver::new(checkpoints.clone(), writers.clone(), (rank, &stored), how);
+        let Loaded { state, workers } = loaded;
+        let computed = part.trainable.clone();
         let rounds = plan.diloco.map(|diloco| Rounds {
             diloco,
             first: plan.workers_of(comm.rank(), comm.n_ranks()).start,
@@ -245,9 +266,12 @@ impl<'a> RankParts<'a> {
             checkpoints: checkpoints.clone(),
             saved: state.step,
         });
+        let (team, comm) = self.team(comm)?;
         Ok(Rank {
             saver,
             team,
+            part: part.clone(),
+            writers: writers.clone(),
             layout,
             memory: Memory::default(),
             is_saving: false,
@@ -273,16 +297,12 @@ impl<'a> RankParts<'a> {
     }
 
     /// The rank's team, if it has only a part of the model, and those that it shares micro-batches with.
-    fn team(&self, all: Box<dyn Comm>, zero: Zero) -> Result<(Option<Team>, Box<dyn Comm>)> {
-        let (context, trainable) = (self.context, &self.opened.trainable);
-        if context.n_team <= 1 {
+    fn team(&self, all: Box<dyn Comm>) -> Result<(Option<Team>, Box<dyn Comm>)> {
+        if self.context.n_team <= 1 {
             return Ok((None, all));
         }
-        let [comm, alike] = comm::teams(all, context.n_team)?;
-        let division = Division::new(trainable.config(), context.n_team)?;
-        // Of nobody in particular: a state that is put together is written by who has it.
-        let whole = Layout::new(trainable, zero, [0, 1], 1);
-        Ok((Some(Team { comm, division, whole }), alike))
+        let [all, comm, alike] = comm::teams(all, self.context.n_team)?;
+        Ok((Some(Team { comm, all }), alike))
     }
 }
 
@@ -454,18 +474,11 @@ impl Lead for Leader<'_, '_> {
 
 /// Refuses what cannot be divided.
 fn check_division(plan: &Plan, zero: Zero, n_ranks: usize) -> Result<()> {
-    if n_ranks == 1 || zero == Zero::Nothing {
-        return Ok(());
-    }
-    let n_turns = plan.micro_batches / n_ranks;
     match () {
+        () if n_ranks == 1 || zero == Zero::Nothing => Ok(()),
         () if plan.muon.is_some() => Err(Error::MuonDivided),
         () if plan.diloco.is_some() => Err(Error::DilocoDivided),
-        () if zero >= Zero::Gradients && !plan.method.is_full() => Err(Error::LoraDivided),
-        // See comm::tree: what all ranks compute at a time must be a node.
-        () if zero >= Zero::Gradients && !n_turns.is_power_of_two() => {
-            Err(Error::TurnsDivided { n_ranks, micro_batches: plan.micro_batches })
-        }
+        () if zero == Zero::Parameters && !plan.method.is_full() => Err(Error::LoraDivided),
         () => Ok(()),
     }
 }

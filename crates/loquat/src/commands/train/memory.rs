@@ -60,7 +60,6 @@ impl Needs {
         let config = plan.config()?;
         // What one of a team has is as if the model were smaller.
         let part = config.part_of(ranks.team)?;
-        let of_part = Plan { model: serde_json::from_str(&part.to_json("float32"))?, ..plan.clone() };
         let n_teams = (ranks.all / ranks.team).max(1);
         let changes = match &plan.method {
             Method::Full => None,
@@ -73,21 +72,14 @@ impl Needs {
             TrainModel::activation_bytes(&part, [plan.rows, plan.context], recompute).total() as u64
         };
         let (here, frozen) = (ranks.of_machine as u64, 4 * n_frozen as u64);
-        // The first of a team puts the whole together for checkpoints, once and to be written.
-        let put_together = if ranks.team > 1 { 6 * 4 * config.n_params() as u64 } else { 0 };
-        let copy = plan.copy_bytes()? + put_together;
+        let copy = plan.copy_bytes()?;
         // Threads share the model that they start from.
         let frozen_here = frozen * here / ranks.of_process.max(1) as u64;
         let of = |stage: u8, rank: usize| {
-            of_part.rank_bytes([rank, n_teams], Zero::of_stage(stage).unwrap_or_default())
+            plan.rank_bytes([rank, n_teams], ranks.team, Zero::of_stage(stage).unwrap_or_default())
         };
         let mut stages = [[0; 2]; 4];
         for (stage, most) in (0..=3).zip(&mut stages) {
-            if stage > 0 && ranks.team > 1 && stage != ranks.stage {
-                // The state of teams is not divided in another way: nobody is advised to. (A run that asks for it is refused.)
-                *most = [u64::MAX; 2];
-                continue;
-            }
             let first = of(stage, 0)?.most(activations(recompute), copy);
             let other = of(stage, n_teams - 1)?.most(activations(recompute), 0);
             let of = |n: u64| first + (n - 1) * other;
@@ -107,8 +99,7 @@ impl Needs {
                 ("optimizer", first.optimizer + (here - 1) * other.optimizer),
                 ("activations", here * activations(recompute)),
                 ("checkpoint being written", first.checkpoint + (here - 1) * other.checkpoint),
-                ("copies for samples and tasks", copy - put_together),
-                ("a team's checkpoint, put together", put_together),
+                ("copies for samples and tasks", copy),
                 ("more, for the finished model's file", first.publication.saturating_sub(steps)),
                 ("the program", here * PROGRAM_BYTES),
             ],
