@@ -40,7 +40,9 @@ pub use load::{Loaded, TokenizerFiles, load};
 pub use lora::Lora;
 pub use params::{ParamSpec, ParamTable};
 pub use step::{BlockCopy, StepInput, StepRow};
-pub use train::{ActivationBytes, Division, Keeper, Kept, LossSum, MicroBatch, Objective, TrainModel};
+pub use train::{
+    ActivationBytes, Division, Keeper, Kept, LossSum, MicroBatch, Neighbor, Objective, Stage, TrainModel,
+};
 pub use trainable::{Files, Trainable};
 pub use transformer::{BLOCK_TOKENS, KvCache, KvType, Transformer};
 pub use weights::{WeightTensor, Weights};

@@ -31,6 +31,10 @@ pub enum Error {
     Teams { n_ranks: usize, n_team: usize },
     #[error("ranks that compute one model together (--tp {n_team}) exclude {what}")]
     Team { n_team: usize, what: &'static str },
+    #[error("{n_ranks} ranks are no whole number of pipelines of {n_stages} stages of {n_team} ranks each")]
+    Pipelines { n_ranks: usize, n_stages: usize, n_team: usize },
+    #[error("ranks that form a pipeline (--pp {n_stages}) exclude {what}")]
+    Pipeline { n_stages: usize, what: &'static str },
     #[error("Muon needs whole matrices: its state cannot be divided among ranks")]
     MuonDivided,
     #[error("low-rank changes are small: divide their optimizer's state at most (--zero 1)")]

@@ -1,9 +1,11 @@
 //! One rank of a run: the step loop. N ranks and one rank are the same code; collectives over one rank are no-ops.
 
 mod links;
+mod pipe;
 mod rounds;
 pub(crate) mod team;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -18,12 +20,14 @@ use tensor::packed::WeightKind;
 use crate::exchange::{Exchange, Fixed, Kind, Memory, Spent};
 use crate::guard::Wrong;
 use crate::layout::{Layout, Zero};
-use crate::loader::{Loader, Order};
+use crate::loader::{Loader, Order, Rows};
 use crate::optimizer::{Optimizer, Rate};
+use crate::pipeline::{Action, in_flight, schedule};
 use crate::saver::Saver;
 use crate::state::State;
 use crate::{BadBatch, Error, Event, Plan, Ranks, Result, Step};
 pub(crate) use links::Links;
+pub(crate) use pipe::{Pipe, check as check_pipeline};
 pub(crate) use rounds::Rounds;
 use team::Team;
 
@@ -34,6 +38,8 @@ pub(crate) struct Rank<'a> {
     pub(crate) comm: Box<dyn Comm>,
     /// To those that compute one model with it, if it has only a part.
     pub(crate) team: Option<Team>,
+    /// To those that compute other layers of it, if it has only some.
+    pub(crate) pipe: Option<Pipe>,
     pub(crate) pool: Pool,
     pub(crate) model: TrainModel,
     pub(crate) trainable: Trainable,
@@ -171,8 +177,11 @@ impl Rank<'_> {
         let all = self.comm.all_gather(&wants.map(|want| f64::from(u8::from(want))))?;
         let any = |all: Vec<f64>| [0, 1, 2].map(|at| all.iter().skip(at).step_by(3).any(|want| *want != 0.0));
         let wants = any(all);
-        let Some(team) = &self.team else { return Ok(wants) };
-        Ok(any(team.comm.all_gather(&wants.map(|want| f64::from(u8::from(want))))?))
+        let [team, pipe] =
+            [self.team.as_ref().map(|team| &team.comm), self.pipe.as_ref().map(|pipe| &pipe.comm)];
+        [team, pipe].into_iter().flatten().try_fold(wants, |wants, comm| {
+            Ok(any(comm.all_gather(&wants.map(|want| f64::from(u8::from(want))))?))
+        })
     }
 
     /// Writes a checkpoint and waits for it. Its step, where this rank has published it.
@@ -194,7 +203,11 @@ impl Rank<'_> {
     /// Every rank tells of its part of a checkpoint; the first begins to publish it.
     fn all_told(&mut self, lead: &mut Option<&mut dyn Lead>) -> Result<()> {
         self.is_saving = false;
-        let all = self.comm.all_gather_bytes(&self.saver.tell())?;
+        let mut all = self.comm.all_gather_bytes(&self.saver.tell())?;
+        if let Some(pipe) = &self.pipe {
+            // Whoever writes is one of the first of all.
+            all = pipe.comm.all_gather_bytes(&all.swap_remove(0))?;
+        }
         if let (Some(event), Some(lead)) = (self.saver.all_told(&all), lead) {
             lead.event(event);
         }
@@ -218,6 +231,11 @@ impl Rank<'_> {
         if let Some(team) = &self.team {
             // Other teams have the same.
             let whole = if rank == 0 { team.whole(&self.state.params)? } else { None };
+            return Ok(whole.map(|params| self.trainable.to_weights(&self.pool, &params, kind)));
+        }
+        if let Some(pipe) = &self.pipe {
+            let own = &self.state.params[..self.layout.n];
+            let whole = if rank == 0 { pipe.whole(own)? } else { None };
             return Ok(whole.map(|params| self.trainable.to_weights(&self.pool, &params, kind)));
         }
         if self.layout.zero < Zero::Parameters {
@@ -312,8 +330,11 @@ impl Rank<'_> {
             self.saver.begin(self.seconds);
             // Rows are named alike on any number of ranks.
             let micro_batch = sums.worst();
-            let computes = |rank: &usize| self.layout.micro_batches(*rank).contains(&micro_batch);
-            let rank = wrong_rank(&times, (0..times.len()).find(computes).unwrap_or_default());
+            // What is lost the last stage knows.
+            let [_, n_stages] = self.stage();
+            let computes = |rank: &usize| self.layout.micro_batches(*rank / n_stages).contains(&micro_batch);
+            let last = (0..times.len()).skip(n_stages - 1).step_by(n_stages);
+            let rank = wrong_rank(&times, last.into_iter().find(computes).unwrap_or_default());
             return self.skip(wrong, [loss, grad_norm], (self.bad_batch(micro_batch), rank));
         }
         let rate = self.rate(grad_norm, n_counted);
@@ -323,6 +344,7 @@ impl Rank<'_> {
         if [Zero::Optimizer, Zero::Gradients].contains(&self.layout.zero) {
             self.comm.all_gather_of(&mut self.state.params, &self.layout.all)?;
         }
+        self.renew_head()?;
         self.finish_step((self.seconds)() - start);
         let n_tokens = plan.tokens_per_step() as f64;
         let seconds = (self.seconds)() - start;
@@ -352,6 +374,9 @@ impl Rank<'_> {
         if let Some(squares) = self.squares_of_team()? {
             return Ok(squares);
         }
+        if let Some(squares) = self.squares_of_pipe()? {
+            return Ok(squares);
+        }
         let (layout, grads) = (&self.layout, &self.memory.sums[0]);
         if layout.zero == Zero::Nothing {
             return Ok(sum_squares(&self.pool, grads, &mut self.squares));
@@ -374,15 +399,19 @@ impl Rank<'_> {
 
     /// The sums of all micro-batches, in their order, and the times of every rank.
     fn gather_sums(&self, own: Sums) -> Result<(Sums, Vec<Times>)> {
-        let all = self.comm.all_gather(&own.0)?;
+        let stages = self.of_stages(self.comm.all_gather(&own.0)?)?;
         let mut sums = Sums(vec![0.0; 3 * self.plan.micro_batches]);
         let mut times = Vec::new();
-        for (rank, numbers) in all.chunks(own.0.len()).enumerate() {
-            let (lost, of_rank) = numbers.split_at(numbers.len() - size_of::<Times>() / size_of::<f64>());
-            for (micro_batch, three) in self.layout.micro_batches(rank).into_iter().zip(lost.chunks(3)) {
-                sums.0[3 * micro_batch..][..3].copy_from_slice(three);
+        for rank in 0..self.comm.n_ranks() {
+            for stage in &stages {
+                let numbers = &stage[rank * own.0.len()..][..own.0.len()];
+                let (lost, of_rank) = numbers.split_at(numbers.len() - size_of::<Times>() / size_of::<f64>());
+                // The last stage, which comes last, is the one that knows.
+                for (micro_batch, three) in self.layout.micro_batches(rank).into_iter().zip(lost.chunks(3)) {
+                    sums.0[3 * micro_batch..][..3].copy_from_slice(three);
+                }
+                times.extend(Times::try_from(of_rank).ok());
             }
-            times.extend(Times::try_from(of_rank).ok());
         }
         Ok((sums, times))
     }
@@ -432,21 +461,50 @@ impl Rank<'_> {
     /// the seconds waited for data, and what the exchange took. `alone` is the layout of a worker that exchanges nothing.
     fn gradients(&mut self, loader: &Loader, alone: Option<&Layout>) -> Result<(Sums, f64, Spent)> {
         let (mut sums, mut data_seconds) = (Sums::default(), 0.0);
-        let Rank { plan, pool, model, state, memory, layout, comm, team, seconds, .. } = self;
-        let team = team.as_ref().map(|team| &*team.comm);
+        let stage = self.stage();
+        let Rank { plan, pool, model, state, memory, layout, comm, team, pipe, seconds, .. } = self;
+        let (team, pipe) = (team.as_ref().map(|team| &*team.comm), pipe.as_ref());
         let layout = alone.unwrap_or(layout);
         memory.reserve(layout);
         let (pool, layout, seconds): (&Pool, &Layout, _) = (pool, layout, *seconds);
-        let fixed = Fixed { pool, comm: &**comm, team, layout, params: &state.params, seconds };
+        let fixed = Fixed { pool, comm: &**comm, team, pipe, layout, params: &state.params, seconds };
         let params = (layout.zero < Zero::Parameters).then_some(&state.params[..]);
         let mut exchange = Exchange::new(fixed, memory);
-        for turn in 0..layout.n_turns {
+        let mut load = || {
             let start = seconds();
-            let rows = loader.next()?;
+            let rows = loader.next();
             data_seconds += seconds() - start;
-            exchange.begin(Kind::Gradients, turn);
-            let of = (rows.batch(), plan.objective);
-            sums.push(model.loss_and_grads_to(pool, params, of, &mut exchange));
+            rows
+        };
+        // Rows of micro-batches whose backward pass is still to come.
+        let mut flying: VecDeque<Rows> = VecDeque::new();
+        let n_flights = in_flight(stage, layout.n_turns);
+        for action in schedule(stage, layout.n_turns) {
+            if exchange.has_failed() {
+                break;
+            }
+            match action {
+                Action::Both(turn) => {
+                    let rows = load()?;
+                    exchange.begin(Kind::Gradients, turn);
+                    let of = (rows.batch(), plan.objective);
+                    sums.push(model.loss_and_grads_to(pool, params, of, &mut exchange));
+                }
+                Action::Forward(turn) => {
+                    let rows = load()?;
+                    exchange.begin(Kind::Gradients, turn);
+                    let of = (rows.batch(), turn % n_flights);
+                    model.forward_to(pool, &state.params, of, &mut exchange);
+                    flying.push_back(rows);
+                }
+                Action::Backward(turn) => {
+                    let rows = flying.pop_front().unwrap_or_default();
+                    exchange.begin(Kind::Gradients, turn);
+                    let of = (rows.batch(), turn % n_flights);
+                    model.backward_to(pool, &state.params, of, &mut exchange);
+                    sums.push(LossSum::default());
+                }
+            }
         }
         Ok((sums, data_seconds, exchange.finish()?))
     }

@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicBool;
 
 use comm::{Comm, Record};
 use data::{Dataset, chain};
-use model::{Division, TrainModel, Trainable, Weights};
+use model::{Division, Stage, TrainModel, Trainable, Weights};
 use store::{ObjectName, Store};
 use tensor::{Buf, Pool, Precision};
 
@@ -18,12 +18,13 @@ use crate::exchange::Memory;
 use crate::layout::{Layout, Zero};
 use crate::metrics_log::MetricsLog;
 use crate::optimizer::Optimizer;
+use crate::pipeline::in_flight;
 use crate::plans::stored_plan;
 use crate::publish::{Trained, publish};
 use crate::rank::team::{self, Team};
-use crate::rank::{Lead, Links, Rank, Rounds};
+use crate::rank::{Lead, Links, Pipe, Rank, Rounds, check_pipeline};
 use crate::sample::Sampler;
-use crate::saver::Saver;
+use crate::saver::{Parts, Saver};
 use crate::sources::Sources;
 use crate::state::State;
 use crate::tasks::Asker;
@@ -40,6 +41,8 @@ pub struct Context<'a> {
     pub n_ranks: usize,
     /// Ranks that compute one model together (tensor parallel); 1: each has the whole. Losses depend on it, within bounds.
     pub n_team: usize,
+    /// Stages of layers that ranks form a pipeline of; 1: each rank has all layers. No result depends on it.
+    pub n_stages: usize,
     /// The machine of each rank, where they are processes.
     pub hosts: Vec<String>,
     /// What ended the ranks before these, where that is known.
@@ -87,8 +90,9 @@ impl Opened {
         let run = &context.run;
         let (plan, plan_sha256) =
             stored_plan(&context.store, run)?.ok_or_else(|| Error::NoRun { run: run.clone() })?;
-        plan.check_teams(context.n_ranks, context.n_team)?;
+        plan.check_teams(context.n_ranks, [context.n_team, context.n_stages])?;
         team::check(&plan, context.zero, context.n_team)?;
+        check_pipeline(&plan, context.zero, context.n_stages)?;
         check_division(&plan, context.zero, context.n_ranks)?;
         let sources = Sources::open(&context.store, &plan)?;
         let trainable = start::trainable(&context.store, run, &plan)?;
@@ -231,12 +235,23 @@ impl<'a> RankParts<'a> {
         let whole = opened.layout(context, comm.rank());
         let Loaded { state, workers } = loaded;
         let how = (plan.checkpoint.keep, context.threads_of_a_rank());
-        let saver = Saver::new(checkpoints.clone(), &whole, how);
-        let (team, comm) = self.team(comm, whole.zero)?;
-        let computed = team.as_ref().map_or_else(|| trainable.clone(), |team| team::part(&team.division));
+        let Divided { comm, team, pipe, computed } = self.divide(comm, whole.zero)?;
         let ranks = [comm.rank(), comm.n_ranks()];
         let layout = Layout::new(&computed, context.zero, ranks, plan.micro_batches);
-        let state = team.as_ref().map_or_else(|| state.clone(), |team| team.take(&state, &layout));
+        let parts = match &pipe {
+            Some(pipe) => Parts { parts: pipe.writes(), writer: (ranks[0] == 0).then_some(pipe.place()[0]) },
+            None => Parts::of(&whole),
+        };
+        let saver = Saver::new(checkpoints.clone(), parts, how);
+        let state = match (&team, &pipe) {
+            (Some(team), _) => team.take(&state, &layout),
+            (None, Some(pipe)) => pipe.take(&state, &layout),
+            (None, None) => state,
+        };
+        let n_flights = pipe.as_ref().map_or(1, |pipe| match pipe.place() {
+            [stage, n_stages] if stage + 1 < n_stages => in_flight([stage, n_stages], layout.n_turns),
+            _ => 1,
+        });
         let rounds = plan.diloco.map(|diloco| Rounds {
             diloco,
             first: plan.workers_of(comm.rank(), comm.n_ranks()).start,
@@ -248,6 +263,7 @@ impl<'a> RankParts<'a> {
         Ok(Rank {
             saver,
             team,
+            pipe,
             layout,
             memory: Memory::default(),
             is_saving: false,
@@ -257,7 +273,8 @@ impl<'a> RankParts<'a> {
             optimizer: Optimizer::new(plan, computed.specs(), &computed.decayed(), precision),
             model: TrainModel::new(computed, plan.rows, plan.context, precision)
                 .with_z_loss(plan.z_loss)
-                .with_recompute(context.recompute),
+                .with_recompute(context.recompute)
+                .with_flights(n_flights),
             trainable: trainable.clone(),
             mixture: sources.mixture.clone(),
             validation: sources.validation.clone(),
@@ -272,18 +289,41 @@ impl<'a> RankParts<'a> {
         })
     }
 
-    /// The rank's team, if it has only a part of the model, and those that it shares micro-batches with.
-    fn team(&self, all: Box<dyn Comm>, zero: Zero) -> Result<(Option<Team>, Box<dyn Comm>)> {
-        let (context, trainable) = (self.context, &self.opened.trainable);
-        if context.n_team <= 1 {
-            return Ok((None, all));
+    /// What a rank computes of the model, and with whom: `all` are told apart by their team, within it by their stage.
+    fn divide(&self, all: Box<dyn Comm>, zero: Zero) -> Result<Divided> {
+        let RankParts { context, opened: Opened { plan, trainable, .. }, .. } = *self;
+        let Context { n_team, n_stages, .. } = *context;
+        if n_team > 1 {
+            let [comm, alike] = comm::teams(all, n_team)?;
+            let division = Division::new(trainable.config(), n_team)?;
+            // Of nobody in particular: a state that is put together is written by who has it.
+            let whole = Layout::new(trainable, zero, [0, 1], 1);
+            let computed = team::part(&division);
+            return Ok(Divided {
+                comm: alike,
+                team: Some(Team { comm, division, whole }),
+                pipe: None,
+                computed,
+            });
         }
-        let [comm, alike] = comm::teams(all, context.n_team)?;
-        let division = Division::new(trainable.config(), context.n_team)?;
-        // Of nobody in particular: a state that is put together is written by who has it.
-        let whole = Layout::new(trainable, zero, [0, 1], 1);
-        Ok((Some(Team { comm, division, whole }), alike))
+        if n_stages == 1 {
+            return Ok(Divided { comm: all, team: None, pipe: None, computed: trainable.clone() });
+        }
+        let [comm, alike] = comm::teams(all, n_stages)?;
+        let stages = Stage::divide(trainable.config(), plan.context, n_stages)?;
+        let computed = Trainable::of_stage(trainable.config(), &stages[comm.rank()]);
+        let pipe = Some(Pipe::new(comm, trainable, &stages));
+        Ok(Divided { comm: alike, team: None, pipe, computed })
     }
+}
+
+/// What of the model a rank computes, and with whom.
+struct Divided {
+    /// To those that compute the same with other micro-batches.
+    comm: Box<dyn Comm>,
+    team: Option<Team>,
+    pipe: Option<Pipe>,
+    computed: Trainable,
 }
 
 /// Runs every rank in a thread, rank 0 with the leader in this one. Returns whether the plan is done, and what has come of

@@ -70,6 +70,14 @@ struct Times {
     stalled: f64,
 }
 
+/// Which part of a checkpoint is whose.
+pub(crate) struct Parts {
+    /// Of every rank that writes, ranges of the whole model's flat vector.
+    pub(crate) parts: Vec<Vec<Range<usize>>>,
+    /// Which of them is this rank's; none where another rank writes all.
+    pub(crate) writer: Option<usize>,
+}
+
 /// What a rank tells the one that publishes.
 #[derive(Serialize, Deserialize)]
 enum Told {
@@ -77,14 +85,22 @@ enum Told {
     Failed(String),
 }
 
+impl Parts {
+    pub(crate) fn of(layout: &Layout) -> Parts {
+        let parts = layout.writes();
+        Parts { writer: Some(layout.rank).filter(|rank| *rank < parts.len()), parts }
+    }
+}
+
 impl Saver {
     /// For steps of so many threads.
-    pub(crate) fn new(checkpoints: Checkpoints, layout: &Layout, (keep, n_threads): (usize, usize)) -> Saver {
-        let parts = layout.writes();
-        let writer = Some(layout.rank).filter(|rank| *rank < parts.len());
+    pub(crate) fn new(checkpoints: Checkpoints, parts: Parts, (keep, n_threads): (usize, usize)) -> Saver {
+        let Parts { parts, writer } = parts;
         // Workers of DiLoCo store their own state.
-        let is_used = writer.is_some() && checkpoints.n_workers == 0;
-        let spare = Snapshot::new(if is_used { layout.n_own() } else { 0 });
+        let is_used = checkpoints.n_workers == 0;
+        let n_own =
+            writer.filter(|_| is_used).map_or(0, |own| parts[own].iter().map(|range| range.len()).sum());
+        let spare = Snapshot::new(n_own);
         let pause = PAUSE_OF_ONE_THREAD / n_threads.max(1) as u32;
         Saver {
             checkpoints,

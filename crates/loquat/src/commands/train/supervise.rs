@@ -90,7 +90,8 @@ impl Supervisor<'_> {
     fn n_ranks(&self, n_hosts: usize) -> usize {
         let (asked, hosts) = (self.args.ranks, self.args.distributed.hosts.len());
         let possible = if hosts == 0 { asked } else { (asked.div_ceil(hosts) * n_hosts).min(asked) };
-        let n_team = self.args.distributed.tp;
+        // That compute one model together.
+        let n_team = self.args.distributed.tp * self.args.distributed.pp;
         let is_even = |n: &usize| {
             n.is_power_of_two() && n.is_multiple_of(n_team) && self.n_parts.is_multiple_of(n / n_team)
         };
