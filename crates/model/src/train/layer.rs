@@ -72,8 +72,8 @@ impl<'a> Pass<'a> {
         }
         let LayerMemory { qkv, out_nhd, lse_bht, .. } = memory;
         attention_forward(pool, (shape.attention, mask), out_nhd, lse_bht, qkv);
-        self.matrices.forward((l, Site::Output), &mut self.scratch.delta_nc, out_nhd);
-        self.grads.keeper.sum(&mut self.scratch.delta_nc);
+        let delta_nc = &mut self.scratch.delta_nc;
+        self.matrices.forward_summed((l, Site::Output), &mut self.grads, delta_nc, out_nhd);
         self.post_norm((l, ATTENTION), ranges.attention_post_norm.as_ref());
     }
 
@@ -89,8 +89,7 @@ impl<'a> Pass<'a> {
             Activation::Gelu => gelu_into(pool, act_nf, up_no),
             Activation::GeluErf => unreachable!("no model that predicts has it"),
         }
-        self.matrices.forward((l, Site::Down), delta_nc, act_nf);
-        self.grads.keeper.sum(delta_nc);
+        self.matrices.forward_summed((l, Site::Down), &mut self.grads, delta_nc, act_nf);
         let post_norm = self.matrices.values.table.layers[l].ff_post_norm.as_ref();
         self.post_norm((l, FEED_FORWARD), post_norm);
     }
@@ -169,9 +168,9 @@ impl<'a> Pass<'a> {
         }
         let head_norms = head_norms(&self.matrices.values, ranges, &shape);
         if let Some((parts, range)) = head_norms.zip(ranges.head_norms.as_ref()) {
-            let dw = self.grads.vector(range, sink);
-            let dheads = (&mut dqkv[..], shape.rope.stride);
+            let (dw, dheads) = (&mut sink[..range.len()], (&mut dqkv[..], shape.rope.stride));
             head_norm_backward(pool, dheads, dw, &memory.heads_nk, (&parts, shape.norm_eps), sums);
+            self.grads.summed(range, dw);
         }
         let norm = Norm::of(&self.matrices.values, &ranges.attention_norm, shape.norm_eps);
         norm.again(pool, normed_nc, stream);

@@ -27,7 +27,12 @@ pub(crate) struct Team {
 impl Team {
     /// This rank's part of a state.
     pub(crate) fn take(&self, whole: &State, layout: &Layout) -> State {
-        let part = |vector: &[f32]| self.division.take(self.comm.rank(), vector);
+        let stripes = self.division.stripes(self.comm.rank());
+        let part = |vector: &[f32]| {
+            let mut values = Buf::zeroed(stripes.len());
+            stripes.take(vector, &mut values);
+            values
+        };
         State {
             params: part(&whole.params),
             adam_m: part(&whole.adam_m),
@@ -47,11 +52,11 @@ impl Team {
             return Ok(None);
         }
         let mut whole = Buf::zeroed(self.whole.n);
-        self.division.put(0, part, &mut whole);
+        self.division.stripes(0).put(part, &mut whole);
         let mut came = vec![0.0; part.len()];
         for other in 1..self.comm.n_ranks() {
             self.comm.receive(other, &mut came)?;
-            self.division.put(other, &came, &mut whole);
+            self.division.stripes(other).put(&came, &mut whole);
         }
         Ok(Some(whole))
     }
