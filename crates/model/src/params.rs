@@ -134,6 +134,11 @@ impl ParamTable {
         n_params(&self.specs)
     }
 
+    /// Numbers of another stage's embedding that lie behind the flat vector.
+    pub fn n_copied(&self) -> usize {
+        self.n_values() - self.n_params()
+    }
+
     /// Of a flat vector, with a copy of another stage's embedding that may lie behind it.
     pub(crate) fn n_values(&self) -> usize {
         self.n_params().max(self.head.end)

@@ -15,7 +15,7 @@ pub(crate) enum Action {
 }
 
 /// Micro-batches that a stage has begun and not finished, at most.
-pub(crate) fn in_flight([stage, n_stages]: [usize; 2], n_micro_batches: usize) -> usize {
+pub fn in_flight([stage, n_stages]: [usize; 2], n_micro_batches: usize) -> usize {
     (n_stages - stage).min(n_micro_batches).max(1)
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use store::Store;
-use train::{Context, Event, Outcome, Plan};
+use train::{Context, Diloco, Event, Muon, Outcome, Plan};
 
 use crate::{context, prepared, results, whole_run};
 
@@ -83,4 +83,68 @@ fn stages_change_no_bit() {
             assert_eq!(norms(&store, &run), norms(&store, &format!("one-{name}")), "{run}");
         }
     }
+}
+
+/// Of other kinds of layers than Llama's, and with what matters once a step.
+#[test]
+fn stages_of_every_kind_change_no_bit() {
+    let (store, plan) = deep();
+    let vocab = plan.model["vocab_size"].clone();
+    let gpt2 = serde_json::json!({
+        "model_type": "gpt2", "n_layer": 4, "n_embd": 32, "n_head": 4, "vocab_size": vocab, "n_positions": 32,
+    });
+    let qwen3 = serde_json::json!({
+        "model_type": "qwen3", "num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 64, "vocab_size": vocab,
+        "rms_norm_eps": 1e-6, "tie_word_embeddings": true, "max_position_embeddings": 32,
+    });
+    let of = |model| Plan { model, steps: 3, ..plan.clone() };
+    let muon = Plan { muon: Some(Muon::default()), z_loss: 1e-4, bf16: true, ..of(plan.model.clone()) };
+    for (name, plan) in [("gpt2", of(gpt2)), ("qwen3", of(qwen3)), ("muon", muon)] {
+        let one = whole_run(&store, &plan, &format!("one-{name}"), [1, 1]);
+        for n_stages in [2, 4] {
+            let run = format!("{name}-{n_stages}");
+            assert!(run_on(&store, &plan, &run, &[on(n_stages, n_stages)]) == one, "{run}");
+        }
+    }
+}
+
+#[test]
+fn fewer_micro_batches_than_stages_change_no_bit() {
+    let (store, plan) = deep();
+    for micro_batches in [1, 2] {
+        let plan = Plan { micro_batches, ..plan.clone() };
+        let one = whole_run(&store, &plan, &format!("one-{micro_batches}"), [1, 1]);
+        let run = format!("few-{micro_batches}");
+        assert!(run_on(&store, &plan, &run, &[on(4, 4)]) == one, "{run}");
+    }
+}
+
+#[test]
+fn checkpoints_of_pipelines_load_on_any_layout() {
+    let (store, plan) = deep();
+    let one = whole_run(&store, &plan, "one", [1, 1]);
+    let until = |layout: Layout, step: u64| Layout { until: Some(step), ..layout };
+    let parts = [until(on(4, 4), 1), until(on(1, 1), 2), until(on(4, 2), 3), until(on(2, 1), 4), on(2, 2)];
+    assert!(run_on(&store, &plan, "parts", &parts) == one);
+    let same = [until(on(4, 2), 1), until(on(4, 2), 3), on(4, 2)];
+    assert!(run_on(&store, &plan, "same", &same) == one);
+}
+
+#[test]
+fn what_pipelines_cannot_do_is_refused_by_name() {
+    let (store, plan) = deep();
+    let stop = AtomicBool::new(false);
+    let refused = |run: &str, plan: &Plan, [n_ranks, n_stages]: [usize; 2], words: &str| {
+        train::create(&store, run, plan, None).unwrap();
+        let context = Context { n_ranks, n_stages, ..context(&store, run, &stop) };
+        let error = train::run(&context, &mut |_| {}).unwrap_err().to_string();
+        assert!(error.contains(words), "{error} does not say {words}");
+    };
+    refused("a", &plan, [4, 8], "4 ranks are no whole number of pipelines of 8 stages");
+    refused("b", &plan, [8, 8], "it has 5");
+    refused("c", &plan, [2, 0], "pipelines of 0 stages");
+    refused("d", &plan, [32, 2], "16 ranks");
+    let diloco = Some(Diloco { workers: 2, ..Diloco::DEFAULT });
+    refused("e", &Plan { diloco, ..plan.clone() }, [4, 2], "--diloco");
 }
