@@ -45,8 +45,7 @@ pub struct MpiComm {
 impl MpiComm {
     /// Joins the ranks that were started with this process.
     ///
-    /// Errors: there is no library; it is not the launcher's; others do not come within the limit; their number is not a
-    /// power of two.
+    /// Errors: there is no library; it is not the launcher's; others do not come within the limit.
     pub fn join(settings: MpiSettings) -> Result<MpiComm, CommError> {
         let (joined, answer) = channel();
         let (jobs, todo) = channel();
@@ -149,14 +148,12 @@ fn next(post: &mut Post, todo: &Receiver<(Job, Sender<Reply>)>) -> Option<(Job, 
 
 fn check(world: World, launched: usize) -> Result<World, CommError> {
     let (n_ranks, library) = (world.n_ranks(), world.library());
-    let refused = match n_ranks {
-        _ if n_ranks != launched => CommError::OtherLibrary { launched, seen: n_ranks, library },
-        _ if !n_ranks.is_power_of_two() => CommError::NotAPowerOfTwo { n_ranks },
-        _ => return Ok(world),
-    };
+    if n_ranks == launched {
+        return Ok(world);
+    }
     // All ranks see the same: they part in order, and each says why.
     world.leave().map_err(failed("leaving"))?;
-    Err(refused)
+    Err(CommError::OtherLibrary { launched, seen: n_ranks, library })
 }
 
 impl Comm for MpiComm {

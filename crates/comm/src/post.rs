@@ -12,7 +12,7 @@ use mpi::{Request, Test, World};
 
 use crate::sent::Sent;
 use crate::tree::Shards;
-use crate::{BYTES_MAX, CommError, Record, pieces, tree};
+use crate::{BYTES_MAX, CommError, Record, pieces};
 
 /// Values of one message: 1 MiB. Large enough that its overhead does not count, small enough to be summed in the cache
 /// while the next ones travel.
@@ -147,13 +147,13 @@ impl Post {
     }
 
     /// Gives `values` the pieces of this rank's shard of the sum. Every rank sends every other one its part of that one's
-    /// shard; whoever owns a shard sums its parts in the order of [`tree`].
+    /// shard; whoever owns a shard sums its parts in the order of [`crate::tree`].
     fn reduce_scatter(
         &mut self,
         (mine, shards): (&Arc<[f32]>, &Shards),
         values: &mut dyn FnMut(usize, Box<[f32]>),
     ) -> Result<(), CommError> {
-        let rank = self.world.rank();
+        let (rank, whole) = (self.world.rank(), shards);
         let (shards, n_steps) = self.cut(shards);
         let others = self.others();
         let operation = "reduce_scatter";
@@ -174,9 +174,11 @@ impl Post {
             let received = received(flights);
             let mut parts: Vec<&[f32]> = received.iter().map(|(_, piece)| &piece[..]).collect();
             parts.insert(rank, &mine[own.clone()]);
-            let mut sum = post.spare.take(own.len());
-            tree::sum(&parts, &mut sum);
-            values(own.start, sum);
+            whole.sums(own, &parts, &mut |at, sum| {
+                let mut summed = post.spare.take(own.len());
+                sum.write(&mut summed);
+                values(at, summed);
+            });
             received.into_iter().for_each(|(_, piece)| post.spare.put(piece));
         };
         self.carry_out(operation, n_steps, start, landed)

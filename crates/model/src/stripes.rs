@@ -47,6 +47,11 @@ impl Stripe {
         self.n * self.run()
     }
 
+    /// Where the last run ends.
+    fn last_end(&self) -> usize {
+        self.end + (self.n - 1) * self.stride
+    }
+
     /// Where a run lies in the whole, or some of it.
     fn at(&self, run: usize, part: Range<usize>) -> Range<usize> {
         let start = self.start + run * self.stride;
@@ -135,6 +140,23 @@ impl Stripes {
         push(last, 0..until, 1);
     }
 
+    /// Of these stripes what lies in a range of the whole, where a part's numbers are in the order of the whole.
+    pub fn inside(&self, range: &Range<usize>) -> Stripes {
+        let mut inside = Stripes::default();
+        let first = self.0.partition_point(|stripe| stripe.last_end() <= range.start);
+        for stripe in self.0[first..].iter().take_while(|stripe| stripe.start < range.end) {
+            if range.start <= stripe.start && stripe.last_end() <= range.end {
+                inside.push(*stripe);
+                continue;
+            }
+            for run in (0..stripe.n).map(|run| stripe.at(run, 0..stripe.run())) {
+                let (start, end) = (run.start.max(range.start), run.end.min(range.end));
+                inside.push(Stripe::new(start, end.saturating_sub(start), [1, 0]));
+            }
+        }
+        inside
+    }
+
     /// The part's numbers of a whole vector.
     pub fn take(&self, whole: &[f32], part: &mut [f32]) {
         let mut rest = part;
@@ -201,6 +223,18 @@ mod tests {
             }
         }
         assert_eq!(Stripes::whole(9).cut(&[0..3, 3..9]), Stripes::whole(9), "what touches is one");
+    }
+
+    #[test]
+    fn any_range_of_the_whole_has_the_numbers_that_lie_in_it() {
+        let (stripes, all) = (stripes(), numbers(&stripes()));
+        for start in 0..90 {
+            for end in start..90 {
+                let expected: Vec<usize> =
+                    all.iter().copied().filter(|at| (start..end).contains(at)).collect();
+                assert_eq!(numbers(&stripes.inside(&(start..end))), expected, "{start}..{end}");
+            }
+        }
     }
 
     #[test]

@@ -17,7 +17,7 @@ use tensor::adamw::sum_squares;
 use tensor::{Buf, Pool};
 
 use crate::early::{Blocks, Early, Rows};
-use crate::layout::{Layout, Zero};
+use crate::layout::{Layout, Slot, Zero};
 use crate::rank::Pipe;
 
 /// Buckets under way at a time. Where gradients are divided each is memory that a rank would not have else.
@@ -111,7 +111,7 @@ impl Memory {
     /// Room for the sums of a step.
     pub(crate) fn reserve(&mut self, layout: &Layout) {
         let len = if layout.zero >= Zero::Gradients { layout.n_own() } else { layout.n };
-        self.sums.resize_with(tree::depth(layout.n_turns), || Buf::zeroed(len));
+        self.sums.resize_with(layout.n_sums(), || Buf::zeroed(len));
     }
 
     /// Of at least `len` values, which nobody else has.
@@ -200,8 +200,15 @@ impl<'a> Exchange<'a> {
 
     /// Begins to sum gradients over ranks.
     fn sum(&mut self, values: Arc<[f32]>, shards: Shards) -> Option<Pending> {
-        let whole = self.fixed.layout.zero == Zero::Nothing;
-        self.begin_beside(if whole { Beside::AllReduce } else { Beside::ReduceScatter }, values, shards)
+        let layout = self.fixed.layout;
+        match layout.zero {
+            Zero::Nothing => self.begin_beside(Beside::AllReduce, values, shards),
+            Zero::Optimizer => self.begin_beside(Beside::ReduceScatter, values, shards),
+            _ => {
+                let shards = shards.with_nodes(&layout.ranks_of_nodes(self.turn));
+                self.begin_beside(Beside::ReduceScatter, values, shards)
+            }
+        }
     }
 
     /// Sends the gradients in `values`, which begin where the unit does.
@@ -226,12 +233,13 @@ impl<'a> Exchange<'a> {
         let start = seconds();
         let finished = match &what {
             What::Unit(unit) => {
-                let first = layout.units[*unit].range.start;
-                pending.finish(&mut |at, piece| take(first + at, piece))
+                let (first, end) = (layout.units[*unit].range.start, layout.units[*unit].shards.end());
+                pending.finish(&mut |at, piece| take(at / end, first + at % end, piece))
             }
             What::Rows(rows) => pending.finish(&mut |at, piece| {
+                let (node, at) = (at / rows.len(), at % rows.len());
                 for (part, range) in rows.places(at, piece.len()) {
-                    take(range.start, &piece[part]);
+                    take(node, range.start, &piece[part]);
                 }
             }),
         };
@@ -244,6 +252,10 @@ impl<'a> Exchange<'a> {
     fn finish_early(&mut self, early: Early, values: impl Fn(&Memory, Range<usize>, &mut [f32])) {
         let Early { unit, mut open, values: settled, blocks, .. } = early;
         let Fixed { layout, seconds, .. } = self.fixed;
+        // Of a model of few buckets the rows of the turn before may still be on their way: their sums come first.
+        while self.under_way.front().is_some_and(|under_way| under_way.turn < self.turn) {
+            self.finish_oldest();
+        }
         let start = seconds();
         let finished = blocks.finish(&mut |at, numbers| open.join(at, numbers));
         self.spent.waited += seconds() - start;
@@ -257,14 +269,16 @@ impl<'a> Exchange<'a> {
         let shards = rows.shards(&layout.units[unit], layout.n_ranks);
         let pending = if self.error.is_none() { self.sum(mine, shards) } else { None };
         let (first, closed) = (layout.units[unit].range.start, open.ranges(false));
+        let len = layout.units[unit].shards.end();
         let mut take = taker(self.fixed, self.turn, &mut self.memory.sums);
         let start = seconds();
         let finished = settled.finish(&mut |at, piece| {
-            let (at, end) = (first + at, first + at + piece.len());
+            let (node, at) = (at / len, first + at % len);
+            let end = at + piece.len();
             let from = closed.partition_point(|range| range.end <= at);
             for range in closed[from..].iter().take_while(|range| range.start < end) {
                 let range = range.start.max(at)..range.end.min(end);
-                take(range.start, &piece[range.start - at..range.end - at]);
+                take(node, range.start, &piece[range.start - at..range.end - at]);
             }
         });
         drop(take);
@@ -540,19 +554,24 @@ impl Exchange<'_> {
     }
 }
 
-/// What puts sums over ranks of a turn where they belong, each with the place of its first number in the flat vector.
-fn taker<'b>(fixed: Fixed<'b>, turn: usize, sums: &'b mut [Buf<f32>]) -> impl FnMut(usize, &[f32]) + 'b {
+/// What puts sums over ranks of a turn where they belong, each with which of the turn's nodes it is of and the place of its first
+/// number in the flat vector.
+fn taker<'b>(
+    fixed: Fixed<'b>,
+    turn: usize,
+    sums: &'b mut [Buf<f32>],
+) -> impl FnMut(usize, usize, &[f32]) + 'b {
     let Fixed { pool, layout, .. } = fixed;
-    let place = (waiting_before(turn, layout.n_turns), tree::merges(turn, layout.n_turns));
-    move |at, piece| {
-        if layout.zero < Zero::Gradients {
+    let slots = if layout.zero >= Zero::Gradients { layout.slots(turn) } else { Vec::new() };
+    move |node, at, piece| {
+        let Some(Slot { waiting, merges }) = slots.get(node).copied() else {
             sums[0][at..at + piece.len()].copy_from_slice(piece);
             return;
-        }
+        };
         let own = layout.own_at(at);
         let range = own..own + piece.len();
-        sums[place.0][range.clone()].copy_from_slice(piece);
-        merge(pool, sums, place, range);
+        sums[waiting][range.clone()].copy_from_slice(piece);
+        merge(pool, sums, (waiting, merges), range);
     }
 }
 

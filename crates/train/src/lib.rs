@@ -25,6 +25,7 @@ mod layout;
 mod loader;
 mod metrics_log;
 mod optimizer;
+mod part;
 mod pipeline;
 mod plan;
 mod plans;

@@ -12,16 +12,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use comm::tree::SHARD_ALIGN;
 use comm::{Comm, Record};
 use data::{Batches, Mixture};
-use model::{LossSum, TrainModel, Trainable, Weights};
+use model::{LossSum, Stripes, TrainModel, Trainable, Weights};
 use tensor::Pool;
 use tensor::adamw::sum_squares;
-use tensor::packed::WeightKind;
 
 use crate::exchange::{Exchange, Fixed, Kind, Memory, Spent};
 use crate::guard::Wrong;
 use crate::layout::{Layout, Zero};
 use crate::loader::{Loader, Order, Rows};
 use crate::optimizer::{Optimizer, Rate};
+use crate::part::Part;
 use crate::pipeline::{Action, in_flight, schedule};
 use crate::saver::Saver;
 use crate::state::State;
@@ -42,7 +42,12 @@ pub(crate) struct Rank<'a> {
     pub(crate) pipe: Option<Pipe>,
     pub(crate) pool: Pool,
     pub(crate) model: TrainModel,
+    /// Of the whole model.
     pub(crate) trainable: Trainable,
+    /// What of it is computed here.
+    pub(crate) part: Part,
+    /// What every rank stores of the whole's vectors.
+    pub(crate) writers: Arc<[Stripes]>,
     pub(crate) mixture: Mixture,
     /// Of every dataset that holds something out.
     pub(crate) validation: Arc<[Validation]>,
@@ -52,7 +57,7 @@ pub(crate) struct Rank<'a> {
     /// Where workers train by themselves and meet now and then (DiLoCo).
     pub(crate) rounds: Option<Rounds>,
     pub(crate) optimizer: Optimizer,
-    /// Which part of it all is this rank's.
+    /// Which part of its part's state is this rank's.
     pub(crate) layout: Layout,
     /// Gradients of the sum of the step's token losses, and what they travel in.
     pub(crate) memory: Memory,
@@ -154,7 +159,7 @@ impl Rank<'_> {
             }
             if must_save {
                 (is_save_due, self.is_saving) = (false, true);
-                self.prepare_save()?;
+                self.saver.prepare(&self.state);
             }
             let event = self.step(&loader)?;
             if let Some(lead) = &mut lead {
@@ -177,9 +182,7 @@ impl Rank<'_> {
         let all = self.comm.all_gather(&wants.map(|want| f64::from(u8::from(want))))?;
         let any = |all: Vec<f64>| [0, 1, 2].map(|at| all.iter().skip(at).step_by(3).any(|want| *want != 0.0));
         let wants = any(all);
-        let [team, pipe] =
-            [self.team.as_ref().map(|team| &team.comm), self.pipe.as_ref().map(|pipe| &pipe.comm)];
-        [team, pipe].into_iter().flatten().try_fold(wants, |wants, comm| {
+        self.parts().try_fold(wants, |wants, comm| {
             Ok(any(comm.all_gather(&wants.map(|want| f64::from(u8::from(want))))?))
         })
     }
@@ -193,7 +196,7 @@ impl Rank<'_> {
             self.all_told(lead)?;
         }
         self.tell_published(lead, true);
-        self.begin_save()?;
+        self.saver.begin_at_once(&self.pool, &self.state, seconds);
         self.saver.wait(seconds);
         self.all_told(lead)?;
         let is_there = self.tell_published(lead, true);
@@ -203,11 +206,7 @@ impl Rank<'_> {
     /// Every rank tells of its part of a checkpoint; the first begins to publish it.
     fn all_told(&mut self, lead: &mut Option<&mut dyn Lead>) -> Result<()> {
         self.is_saving = false;
-        let mut all = self.comm.all_gather_bytes(&self.saver.tell())?;
-        if let Some(pipe) = &self.pipe {
-            // Whoever writes is one of the first of all.
-            all = pipe.comm.all_gather_bytes(&all.swap_remove(0))?;
-        }
+        let all = self.gather_told()?;
         if let (Some(event), Some(lead)) = (self.saver.all_told(&all), lead) {
             lead.event(event);
         }
@@ -223,51 +222,6 @@ impl Rank<'_> {
             lead.event(event);
         }
         is_there
-    }
-
-    /// The model as it is now, on the first rank. Where parameters are divided all ranks bring theirs, tensor by tensor.
-    pub(crate) fn weights(&self) -> Result<Option<Weights>> {
-        let (rank, kind) = (self.comm.rank(), WeightKind::F32);
-        if let Some(team) = &self.team {
-            // Other teams have the same.
-            let whole = if rank == 0 { team.whole(&self.state.params)? } else { None };
-            return Ok(whole.map(|params| self.trainable.to_weights(&self.pool, &params, kind)));
-        }
-        if let Some(pipe) = &self.pipe {
-            let own = &self.state.params[..self.layout.n];
-            let whole = if rank == 0 { pipe.whole(own)? } else { None };
-            return Ok(whole.map(|params| self.trainable.to_weights(&self.pool, &params, kind)));
-        }
-        if self.layout.zero < Zero::Parameters {
-            return Ok((rank == 0).then(|| self.trainable.to_weights(&self.pool, &self.state.params, kind)));
-        }
-        if rank == 0 {
-            return self.trainable.bring_weights(kind, |range, values| self.bring(range, values)).map(Some);
-        }
-        for spec in self.trainable.specs() {
-            for part in self.layout.owned_in(rank, &spec.range) {
-                let own = self.layout.own_at(part.start);
-                self.comm.send(0, &self.state.params[own..own + part.len()])?;
-            }
-        }
-        Ok(None)
-    }
-
-    /// Parameters of all ranks, on the first.
-    fn bring(&self, range: std::ops::Range<usize>, values: &mut [f32]) -> Result<()> {
-        for rank in 0..self.layout.n_ranks {
-            for part in self.layout.owned_in(rank, &range) {
-                let to = &mut values[part.start - range.start..part.end - range.start];
-                match rank {
-                    0 => {
-                        let own = self.layout.own_at(part.start);
-                        to.copy_from_slice(&self.state.params[own..own + part.len()]);
-                    }
-                    _ => self.comm.receive(rank, to)?,
-                }
-            }
-        }
-        Ok(())
     }
 
     /// The rows of the steps that are left.
@@ -369,32 +323,26 @@ impl Rank<'_> {
         Rate { lr_share, grad_scale: (clip / n_counted) as f32 }
     }
 
-    /// The square of the norm of the gradient, from the sums that each rank has of what it owns.
+    /// The square of the norm of the gradient, from the sums that each rank has of what it owns, in one order whoever owns
+    /// what; what several parts of the model have alike is counted once.
     fn squares_of_sums(&mut self) -> Result<f64> {
-        if let Some(squares) = self.squares_of_team()? {
-            return Ok(squares);
-        }
         if let Some(squares) = self.squares_of_pipe()? {
             return Ok(squares);
         }
         let (layout, grads) = (&self.layout, &self.memory.sums[0]);
-        if layout.zero == Zero::Nothing {
-            return Ok(sum_squares(&self.pool, grads, &mut self.squares));
-        }
         let mut own = Vec::new();
-        for place in &self.state.places {
-            sum_squares(&self.pool, &grads[self.state.grads_at(place)], &mut self.squares);
+        for piece in self.part.summed(&layout.owned(layout.rank)) {
+            let first = if layout.zero >= Zero::Gradients { layout.own_at(piece.start) } else { piece.start };
+            sum_squares(&self.pool, &grads[first..first + piece.len()], &mut self.squares);
             own.append(&mut self.squares);
         }
-        let mut all = self.comm.all_gather(&own)?.into_iter();
-        // Ranges are whole parts of that sum: the same numbers in the same order as on one rank.
-        let mut parts = vec![0.0; layout.n.div_ceil(SHARD_ALIGN)];
-        for range in (0..layout.n_ranks).flat_map(|rank| layout.all.of(rank)) {
-            let first = range.start / SHARD_ALIGN;
-            let n = range.len().div_ceil(SHARD_ALIGN);
-            parts[first..first + n].iter_mut().zip(&mut all).for_each(|(part, sum)| *part = sum);
-        }
-        Ok(parts.iter().sum())
+        let all = if layout.zero > Zero::Nothing { self.comm.all_gather(&own)? } else { own };
+        let pieces = (0..layout.n_owners()).flat_map(|rank| self.part.summed(&layout.owned(rank)));
+        let starts = pieces.flat_map(|piece| piece.step_by(SHARD_ALIGN));
+        let mut squares: Vec<(usize, f64)> = starts.zip(all).collect();
+        squares.sort_unstable_by_key(|(start, _)| *start);
+        let of_part = squares.iter().map(|(_, sum)| sum).sum();
+        self.sum_over_parts(of_part)
     }
 
     /// The sums of all micro-batches, in their order, and the times of every rank.
@@ -469,10 +417,13 @@ impl Rank<'_> {
         let (pool, layout, seconds): (&Pool, &Layout, _) = (pool, layout, *seconds);
         let fixed = Fixed { pool, comm: &**comm, team, pipe, layout, params: &state.params, seconds };
         let params = (layout.zero < Zero::Parameters).then_some(&state.params[..]);
+        let n_mine = layout.micro_batches(layout.rank).len();
         let mut exchange = Exchange::new(fixed, memory);
-        let mut load = || {
+        let mut load = |turn: usize| {
             let start = seconds();
-            let rows = loader.next();
+            // Who has none left in the last turn computes on nothing, which nobody adds to anything.
+            let rows =
+                if turn < n_mine { loader.next() } else { Ok(Rows::nothing(plan.rows * plan.context)) };
             data_seconds += seconds() - start;
             rows
         };
@@ -485,13 +436,13 @@ impl Rank<'_> {
             }
             match action {
                 Action::Both(turn) => {
-                    let rows = load()?;
+                    let rows = load(turn)?;
                     exchange.begin(Kind::Gradients, turn);
                     let of = (rows.batch(), plan.objective);
                     sums.push(model.loss_and_grads_to(pool, params, of, &mut exchange));
                 }
                 Action::Forward(turn) => {
-                    let rows = load()?;
+                    let rows = load(turn)?;
                     exchange.begin(Kind::Gradients, turn);
                     let of = (rows.batch(), turn % n_flights);
                     model.forward_to(pool, &state.params, of, &mut exchange);

@@ -158,7 +158,7 @@ pub(crate) struct Distributed {
     #[arg(long, value_name = "FILE")]
     pub(crate) mpi_library: Option<PathBuf>,
     /// Divide among the ranks instead of copying: the optimizer's state (1), gradients, too (2), and the parameters (3). The
-    /// result does not depend on it.
+    /// result does not depend on it. A number of ranks that is no power of two dividing the micro-batches takes 2 at least.
     #[arg(long, value_name = "STAGE", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=3))]
     pub(crate) zero: u8,
     /// Ranks that compute one model together, each with some of its heads and of its feed-forward columns (tensor parallel): a

@@ -11,13 +11,12 @@ use std::sync::Arc;
 use comm::Comm;
 use comm::tree::SHARD_ALIGN;
 use model::{Config, Neighbor, Objective, Stage, Trainable};
+use tensor::Pool;
 use tensor::adamw::sum_squares;
-use tensor::{Buf, Pool};
 
 use super::Rank;
-use crate::layout::{Layout, Zero};
+use crate::layout::Zero;
 use crate::plan::Method;
-use crate::state::State;
 use crate::{Error, Plan, Result};
 
 /// Passes without gradients that the first stage may be ahead of the last, for each stage: what it sends lies there.
@@ -27,6 +26,8 @@ const AHEAD_MAX: usize = 4;
 pub(crate) struct Pipe {
     /// To the other stages; this rank's number there is that of its stage.
     pub(crate) comm: Box<dyn Comm>,
+    /// To all ranks.
+    pub(crate) all: Box<dyn Comm>,
     /// What every stage trains of the whole model's flat vector.
     ranges: Vec<Range<usize>>,
     /// How long the embedding is, where the last stage has a copy of it; else 0.
@@ -34,10 +35,10 @@ pub(crate) struct Pipe {
 }
 
 impl Pipe {
-    pub(crate) fn new(comm: Box<dyn Comm>, whole: &Trainable, stages: &[Stage]) -> Pipe {
+    pub(crate) fn new(comm: Box<dyn Comm>, all: Box<dyn Comm>, whole: &Trainable, stages: &[Stage]) -> Pipe {
         let Config { vocab, width, tied_embeddings, .. } = *whole.config();
         let ranges = stages.iter().map(|stage| stage.range(whole.params())).collect();
-        Pipe { comm, ranges, n_copied: if tied_embeddings { vocab * width } else { 0 } }
+        Pipe { comm, all, ranges, n_copied: if tied_embeddings { vocab * width } else { 0 } }
     }
 
     /// This stage, of how many.
@@ -69,59 +70,14 @@ impl Pipe {
         if self.is_last() { self.n_copied } else { 0 }
     }
 
-    /// What every stage writes of a checkpoint.
-    pub(crate) fn writes(&self) -> Vec<Vec<Range<usize>>> {
-        self.ranges.iter().map(|range| std::iter::once(range.clone()).collect()).collect()
-    }
-
-    /// This stage's part of a state.
-    pub(crate) fn take(&self, whole: &State, layout: &Layout) -> State {
-        let range = self.ranges[self.comm.rank()].clone();
-        let mut params = Buf::zeroed(range.len() + self.n_copied_here());
-        params[..range.len()].copy_from_slice(&whole.params[range.clone()]);
-        params[range.len()..].copy_from_slice(&whole.params[..self.n_copied_here()]);
-        State {
-            params,
-            adam_m: Buf::from_slice(&whole.adam_m[range.clone()]),
-            adam_v: Buf::from_slice(&whole.adam_v[range]),
-            step: whole.step,
-            tokens: whole.tokens,
-            elapsed_seconds: whole.elapsed_seconds,
-            health: whole.health,
-            ..State::empty(layout)
-        }
-    }
-
-    /// All parameters, on the first stage.
-    pub(crate) fn whole(&self, own: &[f32]) -> Result<Option<Buf<f32>>> {
-        if !self.is_first() {
-            self.comm.send(0, own)?;
-            return Ok(None);
-        }
-        let mut whole = Buf::zeroed(self.n_whole());
-        whole[self.ranges[0].clone()].copy_from_slice(own);
-        for (stage, range) in self.ranges.iter().enumerate().skip(1) {
-            self.comm.receive(stage, &mut whole[range.clone()])?;
-        }
-        Ok(Some(whole))
-    }
-
     fn n_whole(&self) -> usize {
         self.ranges.last().map_or(0, |range| range.end)
     }
 
-    /// The square of the norm of the whole gradient, of which each stage has its range: summed in the parts and the order of
-    /// one rank. Of a part that several stages have some of, all get the numbers.
-    fn squares(&self, pool: &Pool, own: &[f32], scratch: &mut Vec<f64>) -> Result<f64> {
-        let range = &self.ranges[self.comm.rank()];
-        let [before, inside, after] =
-            in_parts(range).map(|part| part.start - range.start..part.end - range.start);
-        let numbers = |part: Range<usize>| own[part].iter().map(|x| f64::from(*x));
-        let mut told: Vec<f64> = numbers(before).collect();
-        sum_squares(pool, &own[inside], scratch);
-        told.append(scratch);
-        told.extend(numbers(after));
-        let mut all = self.comm.all_gather(&told)?.into_iter();
+    /// The square of the norm of the whole gradient, summed in the parts and the order of one rank, from what each stage tells of
+    /// its range: numbers of a part that others have some of, and sums of squares of whole parts between.
+    fn squares(&self, pool: &Pool, told: &[f64], scratch: &mut Vec<f64>) -> Result<f64> {
+        let mut all = self.comm.all_gather(told)?.into_iter();
         // Sums of whole parts, and the numbers of one that is not complete.
         let (mut sums, mut open): (Vec<f64>, Vec<f32>) = (Vec::new(), Vec::new());
         let mut close = |open: &mut Vec<f32>| {
@@ -142,6 +98,9 @@ impl Pipe {
     }
 }
 
+/// Which of [`in_parts`] are told as sums of squares.
+const SUMMED: [bool; 3] = [false, true, false];
+
 /// A range: what is before its first whole part, its whole parts, and what is behind them.
 fn in_parts(range: &Range<usize>) -> [Range<usize>; 3] {
     let first = range.start.next_multiple_of(SHARD_ALIGN).min(range.end);
@@ -150,10 +109,37 @@ fn in_parts(range: &Range<usize>) -> [Range<usize>; 3] {
 }
 
 impl Rank<'_> {
-    /// As [`Pipe::squares`], where there is a pipeline.
+    /// As [`Pipe::squares`], where there is a pipeline of stages that no team divides.
     pub(super) fn squares_of_pipe(&mut self) -> Result<Option<f64>> {
-        let Some(pipe) = &self.pipe else { return Ok(None) };
-        pipe.squares(&self.pool, &self.memory.sums[0], &mut self.squares).map(Some)
+        let Some(pipe) = self.pipe.as_ref().filter(|_| self.team.is_none()) else { return Ok(None) };
+        let (layout, grads, first) = (&self.layout, &self.memory.sums[0], self.part.first);
+        let pieces = |rank: usize| {
+            let owned = layout.owned(rank).into_iter();
+            owned.flat_map(|own| in_parts(&(own.start + first..own.end + first)).into_iter().zip(SUMMED))
+        };
+        let mut own = Vec::new();
+        for (piece, is_summed) in pieces(layout.rank).filter(|(piece, _)| !piece.is_empty()) {
+            let at = piece.start - first;
+            let at = if layout.zero >= Zero::Gradients { layout.own_at(at) } else { at };
+            let values = &grads[at..at + piece.len()];
+            match is_summed {
+                true => {
+                    sum_squares(&self.pool, values, &mut self.squares);
+                    own.append(&mut self.squares);
+                }
+                false => own.extend(values.iter().map(|x| f64::from(*x))),
+            }
+        }
+        let all = if layout.zero > Zero::Nothing { self.comm.all_gather(&own)? } else { own };
+        let mut rest = all.into_iter();
+        let numbers = |(piece, is_summed): (Range<usize>, bool)| {
+            let n = if is_summed { piece.len() / SHARD_ALIGN } else { piece.len() };
+            (piece.start, rest.by_ref().take(n).collect::<Vec<f64>>())
+        };
+        let mut told: Vec<_> = (0..layout.n_owners()).flat_map(pieces).map(numbers).collect();
+        told.sort_by_key(|(start, _)| *start);
+        let told: Vec<f64> = told.into_iter().flat_map(|(_, numbers)| numbers).collect();
+        pipe.squares(&self.pool, &told, &mut self.squares).map(Some)
     }
 
     /// This rank's stage, of how many.
@@ -198,7 +184,7 @@ pub(crate) fn check(plan: &Plan, zero: Zero, n_stages: usize) -> Result<()> {
     }
     let refuse = |what| Err(Error::Pipeline { n_stages, what });
     match () {
-        () if zero > Zero::Nothing => refuse("state that is divided in another way (--zero)"),
+        () if zero == Zero::Parameters => refuse("parameters that are divided in another way (--zero 3)"),
         () if plan.diloco.is_some() => refuse("workers that train by themselves (--diloco)"),
         () if !matches!(plan.method, Method::Full) => refuse("low-rank changes"),
         () if plan.objective != Objective::CrossEntropy => refuse("objectives that compare with the start"),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use store::Store;
-use train::{Context, Diloco, Event, Muon, Outcome, Plan};
+use train::{Context, Diloco, Event, Muon, Outcome, Plan, Zero};
 
 use crate::{context, prepared, results, whole_run};
 
@@ -13,11 +13,14 @@ use crate::{context, prepared, results, whole_run};
 struct Layout {
     n_ranks: usize,
     n_stages: usize,
+    /// Ranks that share the layers of a stage.
+    n_team: usize,
+    zero: Zero,
     until: Option<u64>,
 }
 
 fn on(n_ranks: usize, n_stages: usize) -> Layout {
-    Layout { n_ranks, n_stages, until: None }
+    Layout { n_ranks, n_stages, n_team: 1, zero: Zero::Nothing, until: None }
 }
 
 fn deep() -> (Arc<dyn Store>, Plan) {
@@ -33,10 +36,11 @@ fn untied(mut plan: Plan) -> Plan {
 
 fn carry_out(store: &Arc<dyn Store>, run: &str, layout: Layout) -> Outcome {
     let stop = AtomicBool::new(false);
-    let Layout { n_ranks, n_stages, until } = layout;
+    let Layout { n_ranks, n_stages, n_team, zero, until } = layout;
     // Some layouts compute layers again.
     let recompute = n_ranks == 8;
-    let context = Context { n_ranks, n_stages, recompute, n_threads: n_ranks, ..context(store, run, &stop) };
+    let of_model = Context { n_stages, n_team, zero, ..context(store, run, &stop) };
+    let context = Context { n_ranks, recompute, n_threads: n_ranks, ..of_model };
     let outcome = train::run(&context, &mut |event| {
         if matches!(event, Event::Step(s) if Some(s.step) == until) {
             stop.store(true, Ordering::Relaxed);
@@ -132,6 +136,46 @@ fn checkpoints_of_pipelines_load_on_any_layout() {
 }
 
 #[test]
+fn what_pipelines_divide_changes_no_bit() {
+    let (store, plan) = deep();
+    let one = whole_run(&store, &plan, "one", [1, 1]);
+    for (n_ranks, n_stages, zero) in
+        [(4, 2, Zero::Optimizer), (4, 2, Zero::Gradients), (8, 2, Zero::Optimizer), (8, 4, Zero::Gradients)]
+    {
+        let run = format!("divided-{n_ranks}-{n_stages}-{zero:?}");
+        assert!(run_on(&store, &plan, &run, &[Layout { zero, ..on(n_ranks, n_stages) }]) == one, "{run}");
+        assert_eq!(norms(&store, &run), norms(&store, "one"), "{run}");
+    }
+}
+
+#[test]
+fn stages_of_teams_learn_what_one_rank_does() {
+    let (store, plan) = deep();
+    let one = whole_run(&store, &plan, "one", [1, 1]);
+    let near = |losses: &[(u64, u64)]| {
+        assert_eq!(losses.len(), one.1.len());
+        for ((step, a), (_, b)) in one.1.iter().zip(losses) {
+            let (a, b) = (f64::from_bits(*a), f64::from_bits(*b));
+            assert!((a - b).abs() < 1e-4 * a, "step {step}: {a} and {b}");
+        }
+    };
+    let of = |n_ranks: usize, zero: Zero| Layout { n_team: 2, zero, ..on(n_ranks, 2) };
+    let alone = run_on(&store, &plan, "alone", &[of(4, Zero::Nothing)]);
+    near(&alone.1);
+    for (n_ranks, zero) in
+        [(4, Zero::Nothing), (8, Zero::Nothing), (8, Zero::Optimizer), (8, Zero::Gradients)]
+    {
+        let run = format!("teams-{n_ranks}-{zero:?}");
+        assert!(run_on(&store, &plan, &run, &[of(n_ranks, zero)]) == alone, "{run}");
+    }
+    let until = |layout: Layout, step: u64| Layout { until: Some(step), ..layout };
+    let divided = Layout { zero: Zero::Gradients, ..on(4, 2) };
+    let parts =
+        [until(of(8, Zero::Optimizer), 1), until(on(1, 1), 2), until(divided, 4), of(4, Zero::Nothing)];
+    near(&run_on(&store, &plan, "parts", &parts).1);
+}
+
+#[test]
 fn what_pipelines_cannot_do_is_refused_by_name() {
     let (store, plan) = deep();
     let stop = AtomicBool::new(false);
@@ -146,5 +190,9 @@ fn what_pipelines_cannot_do_is_refused_by_name() {
     refused("c", &plan, [2, 0], "pipelines of 0 stages");
     refused("d", &plan, [32, 2], "16 ranks");
     let diloco = Some(Diloco { workers: 2, ..Diloco::DEFAULT });
+    train::create(&store, "z", &plan, None).unwrap();
+    let divided = Context { n_ranks: 4, n_stages: 2, zero: Zero::Parameters, ..context(&store, "z", &stop) };
+    let error = train::run(&divided, &mut |_| {}).unwrap_err().to_string();
+    assert!(error.contains("--zero 3"), "{error}");
     refused("e", &Plan { diloco, ..plan.clone() }, [4, 2], "--diloco");
 }

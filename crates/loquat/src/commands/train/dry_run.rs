@@ -117,7 +117,7 @@ fn tell_here(plan: &Plan, needs: &Needs, args: &args::Train) -> Result<()> {
         },
         if plan.bf16 { "products in bf16, sums and weights in f32" } else { "f32" }
     );
-    if args.ranks > 1 && args.distributed.tp * args.distributed.pp == 1 {
+    if args.ranks > args.distributed.tp && args.distributed.pp == 1 {
         for stage in 0..=3 {
             let ranks = RanksHere { stage, ..RanksHere::of(args, None) };
             let of_rank = Needs::new(plan, ranks, args.recompute)?.of_rank;

@@ -1,7 +1,7 @@
 //! What a run takes of memory, by kind, before it takes any.
 
 use anyhow::{Result, bail};
-use model::{Stage, TrainModel, Trainable};
+use model::{Config, Stage, TrainModel, Trainable};
 use train::{Method, Plan, RankBytes, Zero};
 
 use super::launch::Launched;
@@ -73,9 +73,8 @@ struct OfRank {
     bytes: RankBytes,
     /// As they are, and where layers are computed again.
     activations: [u64; 2],
-    /// Of the first of all, for samples and what is put together.
+    /// Of the first of all, for samples.
     copy: u64,
-    put_together: u64,
     recompute: bool,
 }
 
@@ -85,20 +84,20 @@ impl OfRank {
     }
 
     fn most(&self) -> u64 {
-        self.bytes.most(self.activations(), self.copy + self.put_together)
+        self.bytes.most(self.activations(), self.copy)
     }
 
     fn steps(&self) -> u64 {
         let RankBytes { gradients, travelling, checkpoint, .. } = self.bytes;
-        gradients + travelling + checkpoint + self.copy + self.put_together
+        gradients + travelling + checkpoint + self.copy
     }
 }
 
 /// A plan on ranks that divide it in some way.
 struct Divided<'a> {
     plan: &'a Plan,
-    /// Of what one of a team has, as if the model were smaller.
-    of_part: Plan,
+    /// What one of a team has, as if the model were smaller.
+    part: Config,
     stages: Vec<Stage>,
     ranks: RanksHere,
     recompute: bool,
@@ -108,8 +107,7 @@ impl Divided<'_> {
     fn new(plan: &Plan, ranks: RanksHere, recompute: bool) -> Result<Divided<'_>> {
         let part = plan.config()?.part_of(ranks.team)?;
         let stages = Stage::divide(&part, plan.context, ranks.stages)?;
-        let of_part = Plan { model: serde_json::from_str(&part.to_json("float32"))?, ..plan.clone() };
-        Ok(Divided { plan, of_part, stages, ranks, recompute })
+        Ok(Divided { plan, part, stages, ranks, recompute })
     }
 
     /// What the first `n` ranks take with a stage of ZeRO.
@@ -119,7 +117,7 @@ impl Divided<'_> {
 
     fn of_rank(&self, zero: u8, rank: usize) -> Result<OfRank> {
         let RanksHere { team, all, .. } = self.ranks;
-        let (n_stages, part) = (self.stages.len(), self.of_part.config()?);
+        let (n_stages, part) = (self.stages.len(), &self.part);
         let (stage, data, n_data) =
             (rank / team % n_stages, rank / team / n_stages, (all / team / n_stages).max(1));
         let of = &self.stages[stage];
@@ -130,19 +128,13 @@ impl Divided<'_> {
         };
         let rows = [self.plan.rows, self.plan.context];
         let activations = [false, true].map(|recompute| {
-            TrainModel::activation_bytes_of((&part, of), rows, (recompute, n_flights)).total() as u64
+            TrainModel::activation_bytes_of((part, of), rows, (recompute, n_flights)).total() as u64
         });
-        // The first puts the whole together: of a team for checkpoints, once and to be written; of stages for samples.
-        let vectors = match (team > 1, n_stages > 1) {
-            (true, _) => 6,
-            (false, stages) => u64::from(stages),
-        };
         let is_first = rank == 0;
         Ok(OfRank {
-            bytes: self.of_part.rank_bytes(of, [data, n_data], zero)?,
+            bytes: self.plan.rank_bytes(of, [data, n_data], team, zero)?,
             activations,
             copy: if is_first { self.plan.copy_bytes()? } else { 0 },
-            put_together: if is_first { vectors * 4 * self.plan.config()?.n_params() as u64 } else { 0 },
             recompute: self.recompute,
         })
     }
@@ -178,8 +170,8 @@ impl Needs {
         let frozen_here = frozen * here / ranks.of_process.max(1) as u64;
         let mut stages = [[0; 2]; 4];
         for (stage, most) in (0..=3).zip(&mut stages) {
-            if stage > 0 && ranks.team * ranks.stages > 1 && stage != ranks.stage {
-                // The state of teams is not divided in another way: nobody is advised to. (A run that asks for it is refused.)
+            if stage == 3 && ranks.stages > 1 {
+                // Parameters of stages are not divided in another way: a run that asks for it is refused.
                 *most = [u64::MAX; 2];
                 continue;
             }
@@ -193,7 +185,6 @@ impl Needs {
         let of_ranks = divided.of(ranks.stage, ranks.of_machine)?;
         let sum = |part: &dyn Fn(&OfRank) -> u64| of_ranks.iter().map(part).sum::<u64>();
         let most = of_ranks.iter().map(OfRank::most).max().unwrap_or(0);
-        let put_together = sum(&|of| of.put_together);
         Ok(Needs {
             kinds: vec![
                 ("parameters", sum(&|of| of.bytes.parameters)),
@@ -204,7 +195,6 @@ impl Needs {
                 ("activations", sum(&OfRank::activations)),
                 ("checkpoint being written", sum(&|of| of.bytes.checkpoint)),
                 ("copies for samples and tasks", sum(&|of| of.copy)),
-                ("the whole, put together of its parts", put_together),
                 (
                     "more, for the finished model's file",
                     sum(&|of| of.bytes.publication.saturating_sub(of.steps())),
