@@ -6,6 +6,7 @@ mod bad_links;
 mod bad_ranks;
 mod diloco;
 mod divided;
+mod pipelines;
 mod teams;
 
 #[cfg(feature = "long")]
@@ -188,7 +189,7 @@ fn processes_train_the_same_bytes_as_one() {
     assert_eq!(told.matches("\"event\":\"finished\"").count(), 1, "rank 0 tells for all: {told}");
     assert!(told.contains("\"slowest\":"), "{told}");
     assert!(runs.weights("four") == runs.weights("one"), "4 processes");
-    for (n_ranks, stage) in [(2, 1), (4, 2), (2, 3), (8, 3)] {
+    for (n_ranks, stage) in [(2, 1), (3, 0), (4, 2), (2, 3), (3, 3), (8, 3)] {
         let run = format!("divided-{n_ranks}-{stage}");
         let told = runs.must_run(&run, 8, &format!("--launch mpi --ranks {n_ranks} --zero {stage}"));
         assert!(told.contains("\"travel_seconds\":"), "{told}");
