@@ -1,4 +1,4 @@
-//! The one authentication function, for all routes but the probes and the console's files.
+//! The one authentication function, for all routes but the probes, the API's description and the console's files.
 
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, header};

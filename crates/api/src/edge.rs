@@ -15,7 +15,7 @@ use tracing::{Instrument, Span};
 
 use crate::error::ApiError;
 use crate::generate::random_id;
-use crate::routes;
+use crate::openapi;
 use crate::state::{AppState, InFlight};
 
 /// OpenAI's date of the API's last breaking change; some SDKs look for it.
@@ -29,8 +29,8 @@ pub(crate) async fn account(State(state): State<AppState>, request: Request, nex
         Err(error) => return error.into_response(),
     };
     let matched = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
-    let route = routes::template(matched.unwrap_or_default());
-    let in_flight = (!routes::is_probe(route)).then(|| state.lifecycle.enter());
+    let route = openapi::template(matched.unwrap_or_default());
+    let in_flight = (!openapi::is_probe(route)).then(|| state.lifecycle.enter());
     let span = request_span(&id);
     let method = request.method().clone();
     let mut response = next.run(request).instrument(span.clone()).await;
@@ -69,7 +69,7 @@ impl Drop for Record {
         self.metrics.answered(self.route, self.method.as_str(), self.status.as_u16(), took);
         let _entered = self.span.enter();
         let (status, ms) = (self.status.as_u16(), took.as_millis() as u64);
-        if routes::is_probe(self.route) {
+        if openapi::is_probe(self.route) {
             tracing::trace!(method = %self.method, route = self.route, status, ms, "answered");
         } else {
             tracing::info!(method = %self.method, route = self.route, status, ms, "answered");

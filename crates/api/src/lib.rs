@@ -31,6 +31,7 @@ mod json;
 mod limits;
 mod logprobs;
 mod models;
+mod openapi;
 mod probes;
 mod prompt;
 mod replicas;

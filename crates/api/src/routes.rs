@@ -1,4 +1,4 @@
-//! The table of routes.
+//! The table of routes. What each is for stands in `openapi.rs`.
 
 use axum::Router;
 use axum::extract::Request;
@@ -11,42 +11,9 @@ use tower_http::catch_panic::CatchPanicLayer;
 use crate::error::ApiError;
 use crate::state::AppState;
 use crate::{
-    adapters, auth, chat, cluster, completions, console, edge, embeddings, models, probes, replicas, runs,
-    tokenize,
+    adapters, auth, chat, cluster, completions, console, edge, embeddings, models, openapi, probes, replicas,
+    runs, tokenize,
 };
-
-/// Routes that need no key and are answered whatever else the server does.
-const PROBES: &[&str] =
-    &["/health", "/health/live", "/health/ready", "/healthz", "/readyz", "/ping", "/version"];
-
-/// All other templates that may become a metric label.
-const TEMPLATES: &[&str] = &[
-    "/v1/models",
-    "/v1/models/{*id}",
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/load_lora_adapter",
-    "/v1/unload_lora_adapter",
-    "/v1/embeddings",
-    "/tokenize",
-    "/detokenize",
-    "/v1/runs",
-    "/v1/runs/{name}",
-    "/v1/jobs",
-    "/v1/jobs/{name}",
-    "/v1/jobs/{name}/logs",
-    "/v1/jobs/{name}/{order}",
-    "/v1/nodes",
-    "/v1/nodes/{name}/{order}",
-    "/v1/deployments",
-    "/v1/deployments/{model}",
-    "/v1/deployments/{model}/{order}",
-    "/v1/promotions",
-    "/v1/projects",
-    "/v1/projects/{name}",
-    "/v1/replicas",
-    "/metrics",
-];
 
 /// The whole HTTP surface over one state.
 pub fn app(state: AppState) -> Router {
@@ -95,6 +62,7 @@ pub fn app(state: AppState) -> Router {
         .route("/readyz", get(probes::health))
         .route("/ping", get(probes::live))
         .route("/version", get(probes::version))
+        .route("/openapi.json", get(openapi::describe))
         .method_not_allowed_fallback(wrong_method);
     guarded
         .merge(open)
@@ -103,15 +71,6 @@ pub fn app(state: AppState) -> Router {
         .layer(from_fn(uncached))
         .layer(from_fn_with_state(state.clone(), edge::account))
         .with_state(state)
-}
-
-/// A path's template as a word that is safe as a metric label.
-pub(crate) fn template(matched: &str) -> &'static str {
-    PROBES.iter().chain(TEMPLATES).find(|&&template| template == matched).copied().unwrap_or("console")
-}
-
-pub(crate) fn is_probe(template: &str) -> bool {
-    PROBES.contains(&template)
 }
 
 /// The console's files, and a clear answer for everything else.

@@ -34,7 +34,7 @@ pub trait Comm: Send {
     /// This rank's number, `0 .. n_ranks`.
     fn rank(&self) -> usize;
 
-    /// How many ranks take part; a power of two (see [`tree`]).
+    /// How many ranks take part.
     fn n_ranks(&self) -> usize;
 
     /// Waits until every rank has arrived.
@@ -82,6 +82,10 @@ pub trait Comm: Send {
     /// Gives `values` to one other rank, which calls [`Comm::receive`] for as many.
     fn send(&self, to: usize, values: &[f32]) -> Result<(), CommError>;
 
+    /// As [`Comm::send`], of the first `len` values, and does not wait until they have gone. What one rank gives another
+    /// comes in the order in which it was given, either way.
+    fn post(&self, to: usize, values: (Arc<[f32]>, usize)) -> Result<(), CommError>;
+
     fn receive(&self, from: usize, values: &mut [f32]) -> Result<(), CommError>;
 
     /// Bytes that this rank has sent to each so far.
@@ -108,9 +112,9 @@ pub enum CommError {
     TimedOut { waiting: usize, seconds: u64, operation: &'static str, missing: Vec<usize> },
     #[error("{operation}: rank {rank} brought {got} values where rank {waiting} brought {expected}")]
     LengthDiffers { operation: &'static str, rank: usize, waiting: usize, got: usize, expected: usize },
-    #[error("{n_ranks} ranks: the fixed order of sums needs a power of two")]
-    NotAPowerOfTwo { n_ranks: usize },
-    #[error("{n_ranks} ranks are no whole number of teams of {n_team}, a power of two")]
+    #[error("a group needs a rank")]
+    NoRanks,
+    #[error("{n_ranks} ranks are no whole number of teams of {n_team}")]
     NoTeams { n_ranks: usize, n_team: usize },
     #[error("{operation}: {n_bytes} bytes of rank {rank} are more than {BYTES_MAX}")]
     TooLong { operation: &'static str, rank: usize, n_bytes: u64 },

@@ -12,7 +12,7 @@ use std::time::Duration;
 use mpi::World;
 
 use crate::pending::{Beside, Pending};
-use crate::post::{Job, Loss, Post, Reply, Spare, failed};
+use crate::post::{Job, Loss, NAP, Post, Posted, Reply, Spare, failed};
 use crate::sent::Sent;
 use crate::tree::Shards;
 use crate::{Comm, CommError, Record};
@@ -47,8 +47,7 @@ pub struct MpiComm {
 impl MpiComm {
     /// Joins the ranks that were started with this process.
     ///
-    /// Errors: there is no library; it is not the launcher's; others do not come within the limit; their number is not a
-    /// power of two.
+    /// Errors: there is no library; it is not the launcher's; others do not come within the limit.
     pub fn join(settings: MpiSettings) -> Result<MpiComm, CommError> {
         let (joined, answer) = channel();
         let (jobs, todo) = channel();
@@ -66,7 +65,8 @@ impl MpiComm {
                     let (spare, sent) = shared;
                     let numbers = (0..world.n_ranks()).collect();
                     let (n_ranks, loss) = (world.n_ranks(), Loss::None);
-                    let post = Post { world, n_ranks, numbers, loss, limit, record, spare, sent };
+                    let posted = Posted::default();
+                    let post = Post { world, n_ranks, numbers, loss, limit, record, spare, sent, posted };
                     if joined.send(Ok((post.world.rank(), post.world.n_ranks()))).is_ok() {
                         speak(post, &todo);
                     }
@@ -183,7 +183,7 @@ impl MpiComm {
 /// find those that are left, where that can be done. Whatever else was begun ends with the same error.
 fn speak(mut post: Post, todo: &Receiver<(Job, Sender<Reply>)>) {
     let mut given_up = None;
-    while let Ok((job, replies)) = todo.recv() {
+    while let Some((job, replies)) = next(&mut post, todo) {
         let (is_last, is_regroup) = (matches!(job, Job::Leave), matches!(job, Job::Regroup));
         let done = match (&given_up, post.loss) {
             (Some(missed), _) => Err(post.timed_out(job.operation(), Vec::clone(missed))),
@@ -211,16 +211,26 @@ fn speak(mut post: Post, todo: &Receiver<(Job, Sender<Reply>)>) {
     }
 }
 
+/// The next job; until there is one, sees to what was posted. `None`: the rank is gone.
+fn next(post: &mut Post, todo: &Receiver<(Job, Sender<Reply>)>) -> Option<(Job, Sender<Reply>)> {
+    // One that fails does so again in the next job, which says so.
+    while post.push_posted().unwrap_or(false) {
+        match todo.recv_timeout(NAP) {
+            Err(RecvTimeoutError::Timeout) => {}
+            job => return job.ok(),
+        }
+    }
+    todo.recv().ok()
+}
+
 fn check(world: World, launched: usize) -> Result<World, CommError> {
     let (n_ranks, library) = (world.n_ranks(), world.library());
-    let refused = match n_ranks {
-        _ if n_ranks != launched => CommError::OtherLibrary { launched, seen: n_ranks, library },
-        _ if !n_ranks.is_power_of_two() => CommError::NotAPowerOfTwo { n_ranks },
-        _ => return Ok(world),
-    };
+    if n_ranks == launched {
+        return Ok(world);
+    }
     // All ranks see the same: they part in order, and each says why.
     world.leave().map_err(failed("leaving"))?;
-    Err(refused)
+    Err(CommError::OtherLibrary { launched, seen: n_ranks, library })
 }
 
 impl Comm for MpiComm {
@@ -287,6 +297,11 @@ impl Comm for MpiComm {
     fn send(&self, to: usize, values: &[f32]) -> Result<(), CommError> {
         let (mine, len) = self.outgoing(values);
         let replies = self.ask(Job::Send(to, mine, len))?;
+        self.fill(&replies, &mut [])
+    }
+
+    fn post(&self, to: usize, (values, len): (Arc<[f32]>, usize)) -> Result<(), CommError> {
+        let replies = self.ask(Job::Post(to, values, len))?;
         self.fill(&replies, &mut [])
     }
 

@@ -12,7 +12,7 @@ use mpi::{Request, Test, World};
 
 use crate::sent::Sent;
 use crate::tree::Shards;
-use crate::{BYTES_MAX, CommError, Record, pieces, tree};
+use crate::{BYTES_MAX, CommError, Record, pieces};
 
 /// Values of one message: 1 MiB. Large enough that its overhead does not count, small enough to be summed in the cache
 /// while the next ones travel.
@@ -21,7 +21,7 @@ const PIECE_LEN: usize = 256 << 10;
 const WINDOW: usize = 8;
 /// How often it is asked in vain before the thread sleeps between questions.
 const ASKS_MAX: u32 = 2000;
-const NAP: Duration = Duration::from_micros(50);
+pub(crate) const NAP: Duration = Duration::from_micros(50);
 /// Of a rank that is spare.
 const LONG_NAP: Duration = Duration::from_millis(20);
 
@@ -32,6 +32,8 @@ pub(crate) enum Job {
     AllReduce(Arc<[f32]>, Shards),
     GatherBytes(Vec<u8>),
     Send(usize, Arc<[f32]>, usize),
+    /// A send that is not waited for.
+    Post(usize, Arc<[f32]>, usize),
     Receive(usize, usize),
     /// MPI's own sum, for comparison.
     LibrarySum(Vec<f32>),
@@ -83,6 +85,20 @@ pub(crate) struct Post {
     pub(crate) record: Record,
     pub(crate) spare: Spare,
     pub(crate) sent: Sent,
+    pub(crate) posted: Posted,
+}
+
+/// Messages that nobody waits for, but who they are for.
+pub(crate) struct Posted {
+    flights: VecDeque<Flight>,
+    /// When one of them was last begun or received.
+    progress: Instant,
+}
+
+impl Default for Posted {
+    fn default() -> Posted {
+        Posted { flights: VecDeque::new(), progress: Instant::now() }
+    }
 }
 
 /// Between the first sign that ranks were lost and the new group.
@@ -126,6 +142,7 @@ impl Post {
             }
             Job::GatherBytes(bytes) => drop(replies.send(Reply::Bytes(self.gather_bytes(&bytes)?))),
             Job::Send(to, mine, len) => self.send(to, (&mine, len))?,
+            Job::Post(to, mine, len) => self.post(to, (&mine, len))?,
             Job::Receive(from, len) => self.receive((from, len), &mut values)?,
             Job::LibrarySum(mine) => {
                 let sums = self.world.all_reduce_of_the_library(&mine).map_err(failed("library_sum"))?;
@@ -142,6 +159,9 @@ impl Post {
     /// All have come to the end. A spare rank waits here for the others.
     fn part(&mut self) -> Result<(), CommError> {
         let is_spare = self.world.rank() >= self.n_ranks;
+        while self.push_posted()? {
+            std::thread::sleep(NAP);
+        }
         let gathered = if is_spare { Ok(()) } else { self.gather_bytes(&[]).map(drop) };
         if !self.can_survive()? {
             return gathered;
@@ -185,6 +205,7 @@ impl Post {
                 self.agree((operation, false), false)?;
             }
             self.loss = Loss::Known;
+            self.posted = Posted::default();
             self.world.shrink().map_err(failed(operation))?;
             self.n_ranks = self.world.n_ranks();
             self.numbers = vec![own; self.n_ranks];
@@ -235,13 +256,13 @@ impl Post {
     }
 
     /// Gives `values` the pieces of this rank's shard of the sum. Every rank sends every other one its part of that one's
-    /// shard; whoever owns a shard sums its parts in the order of [`tree`].
+    /// shard; whoever owns a shard sums its parts in the order of [`crate::tree`].
     fn reduce_scatter(
         &mut self,
         (mine, shards): (&Arc<[f32]>, &Shards),
         values: &mut dyn FnMut(usize, Box<[f32]>),
     ) -> Result<(), CommError> {
-        let rank = self.world.rank();
+        let (rank, whole) = (self.world.rank(), shards);
         let (shards, n_steps) = self.cut(shards);
         let others = self.others();
         let operation = "reduce_scatter";
@@ -262,9 +283,11 @@ impl Post {
             let received = received(flights);
             let mut parts: Vec<&[f32]> = received.iter().map(|(_, piece)| &piece[..]).collect();
             parts.insert(rank, &mine[own.clone()]);
-            let mut sum = post.spare.take(own.len());
-            tree::sum(&parts, &mut sum);
-            values(own.start, sum);
+            whole.sums(own, &parts, &mut |at, sum| {
+                let mut summed = post.spare.take(own.len());
+                sum.write(&mut summed);
+                values(at, summed);
+            });
             received.into_iter().for_each(|(_, piece)| post.spare.put(piece));
         };
         self.carry_out(operation, n_steps, start, landed)
@@ -353,6 +376,38 @@ impl Post {
         self.carry_out("send", parts.len(), start, &mut |_, _, _| {})
     }
 
+    fn post(&mut self, to: usize, (mine, len): (&Arc<[f32]>, usize)) -> Result<(), CommError> {
+        for part in pieces(0..len, PIECE_LEN) {
+            let flight = self.send_to(to, ("post", DIRECT), (mine, part))?;
+            self.posted.flights.push_back(flight);
+        }
+        self.posted.progress = Instant::now();
+        Ok(())
+    }
+
+    /// Sees to what was posted; whether some of it is still under way. MPI may move it only when it is asked after.
+    pub(crate) fn push_posted(&mut self) -> Result<bool, CommError> {
+        let mut moved = false;
+        for flight in &mut self.posted.flights {
+            if flight.landed.is_none() {
+                match flight.request.test().map_err(failed("post"))? {
+                    Test::Pending => {}
+                    landed => (flight.landed, moved) = (Some(landed), true),
+                }
+            }
+        }
+        self.posted.flights.retain(|flight| flight.landed.is_none());
+        if moved {
+            self.posted.progress = Instant::now();
+        }
+        let Some(first) = self.posted.flights.front() else { return Ok(false) };
+        if self.posted.progress.elapsed() < self.limit {
+            return Ok(true);
+        }
+        let missing = vec![first.peer];
+        Err(self.timed_out("post", missing))
+    }
+
     fn receive(
         &mut self,
         (from, len): (usize, usize),
@@ -405,6 +460,7 @@ impl Post {
                 under_way.push_back(start(self, n_started)?);
                 n_started += 1;
             }
+            self.push_posted()?;
             let mut moved = false;
             for flight in under_way.iter_mut().flatten().filter(|flight| flight.landed.is_none()) {
                 match flight.request.test().map_err(failed(operation))? {
@@ -476,6 +532,7 @@ impl Job {
             Job::AllReduce(..) => "all_reduce",
             Job::GatherBytes(_) => "all_gather",
             Job::Send(..) => "send",
+            Job::Post(..) => "post",
             Job::Receive(..) => "receive",
             Job::LibrarySum(_) => "library_sum",
             Job::Regroup => "regroup",

@@ -14,7 +14,7 @@ use crate::pending::{Beside, Pending};
 use crate::post::{Job, Reply, Spare};
 use crate::sent::Sent;
 use crate::tree::Shards;
-use crate::{Comm, CommError, tree};
+use crate::{Comm, CommError};
 
 /// How long a rank waits for the others before it gives the group up. Longer than any step, evaluation or
 /// checkpoint that another rank may be busy with.
@@ -25,10 +25,10 @@ const PIECE_LEN: usize = 256 << 10;
 
 /// A group of `n_ranks` ranks; each element is moved into the thread that runs that rank.
 ///
-/// Errors: `n_ranks` is not a power of two.
+/// Errors: there are none.
 pub fn threads(n_ranks: usize) -> Result<Vec<ThreadComm>, CommError> {
-    if !n_ranks.is_power_of_two() {
-        return Err(CommError::NotAPowerOfTwo { n_ranks });
+    if n_ranks == 0 {
+        return Err(CommError::NoRanks);
     }
     let [group, beside] = [0, 1].map(|_| Arc::new(Group::new(n_ranks)));
     let comm = |rank| {
@@ -183,8 +183,10 @@ impl Member {
             for (own, _) in shards.pieces(self.rank, PIECE_LEN) {
                 let parts: Vec<&[f32]> = slots.iter().map(|slot| &slot[own.clone()]).collect();
                 sums.resize(own.len(), 0.0);
-                tree::sum(&parts, &mut sums);
-                values(own.start, &sums);
+                shards.sums(&own, &parts, &mut |at, sum| {
+                    sum.write(&mut sums);
+                    values(at, &sums);
+                });
             }
         }
         // Nobody may overwrite what another rank still sums.
@@ -211,7 +213,7 @@ impl Member {
         let mut values = |at: usize, piece: &[f32]| drop(replies.send(Reply::Values(at, piece.into())));
         match job {
             Job::ReduceScatter(mine, shards) => {
-                let len = end_of(&shards, self.n_ranks());
+                let len = shards.end();
                 self.bring(&mine[..len], self.n_ranks());
                 self.sum_brought((&shards, len), &mut values)?;
             }
@@ -220,7 +222,7 @@ impl Member {
                 self.take_brought(&shards, &mut values)?;
             }
             Job::AllReduce(mine, shards) => {
-                let len = end_of(&shards, self.n_ranks());
+                let len = shards.end();
                 let mut own = Vec::with_capacity(shards.len_of(self.rank));
                 self.bring(&mine[..len], self.n_ranks());
                 let mut keep = |at: usize, piece: &[f32]| {
@@ -259,11 +261,6 @@ fn work_beside(member: &Member, todo: &Receiver<(Job, Sender<Reply>)>) {
             return;
         }
     }
-}
-
-/// Where the shards of all end.
-fn end_of(shards: &Shards, n_ranks: usize) -> usize {
-    (0..n_ranks).flat_map(|rank| shards.of(rank)).map(|range| range.end).max().unwrap_or(0)
 }
 
 fn write<T>(lock: &RwLock<T>) -> std::sync::RwLockWriteGuard<'_, T> {
@@ -364,6 +361,11 @@ impl Comm for ThreadComm {
         Ok(())
     }
 
+    fn post(&self, to: usize, (values, len): (Arc<[f32]>, usize)) -> Result<(), CommError> {
+        // Between threads nothing waits for whoever is to have it.
+        self.send(to, &values[..len])
+    }
+
     fn receive(&self, from: usize, values: &mut [f32]) -> Result<(), CommError> {
         let (operation, deadline) = ("receive", Instant::now() + WAIT_MAX);
         let mut meeting = self.member.group.meeting();
@@ -421,7 +423,7 @@ mod tests {
 
     #[test]
     fn all_reduce_sums_on_every_rank() {
-        for n_ranks in [1, 2, 4, 8] {
+        for n_ranks in [1, 2, 3, 4, 7, 8] {
             for len in [0, 1, 3, 1000] {
                 let sums = on_ranks(n_ranks, |comm| {
                     let mut last = Vec::new();
@@ -466,7 +468,7 @@ mod tests {
     }
 
     #[test]
-    fn three_ranks_are_refused() {
-        assert!(matches!(threads(3), Err(CommError::NotAPowerOfTwo { n_ranks: 3 })));
+    fn no_ranks_are_refused() {
+        assert!(matches!(threads(0), Err(CommError::NoRanks)));
     }
 }

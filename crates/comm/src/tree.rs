@@ -5,6 +5,8 @@
 //! `sum(lo, hi) = sum(lo, mid) + sum(mid, hi)`, `mid = lo + (hi - lo) / 2`.
 //! When the number of ranks is a power of two that divides `m`, the range of each rank is a node of
 //! that tree, so it does not matter who computes which node: 1, 2, 4 or 8 ranks give the same bits.
+//! Other ranks compute neighbouring micro-batches at a time, and whoever owns a number sums the few
+//! nodes that those make up ([`nodes`]): the same bits again, for more messages.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -29,13 +31,61 @@ pub fn shard(len: usize, rank: usize, n_ranks: usize) -> Range<usize> {
     border(rank)..border(rank + 1)
 }
 
+/// Whether the ranks' shares of so many items, in order, are nodes of the tree, so that each can sum its own.
+pub fn are_nodes(n_items: usize, n_ranks: usize) -> bool {
+    n_ranks > 0 && n_items.is_multiple_of(n_ranks) && (n_ranks.is_power_of_two() || n_ranks == n_items)
+}
+
+/// The fewest nodes of the tree over `n_leaves` that make up `leaves`, in order.
+pub fn nodes(leaves: Range<usize>, n_leaves: usize) -> Vec<Range<usize>> {
+    let mut found = Vec::new();
+    push_nodes(&leaves, 0..n_leaves, &mut found);
+    found
+}
+
+fn push_nodes(leaves: &Range<usize>, node: Range<usize>, found: &mut Vec<Range<usize>>) {
+    if node.start >= leaves.end || node.end <= leaves.start {
+        return;
+    }
+    if leaves.start <= node.start && node.end <= leaves.end {
+        return found.push(node);
+    }
+    let mid = node.start + node.len() / 2;
+    push_nodes(leaves, node.start..mid, found);
+    push_nodes(leaves, mid..node.end, found);
+}
+
 /// Of a vector what every rank sums, and owns where state is divided among ranks: ranges that do not overlap, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Shards(Arc<[Vec<Range<usize>>]>);
+pub struct Shards {
+    of_ranks: Arc<[Vec<Range<usize>>]>,
+    /// Which ranks' values make up a sum; in order, not always all.
+    nodes: Arc<[Range<usize>]>,
+}
 
 impl Shards {
     pub fn new(of_ranks: Vec<Vec<Range<usize>>>) -> Shards {
-        Shards(of_ranks.into())
+        let all = std::iter::once(0..of_ranks.len()).collect();
+        Shards { of_ranks: of_ranks.into(), nodes: all }
+    }
+
+    /// Of a reduce-scatter: not one sum over all ranks, but one over each of these ranges of them. The sums of the first lie
+    /// where they do without it, those of the next [`Shards::end`] behind, and so on.
+    pub fn with_nodes(self, nodes: &[Range<usize>]) -> Shards {
+        Shards { nodes: nodes.into(), ..self }
+    }
+
+    /// Where the shards of all end.
+    pub fn end(&self) -> usize {
+        self.of_ranks.iter().flatten().map(|range| range.end).max().unwrap_or(0)
+    }
+
+    /// The sums over `own` of what every rank has brought of it, each with where it begins.
+    pub(crate) fn sums(&self, own: &Range<usize>, parts: &[&[f32]], give: &mut dyn FnMut(usize, Sum)) {
+        let end = self.end();
+        for (i, node) in self.nodes.iter().enumerate() {
+            give(own.start + i * end, Sum(&parts[node.clone()]));
+        }
     }
 
     /// One [`shard`] each.
@@ -44,7 +94,7 @@ impl Shards {
     }
 
     pub fn of(&self, rank: usize) -> &[Range<usize>] {
-        &self.0[rank]
+        &self.of_ranks[rank]
     }
 
     /// How many values a rank owns.
@@ -69,6 +119,16 @@ impl Shards {
     }
 }
 
+/// Vectors whose sum is wanted.
+pub(crate) struct Sum<'a>(&'a [&'a [f32]]);
+
+impl Sum<'_> {
+    /// In the order of the tree.
+    pub(crate) fn write(&self, out: &mut [f32]) {
+        sum(self.0, out);
+    }
+}
+
 /// How many sums of two are done once leaf `leaf` of `n_leaves` is there, in the order of [`reduce`]: each adds the newest
 /// partial sum to the one before it. Leaves may so be summed part by part as they come.
 pub fn merges(leaf: usize, n_leaves: usize) -> usize {
@@ -84,6 +144,12 @@ pub fn merges(leaf: usize, n_leaves: usize) -> usize {
         }
     }
     n
+}
+
+/// As [`merges`], once the sum of a whole node is there.
+pub fn merges_of(node: &Range<usize>, n_leaves: usize) -> usize {
+    // What its own sum takes is done.
+    merges(node.end - 1, n_leaves) - merges(node.len() - 1, node.len())
 }
 
 /// Partial sums that wait at most while `n_leaves` are summed, with the newest leaf.
@@ -230,6 +296,37 @@ mod tests {
             sum(&turns, &mut summed);
             assert!(summed.iter().zip(&whole).all(|(a, b)| a.to_bits() == b.to_bits()), "{n_ranks}");
         }
+    }
+
+    /// Leaves dealt out in turns of any number of ranks, some of whom have nothing to do in the last one.
+    #[test]
+    fn nodes_summed_as_they_come_give_the_same_bits_on_any_number_of_ranks() {
+        for n_items in 1..=24 {
+            let whole = sum_of(0..n_items, 20);
+            for n_ranks in 1..=n_items {
+                let mut sums: Vec<Vec<f32>> = Vec::new();
+                for first in (0..n_items).step_by(n_ranks) {
+                    for node in nodes(first..(first + n_ranks).min(n_items), n_items) {
+                        assert_eq!(sums.len(), nodes(0..node.start, n_items).len(), "what waits");
+                        sums.push(sum_of_node(node.clone(), n_items, 20));
+                        for _ in 0..merges_of(&node, n_items) {
+                            let right = sums.pop().unwrap();
+                            add(sums.last_mut().unwrap(), &right);
+                        }
+                    }
+                }
+                let [sum] = &sums[..] else { panic!("{n_items}: {} sums are left", sums.len()) };
+                assert!(
+                    sum.iter().zip(&whole).all(|(a, b)| a.to_bits() == b.to_bits()),
+                    "{n_items} {n_ranks}"
+                );
+            }
+        }
+    }
+
+    fn sum_of_node(node: Range<usize>, n_items: usize, width: usize) -> Vec<f32> {
+        assert_eq!(nodes(node.clone(), n_items), std::slice::from_ref(&node), "a node is one");
+        sum_of(node, width)
     }
 
     #[test]

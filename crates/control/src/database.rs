@@ -8,7 +8,7 @@ use rusqlite::{Connection, TransactionBehavior};
 
 use crate::clock::{Clock, UnixMs};
 use crate::error::{Error, Result};
-use crate::keys::KeyCache;
+use crate::keys::{Asks, KeyCache};
 use crate::sql::{Fault, Transaction};
 
 mod postgres;
@@ -27,6 +27,7 @@ pub(crate) struct Inner {
     link: Mutex<Link>,
     pub(crate) clock: Clock,
     pub(crate) keys: RwLock<Option<KeyCache>>,
+    pub(crate) key_asks: Mutex<Asks>,
     jobs_changed: (Mutex<u64>, Condvar),
 }
 
@@ -108,6 +109,7 @@ impl Control {
             link: Mutex::new(link),
             clock,
             keys: RwLock::new(None),
+            key_asks: Mutex::default(),
             jobs_changed: (Mutex::new(0), Condvar::new()),
         }))
     }

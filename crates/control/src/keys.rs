@@ -3,7 +3,7 @@
 //! The keys are random, not chosen by people, so a fast hash is enough: there is nothing to guess (no salt, no argon2).
 
 use std::collections::HashMap;
-use std::sync::PoisonError;
+use std::sync::{MutexGuard, PoisonError};
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
@@ -22,8 +22,9 @@ const KEYS_MAX: usize = 10_000;
 /// How long a change made by another process may stay unseen.
 const CACHE_FRESH: Duration = Duration::from_secs(1);
 
-/// What is not among keys that were read longer ago may just have been made. Ten reads a second are the most that wrong keys
-/// can cause.
+/// What is not among the keys that were read may just have been made elsewhere, so it is asked for: so many times a second
+/// at once, and beyond that only where what was read is older than this. Wrong keys thus cause 20 reads a second at most.
+const ASKS_MAX: u32 = 10;
 const UNKNOWN_FRESH: Duration = Duration::from_millis(100);
 
 /// How long keys are still checked from memory when the database cannot be read.
@@ -92,6 +93,28 @@ impl std::fmt::Debug for SecretKey {
     }
 }
 
+/// Reads that keys which nobody knew have caused since then, within a second of it.
+#[derive(Debug, Default)]
+pub(crate) struct Asks {
+    since: UnixMs,
+    n: u32,
+}
+
+impl Asks {
+    fn is_one_left(&self, now: UnixMs) -> bool {
+        self.n < ASKS_MAX || now < self.since || now.since(self.since) >= Duration::from_secs(1)
+    }
+
+    fn take(&mut self, now: UnixMs) -> bool {
+        let is_one_left = self.is_one_left(now);
+        if now < self.since || now.since(self.since) >= Duration::from_secs(1) {
+            *self = Asks { since: now, n: 0 };
+        }
+        self.n = self.n.saturating_add(1);
+        is_one_left
+    }
+}
+
 /// The valid keys as of `read_at`, by the first bytes of their hash.
 #[derive(Debug)]
 pub(crate) struct KeyCache {
@@ -145,12 +168,15 @@ impl Control {
     /// Whose key `text` is; `None` when it is nobody's or was revoked.
     ///
     /// Usually answered from memory. A key revoked in this process is refused at once, one revoked by another process within
-    /// a second. While the database cannot be read, keys known within the last five minutes go on working.
+    /// a second; one made by another process is known at once, or within a tenth of a second while wrong ones are tried by
+    /// the dozen. While the database cannot be read, keys known within the last five minutes go on working.
     pub fn check_key(&self, text: &str) -> Result<Option<KeyInfo>> {
         let hash = hash(text);
         let now = self.now();
-        if let Some(answer) = self.cached_key(&hash, now, (CACHE_FRESH, UNKNOWN_FRESH)) {
-            return Ok(answer);
+        match self.cached_key(&hash, now, (CACHE_FRESH, UNKNOWN_FRESH)) {
+            Some(Some(owner)) => return Ok(Some(owner)),
+            Some(None) if !self.asks().take(now) => return Ok(None),
+            _ => {}
         }
         match self.refresh_key_cache(now, |cache| cache.find(&hash).cloned()) {
             Ok(answer) => Ok(answer),
@@ -166,7 +192,13 @@ impl Control {
 
     /// As [`Control::check_key`], but only from memory and without waiting: `None` where the database has to be asked.
     pub fn known_key(&self, text: &str) -> Option<Option<KeyInfo>> {
-        self.cached_key(&hash(text), self.now(), (CACHE_FRESH, UNKNOWN_FRESH))
+        let now = self.now();
+        let answer = self.cached_key(&hash(text), now, (CACHE_FRESH, UNKNOWN_FRESH))?;
+        (answer.is_some() || !self.asks().is_one_left(now)).then_some(answer)
+    }
+
+    fn asks(&self) -> MutexGuard<'_, Asks> {
+        self.0.key_asks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reads the keys again before they are too old to be checked from memory. Called often enough, it spares requests

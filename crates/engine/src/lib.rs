@@ -26,6 +26,7 @@ mod model_runner;
 mod pacer;
 #[cfg(test)]
 mod pacing_tests;
+mod played;
 mod prefix;
 mod random;
 mod request;
@@ -48,6 +49,7 @@ pub use engine::{Engine, EngineLimits, Health, Stats};
 pub use fake::FakeRunner;
 pub use model::{Adapter, BlockCopy, StepInput, StepRow};
 pub use model_runner::ModelRunner;
+pub use played::{Played, PlayedToken, StepWork};
 pub use request::{
     Event, FinishReason, Logprobs, Request, STOP_IDS_MAX, Sampling, SubmitError, TOP_LOGPROBS_MAX, TokenId,
     Usage,

@@ -24,6 +24,7 @@ mod names;
 mod params;
 mod source;
 mod step;
+mod stripes;
 mod train;
 mod trainable;
 mod transformer;
@@ -40,7 +41,10 @@ pub use load::{Loaded, TokenizerFiles, load};
 pub use lora::Lora;
 pub use params::{ParamSpec, ParamTable};
 pub use step::{BlockCopy, StepInput, StepRow};
-pub use train::{ActivationBytes, Division, Keeper, Kept, LossSum, MicroBatch, Objective, TrainModel};
+pub use stripes::{Stripe, Stripes};
+pub use train::{
+    ActivationBytes, Division, Keeper, Kept, LossSum, MicroBatch, Neighbor, Objective, Stage, TrainModel,
+};
 pub use trainable::{Files, Trainable};
 pub use transformer::{BLOCK_TOKENS, KvCache, KvType, Transformer};
 pub use weights::{WeightTensor, Weights};

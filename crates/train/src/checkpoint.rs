@@ -1,20 +1,22 @@
 //! Checkpoints: everything a step depends on, published as one bundle, so that a run killed at any instant goes on
 //! bit for bit where its newest checkpoint stands.
 //!
-//! Files are flat vectors in little-endian f32, parameters in the order of the model's table. Where ranks divide the state
-//! each writes what it owns, into files of its own, and nobody ever has all of it; the manifest says which part of the
-//! vectors lies where. Whoever reads takes what it needs, so any number of ranks can, whatever they divide.
+//! Files are flat vectors in little-endian f32, parameters in the order of the model's table. Where ranks divide the state or
+//! compute a part of the model each writes what it owns, into files of its own, and nobody ever has all of it; the manifest
+//! says which stripes of the whole model's vectors lie where. Whoever reads takes what it needs, from the files that have
+//! some of it, so any number of ranks can, whatever they divide. (A file is read whole: its checksum is.)
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use data::chain;
+use model::Stripes;
 use serde::{Deserialize, Serialize};
 use store::{Bundle, BundleWriter, FileEntry, Store};
 use tensor::Buf;
 
 use crate::guard::Health;
-use crate::layout::{Layout, Place, places};
+use crate::layout::Layout;
 use crate::state::{Snapshot, State};
 use crate::{Error, Event, Result};
 
@@ -23,8 +25,8 @@ mod rounds;
 const KIND: &str = "checkpoint";
 /// Of [`Snapshot::vectors`].
 const VECTORS: [&str; 3] = ["params", "adam_m", "adam_v"];
-/// Ranks that have written a checkpoint, and ranges that one of them owns.
-const PARTS_MAX: usize = 1 << 16;
+/// Ranks that have written a checkpoint.
+const WRITERS_MAX: usize = 1 << 16;
 
 /// What a checkpoint says of itself.
 #[derive(Serialize, Deserialize)]
@@ -38,10 +40,10 @@ struct Meta {
     /// Absent in checkpoints of builds that skipped no steps.
     #[serde(default)]
     health: Health,
-    /// Of every rank that wrote, its ranges of the vectors, in the order in which they lie in its files; empty where one
+    /// Of every rank that wrote, its stripes of the vectors, in the order in which they lie in its files; empty where one
     /// has written all.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    parts: Vec<Vec<Range<usize>>>,
+    parts: Vec<Stripes>,
     /// Of every worker of DiLoCo.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     workers: Vec<Health>,
@@ -57,6 +59,19 @@ pub(crate) struct Checkpoints {
     /// Of DiLoCo; 0 without it.
     pub(crate) n_workers: usize,
 }
+
+/// Who reads a checkpoint.
+#[derive(Clone)]
+pub(crate) struct Reader<'a> {
+    pub(crate) layout: &'a Layout,
+    /// Where its flat vector lies in the whole model's.
+    pub(crate) stripes: &'a Stripes,
+    /// Of DiLoCo, those that it runs.
+    pub(crate) workers: Range<usize>,
+}
+
+/// Which numbers of the whole's vectors are sought, in the order of the whole, and where they go.
+struct Sought(Vec<(Range<usize>, usize)>);
 
 /// What one rank goes on from.
 #[derive(Clone)]
@@ -92,12 +107,7 @@ impl Checkpoints {
     }
 
     /// Publishes what the ranks have stored; when this returns it survives any crash. Returns its size in bytes.
-    pub(crate) fn publish(
-        &self,
-        counts: &Snapshot,
-        files: &[FileEntry],
-        parts: &[Vec<Range<usize>>],
-    ) -> Result<u64> {
+    pub(crate) fn publish(&self, counts: &Snapshot, files: &[FileEntry], parts: &[Stripes]) -> Result<u64> {
         let prefix = self.prefix(counts.step);
         let mut bundle = BundleWriter::new(&self.store, &prefix)?;
         for file in files {
@@ -122,17 +132,16 @@ impl Checkpoints {
         Ok(manifest.files.iter().map(|f| f.bytes).sum())
     }
 
-    /// The newest checkpoint that can be read and belongs to this plan, as far as a rank of this layout and these workers
-    /// need it. One that cannot is reported and the one before it is tried; when there are some and none can be read, that is
+    /// The newest checkpoint that can be read and belongs to this plan, as far as the reader needs it. One that cannot is reported and the one before it is tried; when there are some and none can be read, that is
     /// an error: a run never starts over in silence.
     pub(crate) fn load_newest(
         &self,
-        (layout, workers): (&Layout, Range<usize>),
+        reader: &Reader,
         report: &mut dyn FnMut(Event),
     ) -> Result<Option<Loaded>> {
         let mut refused = None;
         for step in self.steps()?.into_iter().rev() {
-            match self.load(step, (layout, workers.clone())) {
+            match self.load(step, reader) {
                 Ok(Some(loaded)) => return Ok(Some(loaded)),
                 Ok(None) => {}
                 Err(error) => {
@@ -148,25 +157,22 @@ impl Checkpoints {
     }
 
     /// `None` when it was never published whole.
-    pub(crate) fn load(
-        &self,
-        step: u64,
-        (layout, workers): (&Layout, Range<usize>),
-    ) -> Result<Option<Loaded>> {
+    pub(crate) fn load(&self, step: u64, reader: &Reader) -> Result<Option<Loaded>> {
         let Some(bundle) = Bundle::open(&self.store, &self.prefix(step))? else {
             return Ok(None);
         };
         let meta = self.meta(step, &bundle)?;
         if self.n_workers > 0 {
-            return self.load_round((step, &bundle), &meta, (layout, workers)).map(Some);
+            return self.load_round((step, &bundle), &meta, reader).map(Some);
         }
-        let mut state = State::empty(layout);
-        let wanted = [state.params_kept(), state.places.clone(), state.places.clone()];
+        let mut state = State::empty(reader.layout);
+        let [kept, owned] = [state.params_kept(), state.owned()].map(|ranges| reader.stripes.cut(&ranges));
+        let [kept, owned] = [Sought::new(&kept), Sought::new(&owned)];
         let vectors = [&mut state.params, &mut state.adam_m, &mut state.adam_v];
-        for ((vector, wanted), values) in VECTORS.iter().zip(wanted).zip(vectors) {
-            for (writer, ranges) in meta.parts.iter().enumerate() {
+        for ((vector, sought), values) in VECTORS.iter().zip([&kept, &owned, &owned]).zip(vectors) {
+            for (writer, written) in meta.parts.iter().enumerate() {
                 let file = file_name(vector, writer, meta.parts.len());
-                self.read((step, &bundle, &file), &places(ranges), (&wanted, values))?;
+                self.read((step, &bundle, &file), written, (sought, values))?;
             }
         }
         (state.step, state.tokens, state.elapsed_seconds) = (step, meta.tokens, meta.elapsed_seconds);
@@ -194,14 +200,9 @@ impl Checkpoints {
             return Err(refuse(format!("it has {found} workers; {} expected", self.n_workers)));
         }
         if meta.parts.is_empty() {
-            meta.parts = std::iter::once(std::iter::once(0..self.n_params).collect()).collect();
+            meta.parts = vec![Stripes::whole(self.n_params)];
         }
-        let mut all: Vec<&Range<usize>> = meta.parts.iter().flatten().take(PARTS_MAX).collect();
-        all.sort_unstable_by_key(|range| (range.start, range.end));
-        let end = all
-            .iter()
-            .try_fold(0, |end, range| (range.start == end && range.end >= end).then_some(range.end));
-        if end != Some(self.n_params) {
+        if !are_whole(&meta.parts, self.n_params) {
             return Err(refuse("the parts of its ranks are not the whole".to_owned()));
         }
         Ok(meta)
@@ -211,24 +212,35 @@ impl Checkpoints {
         Error::Checkpoint { prefix: self.prefix(step), what }
     }
 
-    /// Puts what is wanted of a rank's file where it belongs.
+    /// Puts what is sought of a rank's file where it belongs.
     fn read(
         &self,
         (step, bundle, file): (u64, &Bundle, &str),
-        written: &[Place],
-        (wanted, values): (&[Place], &mut Buf<f32>),
+        written: &Stripes,
+        (sought, values): (&Sought, &mut Buf<f32>),
     ) -> Result<()> {
-        let n = written.last().map_or(0, |place| place.own.end);
+        let n = written.len();
         let found = bundle.manifest().files.iter().find(|entry| entry.name == file).map(|entry| entry.bytes);
         if let Some(bytes) = found.filter(|bytes| *bytes != 4 * n as u64) {
             let what = format!("{file} has {bytes} bytes for {n} numbers");
             return Err(Error::Checkpoint { prefix: self.prefix(step), what });
         }
-        let mut at = 0;
+        if !written.runs().any(|run| sought.has_some_of(&run)) {
+            return Ok(());
+        }
+        let (mut runs, mut run) = (written.runs(), 0..0);
         bundle.read_each(file, &mut |chunk| {
-            let numbers = chunk.as_chunks::<4>().0;
-            scatter(at, numbers, written, (wanted, values));
-            at += numbers.len();
+            let mut numbers = chunk.as_chunks::<4>().0;
+            while !numbers.is_empty() {
+                if run.is_empty() {
+                    // A file is as long as all runs are.
+                    run = runs.next().unwrap_or(n..usize::MAX);
+                }
+                let (now, behind) = numbers.split_at(run.len().min(numbers.len()));
+                sought.put(run.start, now, values);
+                run.start += now.len();
+                numbers = behind;
+            }
         })?;
         Ok(())
     }
@@ -258,28 +270,46 @@ impl Checkpoints {
     }
 }
 
-/// Puts numbers, those from number `first` of a file on, where they belong.
-fn scatter(
-    first: usize,
-    numbers: &[[u8; 4]],
-    written: &[Place],
-    (wanted, values): (&[Place], &mut Buf<f32>),
-) {
-    for from in written {
-        let part = from.own.start.max(first)..from.own.end.min(first + numbers.len());
-        if part.is_empty() {
-            continue;
-        }
-        let at = from.at.start + (part.start - from.own.start);
-        let at = at..at + part.len();
-        for to in wanted {
-            let both = at.start.max(to.at.start)..at.end.min(to.at.end);
-            if both.is_empty() {
-                continue;
-            }
-            let source = &numbers[part.start - first + (both.start - at.start)..][..both.len()];
-            let target = &mut values[to.own.start + (both.start - to.at.start)..][..both.len()];
-            for (value, four) in target.iter_mut().zip(source) {
+/// Whether each of `n` numbers is in one part.
+fn are_whole(parts: &[Stripes], n: usize) -> bool {
+    let lens = parts.iter().take(WRITERS_MAX).map(Stripes::checked_len);
+    // Then there are no more runs than numbers.
+    if lens.sum::<Option<usize>>() != Some(n) {
+        return false;
+    }
+    let mut all: Vec<Range<usize>> = parts.iter().flat_map(Stripes::runs).collect();
+    all.sort_unstable_by_key(|range| (range.start, range.end));
+    all.iter().try_fold(0, |end, range| (range.start == end).then_some(range.end)) == Some(n)
+}
+
+impl Sought {
+    /// What goes into a vector in the order of these stripes.
+    fn new(stripes: &Stripes) -> Sought {
+        let mut end = 0;
+        let place = |run: Range<usize>| {
+            end += run.len();
+            (run.clone(), end - run.len())
+        };
+        let mut sought: Vec<_> = stripes.runs().map(place).collect();
+        sought.sort_unstable_by_key(|(run, _)| run.start);
+        Sought(sought)
+    }
+
+    fn behind(&self, at: usize) -> &[(Range<usize>, usize)] {
+        &self.0[self.0.partition_point(|(run, _)| run.end <= at)..]
+    }
+
+    fn has_some_of(&self, run: &Range<usize>) -> bool {
+        self.behind(run.start).first().is_some_and(|(sought, _)| sought.start < run.end)
+    }
+
+    /// Puts numbers that lie in the whole from `at` on where they go.
+    fn put(&self, at: usize, numbers: &[[u8; 4]], values: &mut [f32]) {
+        let end = at + numbers.len();
+        for (run, to) in self.behind(at).iter().take_while(|(run, _)| run.start < end) {
+            let both = run.start.max(at)..run.end.min(end);
+            let target = &mut values[to + (both.start - run.start)..][..both.len()];
+            for (value, four) in target.iter_mut().zip(&numbers[both.start - at..]) {
                 *value = f32::from_le_bytes(*four);
             }
         }

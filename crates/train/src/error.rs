@@ -13,9 +13,7 @@ pub enum Error {
         "the run {run} was planned with another {field}; resume it unchanged or start a run of another name"
     )]
     PlanChanged { run: String, field: String },
-    #[error(
-        "{micro_batches} micro-batches a step cannot be shared by {n_ranks} ranks: a power of two that divides them"
-    )]
+    #[error("{micro_batches} micro-batches a step cannot be shared by {n_ranks} ranks: at least one each")]
     Ranks { n_ranks: usize, micro_batches: usize },
     #[error(
         "{workers} workers of DiLoCo cannot be shared by {n_ranks} ranks: a power of two that divides them"
@@ -31,15 +29,17 @@ pub enum Error {
     Teams { n_ranks: usize, n_team: usize },
     #[error("ranks that compute one model together (--tp {n_team}) exclude {what}")]
     Team { n_team: usize, what: &'static str },
-    #[error("Muon needs whole matrices: its state cannot be divided among ranks")]
-    MuonDivided,
-    #[error("low-rank changes are small: divide their optimizer's state at most (--zero 1)")]
-    LoraDivided,
+    #[error("{n_ranks} ranks are no whole number of pipelines of {n_stages} stages of {n_team} ranks each")]
+    Pipelines { n_ranks: usize, n_stages: usize, n_team: usize },
+    #[error("ranks that form a pipeline (--pp {n_stages}) exclude {what}")]
+    Pipeline { n_stages: usize, what: &'static str },
     #[error(
-        "{micro_batches} micro-batches on {n_ranks} ranks: where gradients are divided (--zero 2 and 3) each rank computes a \
-         power of two of them, or the order of sums would differ"
+        "Muon needs whole matrices: its state cannot be divided among ranks, as --zero does and any number of ranks but a \
+         power of two that divides the micro-batches"
     )]
-    TurnsDivided { n_ranks: usize, micro_batches: usize },
+    MuonDivided,
+    #[error("low-rank changes are small: their numbers are not divided among ranks (--zero 2 at most)")]
+    LoraDivided,
     #[error("rank 0 goes on from step {step}, which this rank does not find in its store")]
     CheckpointMissing { step: u64 },
     #[error("the run {run} does not exist")]

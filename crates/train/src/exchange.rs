@@ -12,12 +12,13 @@ use std::sync::Arc;
 
 use comm::tree::{self, Shards};
 use comm::{Beside, Comm, CommError, Pending};
-use model::{Keeper, Kept};
+use model::{Keeper, Kept, Neighbor};
 use tensor::adamw::sum_squares;
 use tensor::{Buf, Pool};
 
 use crate::early::{Blocks, Early, Rows};
-use crate::layout::{Layout, Zero};
+use crate::layout::{Layout, Slot, Zero};
+use crate::rank::Pipe;
 
 /// Buckets under way at a time. Where gradients are divided each is memory that a rank would not have else.
 pub(crate) const UNDER_WAY_MAX: usize = 4;
@@ -63,6 +64,8 @@ pub(crate) struct Fixed<'a> {
     pub(crate) comm: &'a dyn Comm,
     /// To those that compute the same micro-batches with other parts of the model.
     pub(crate) team: Option<&'a dyn Comm>,
+    /// To those that compute the same micro-batches with other layers.
+    pub(crate) pipe: Option<&'a Pipe>,
     pub(crate) layout: &'a Layout,
     /// This rank's shard of them, where they are divided.
     pub(crate) params: &'a [f32],
@@ -94,6 +97,8 @@ pub(crate) struct Exchange<'a> {
     open: Vec<(usize, Arc<[f32]>)>,
     /// The beginning of the unit that was completed last, of a part that it shares with the unit before.
     carry: Vec<f32>,
+    /// Gradients of the copy of another stage's embedding, until they are sent.
+    head: Option<Arc<[f32]>>,
     kind: Kind,
     n_needed: usize,
     held: Vec<(usize, Arc<[f32]>)>,
@@ -106,7 +111,7 @@ impl Memory {
     /// Room for the sums of a step.
     pub(crate) fn reserve(&mut self, layout: &Layout) {
         let len = if layout.zero >= Zero::Gradients { layout.n_own() } else { layout.n };
-        self.sums.resize_with(tree::depth(layout.n_turns), || Buf::zeroed(len));
+        self.sums.resize_with(layout.n_sums(), || Buf::zeroed(len));
     }
 
     /// Of at least `len` values, which nobody else has.
@@ -131,6 +136,14 @@ impl Memory {
     fn put(&mut self, arc: Arc<[f32]>) {
         self.spare.push(arc);
     }
+
+    /// A copy to be sent, at the beginning of memory that is used again once it is.
+    pub(crate) fn filled(&mut self, values: &[f32]) -> Arc<[f32]> {
+        let mut copy = self.take(values.len());
+        unique(&mut copy)[..values.len()].copy_from_slice(values);
+        self.put(copy.clone());
+        copy
+    }
 }
 
 impl<'a> Exchange<'a> {
@@ -143,6 +156,7 @@ impl<'a> Exchange<'a> {
             early: None,
             open: Vec::new(),
             carry: Vec::new(),
+            head: None,
             kind: Kind::Loss,
             n_needed: 0,
             held: Vec::new(),
@@ -165,6 +179,11 @@ impl<'a> Exchange<'a> {
         self.error.map_or(Ok(self.spent), Err)
     }
 
+    /// Whether it is of no use to go on.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.error.is_some()
+    }
+
     fn is_divided(&self) -> bool {
         self.fixed.layout.zero >= Zero::Gradients
     }
@@ -181,8 +200,15 @@ impl<'a> Exchange<'a> {
 
     /// Begins to sum gradients over ranks.
     fn sum(&mut self, values: Arc<[f32]>, shards: Shards) -> Option<Pending> {
-        let whole = self.fixed.layout.zero == Zero::Nothing;
-        self.begin_beside(if whole { Beside::AllReduce } else { Beside::ReduceScatter }, values, shards)
+        let layout = self.fixed.layout;
+        match layout.zero {
+            Zero::Nothing => self.begin_beside(Beside::AllReduce, values, shards),
+            Zero::Optimizer => self.begin_beside(Beside::ReduceScatter, values, shards),
+            _ => {
+                let shards = shards.with_nodes(&layout.ranks_of_nodes(self.turn));
+                self.begin_beside(Beside::ReduceScatter, values, shards)
+            }
+        }
     }
 
     /// Sends the gradients in `values`, which begin where the unit does.
@@ -207,12 +233,13 @@ impl<'a> Exchange<'a> {
         let start = seconds();
         let finished = match &what {
             What::Unit(unit) => {
-                let first = layout.units[*unit].range.start;
-                pending.finish(&mut |at, piece| take(first + at, piece))
+                let (first, end) = (layout.units[*unit].range.start, layout.units[*unit].shards.end());
+                pending.finish(&mut |at, piece| take(at / end, first + at % end, piece))
             }
             What::Rows(rows) => pending.finish(&mut |at, piece| {
+                let (node, at) = (at / rows.len(), at % rows.len());
                 for (part, range) in rows.places(at, piece.len()) {
-                    take(range.start, &piece[part]);
+                    take(node, range.start, &piece[part]);
                 }
             }),
         };
@@ -225,6 +252,10 @@ impl<'a> Exchange<'a> {
     fn finish_early(&mut self, early: Early, values: impl Fn(&Memory, Range<usize>, &mut [f32])) {
         let Early { unit, mut open, values: settled, blocks, .. } = early;
         let Fixed { layout, seconds, .. } = self.fixed;
+        // Of a model of few buckets the rows of the turn before may still be on their way: their sums come first.
+        while self.under_way.front().is_some_and(|under_way| under_way.turn < self.turn) {
+            self.finish_oldest();
+        }
         let start = seconds();
         let finished = blocks.finish(&mut |at, numbers| open.join(at, numbers));
         self.spent.waited += seconds() - start;
@@ -238,14 +269,16 @@ impl<'a> Exchange<'a> {
         let shards = rows.shards(&layout.units[unit], layout.n_ranks);
         let pending = if self.error.is_none() { self.sum(mine, shards) } else { None };
         let (first, closed) = (layout.units[unit].range.start, open.ranges(false));
+        let len = layout.units[unit].shards.end();
         let mut take = taker(self.fixed, self.turn, &mut self.memory.sums);
         let start = seconds();
         let finished = settled.finish(&mut |at, piece| {
-            let (at, end) = (first + at, first + at + piece.len());
+            let (node, at) = (at / len, first + at % len);
+            let end = at + piece.len();
             let from = closed.partition_point(|range| range.end <= at);
             for range in closed[from..].iter().take_while(|range| range.start < end) {
                 let range = range.start.max(at)..range.end.min(end);
-                take(range.start, &piece[range.start - at..range.end - at]);
+                take(node, range.start, &piece[range.start - at..range.end - at]);
             }
         });
         drop(take);
@@ -405,6 +438,10 @@ impl Keeper for Exchange<'_> {
 
     fn grads(&mut self, range: Range<usize>) -> &mut [f32] {
         let layout = self.fixed.layout;
+        if range.start >= layout.n {
+            let memory = &mut *self.memory;
+            return &mut unique(self.head.get_or_insert_with(|| memory.take(range.len())))[..range.len()];
+        }
         if !self.is_divided() {
             let top = waiting_before(self.turn, layout.n_turns);
             return &mut self.memory.sums[top][range];
@@ -466,21 +503,75 @@ impl Keeper for Exchange<'_> {
         self.spent.waited += seconds;
         self.travelled(summed.map(|()| seconds));
     }
+
+    fn receive(&mut self, from: Neighbor, values: &mut [f32]) {
+        let Some(pipe) = self.fixed.pipe else { return };
+        self.receive_of(pipe.neighbor(from), values);
+    }
+
+    fn send(&mut self, to: Neighbor, values: &[f32]) {
+        let Some(pipe) = self.fixed.pipe.filter(|_| self.error.is_none()) else { return };
+        let letter = self.memory.filled(values);
+        self.post(pipe.neighbor(to), letter, values.len());
+        // Behind it: of two stages the first gets both from the last, in this order.
+        if let Some(head) = self.head.take_if(|_| to == Neighbor::Before) {
+            self.memory.put(head.clone());
+            self.post(0, head, pipe.n_copied_here());
+        }
+    }
+
+    fn begin_with_head(&mut self, embedding: Range<usize>) {
+        let Some(pipe) = self.fixed.pipe else { return };
+        // Out of the way of what else is remembered.
+        let mut came = self.memory.take(embedding.len());
+        let values = &mut unique(&mut came)[..embedding.len()];
+        self.receive_of(pipe.last(), values);
+        self.grads(embedding).copy_from_slice(values);
+        self.memory.put(came);
+    }
 }
 
-/// What puts sums over ranks of a turn where they belong, each with the place of its first number in the flat vector.
-fn taker<'b>(fixed: Fixed<'b>, turn: usize, sums: &'b mut [Buf<f32>]) -> impl FnMut(usize, &[f32]) + 'b {
+impl Exchange<'_> {
+    fn receive_of(&mut self, stage: usize, values: &mut [f32]) {
+        let Some(pipe) = self.fixed.pipe else { return };
+        if self.error.is_some() {
+            // With these nothing else goes wrong until the pass is over.
+            return values.fill(0.0);
+        }
+        let start = (self.fixed.seconds)();
+        let came = pipe.comm.receive(stage, values);
+        self.spent.waited += (self.fixed.seconds)() - start;
+        if let Err(error) = came {
+            self.fail(error);
+        }
+    }
+
+    fn post(&mut self, stage: usize, values: Arc<[f32]>, len: usize) {
+        let Some(pipe) = self.fixed.pipe else { return };
+        if let Err(error) = pipe.comm.post(stage, (values, len)) {
+            self.fail(error);
+        }
+    }
+}
+
+/// What puts sums over ranks of a turn where they belong, each with which of the turn's nodes it is of and the place of its first
+/// number in the flat vector.
+fn taker<'b>(
+    fixed: Fixed<'b>,
+    turn: usize,
+    sums: &'b mut [Buf<f32>],
+) -> impl FnMut(usize, usize, &[f32]) + 'b {
     let Fixed { pool, layout, .. } = fixed;
-    let place = (waiting_before(turn, layout.n_turns), tree::merges(turn, layout.n_turns));
-    move |at, piece| {
-        if layout.zero < Zero::Gradients {
+    let slots = if layout.zero >= Zero::Gradients { layout.slots(turn) } else { Vec::new() };
+    move |node, at, piece| {
+        let Some(Slot { waiting, merges }) = slots.get(node).copied() else {
             sums[0][at..at + piece.len()].copy_from_slice(piece);
             return;
-        }
+        };
         let own = layout.own_at(at);
         let range = own..own + piece.len();
-        sums[place.0][range.clone()].copy_from_slice(piece);
-        merge(pool, sums, place, range);
+        sums[waiting][range.clone()].copy_from_slice(piece);
+        merge(pool, sums, (waiting, merges), range);
     }
 }
 

@@ -11,7 +11,8 @@ use comm::tree::{self, SHARD_ALIGN, Shards};
 use model::Trainable;
 
 /// What the ranks divide among them instead of copying it (ZeRO, Rajbhandari et al. 2020,
-/// <https://arxiv.org/abs/1910.02054>). It changes no bit.
+/// <https://arxiv.org/abs/1910.02054>). It changes no bit. Ranks that cannot sum a share of the micro-batches by themselves
+/// (see [`tree::are_nodes`]) divide gradients at least.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Zero {
     /// Nothing.
@@ -43,11 +44,23 @@ pub(crate) struct Layout {
     pub(crate) n_ranks: usize,
     /// Of the flat vector.
     pub(crate) n: usize,
+    /// Parameters that lie behind it: of an embedding that another stage trains.
+    pub(crate) n_copied: usize,
     pub(crate) units: Vec<Unit>,
     /// Of every rank, what it owns of the flat vector.
     pub(crate) all: Shards,
-    /// Micro-batches that each rank computes in a step.
+    /// Micro-batches of a step.
+    n_micro_batches: usize,
+    /// Of them each rank computes so many, but that in the last turn there may be less than ranks.
     pub(crate) n_turns: usize,
+}
+
+/// Where the sum of some neighbouring micro-batches goes: it is the partial sum of this number, and is then merged with so many
+/// of those before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Slot {
+    pub(crate) waiting: usize,
+    pub(crate) merges: usize,
 }
 
 pub(crate) struct Unit {
@@ -78,24 +91,52 @@ impl Layout {
         Layout::of_units(trainable.units(), trainable.n_params(), (zero, ranks), n_micro_batches)
     }
 
+    /// Of a part that begins so far behind the beginning of the whole model's vector: where its norm is summed is counted from
+    /// there.
+    pub(crate) fn behind(
+        first: usize,
+        trainable: &Trainable,
+        (zero, ranks): (Zero, [usize; 2]),
+        n_micro_batches: usize,
+    ) -> Layout {
+        let (units, n) = (trainable.units(), trainable.n_params());
+        let layout = Layout::of_units_behind(first, (units, n), (zero, ranks), n_micro_batches);
+        Layout { n_copied: trainable.n_values() - n, ..layout }
+    }
+
     pub(crate) fn of_units(
         units: Vec<Range<usize>>,
         n: usize,
         (zero, [rank, n_ranks]): (Zero, [usize; 2]),
         n_micro_batches: usize,
     ) -> Layout {
-        let up = |at: usize| at.next_multiple_of(SHARD_ALIGN).min(n);
+        Layout::of_units_behind(0, (units, n), (zero, [rank, n_ranks]), n_micro_batches)
+    }
+
+    fn of_units_behind(
+        first: usize,
+        (units, n): (Vec<Range<usize>>, usize),
+        (zero, [rank, n_ranks]): (Zero, [usize; 2]),
+        n_micro_batches: usize,
+    ) -> Layout {
+        // Into the part in which the vector begins.
+        let into = first % SHARD_ALIGN;
+        // What ends where it begins has no part.
+        let up = |at: usize| match at {
+            0 => 0,
+            _ => ((at + into).next_multiple_of(SHARD_ALIGN) - into).min(n),
+        };
         let buckets: Vec<Range<usize>> = units
             .iter()
             .map(|unit| if unit.start == 0 { 0..up(unit.end) } else { up(unit.start)..up(unit.end) })
             .collect();
         let of_rank = |rank: usize| {
-            let owned = buckets.iter().map(|bucket| share(bucket, rank, n_ranks));
+            let owned = buckets.iter().map(|bucket| share((bucket, into), rank, n_ranks));
             joined(owned.filter(|range| !range.is_empty()))
         };
         let all = Shards::new((0..n_ranks).map(of_rank).collect());
         let unit = |(range, bucket): (Range<usize>, &Range<usize>)| {
-            let window = range.start / SHARD_ALIGN * SHARD_ALIGN..up(range.end);
+            let window = ((range.start + into) / SHARD_ALIGN * SHARD_ALIGN).max(into) - into..up(range.end);
             Unit {
                 shards: inside(&all, n_ranks, bucket, range.start),
                 window_shards: inside(&all, n_ranks, &window, window.start),
@@ -105,45 +146,72 @@ impl Layout {
             }
         };
         let units = units.into_iter().zip(&buckets).map(unit).collect();
-        // Alone there is nobody to divide with.
-        let zero = if n_ranks == 1 { Zero::Nothing } else { zero };
-        Layout { zero, rank, n_ranks, n, units, all, n_turns: n_micro_batches / n_ranks }
+        let zero = zero_of(zero, n_ranks, n_micro_batches);
+        let n_turns = n_micro_batches.div_ceil(n_ranks);
+        Layout { zero, rank, n_ranks, n, n_copied: 0, units, all, n_micro_batches, n_turns }
+    }
+
+    /// The nodes of the tree over all micro-batches that ranks compute in a turn, where gradients are divided.
+    fn nodes(&self, turn: usize) -> Vec<Range<usize>> {
+        let end = ((turn + 1) * self.n_ranks).min(self.n_micro_batches);
+        tree::nodes(turn * self.n_ranks..end, self.n_micro_batches)
+    }
+
+    /// Of each of these which ranks compute it.
+    pub(crate) fn ranks_of_nodes(&self, turn: usize) -> Vec<Range<usize>> {
+        let first = turn * self.n_ranks;
+        self.nodes(turn).into_iter().map(|node| node.start - first..node.end - first).collect()
+    }
+
+    /// And where its sum goes.
+    pub(crate) fn slots(&self, turn: usize) -> Vec<Slot> {
+        let n = self.n_micro_batches;
+        let slot = |node: Range<usize>| Slot {
+            waiting: tree::nodes(0..node.start, n).len(),
+            merges: tree::merges_of(&node, n),
+        };
+        self.nodes(turn).into_iter().map(slot).collect()
+    }
+
+    /// Partial sums that there are at most.
+    pub(crate) fn n_sums(&self) -> usize {
+        if self.zero < Zero::Gradients {
+            return tree::depth(self.n_turns);
+        }
+        let slots = (0..self.n_turns).flat_map(|turn| self.slots(turn));
+        slots.map(|slot| slot.waiting + 1).max().unwrap_or(0)
     }
 
     /// The micro-batches of a rank, in the order in which it computes them. Where gradients are divided all ranks compute
     /// neighbours at the same time: their sum is then a node of the tree.
     pub(crate) fn micro_batches(&self, rank: usize) -> Vec<usize> {
         if self.zero >= Zero::Gradients {
-            return (0..self.n_turns).map(|turn| turn * self.n_ranks + rank).collect();
+            return (rank..self.n_micro_batches).step_by(self.n_ranks).collect();
         }
-        tree::share(self.n_turns * self.n_ranks, rank, self.n_ranks).collect()
+        tree::share(self.n_micro_batches, rank, self.n_ranks).collect()
     }
 
-    /// What this rank updates and remembers: its shard, or all.
+    /// Ranks that own something: where nothing is divided the first stands for all.
+    pub(crate) fn n_owners(&self) -> usize {
+        if self.zero == Zero::Nothing { 1 } else { self.n_ranks }
+    }
+
+    /// What a rank owns: its shard, or all.
+    pub(crate) fn owned(&self, rank: usize) -> Vec<Range<usize>> {
+        match self.zero {
+            Zero::Nothing => std::iter::once(0..self.n).collect(),
+            _ => self.all.of(rank).to_vec(),
+        }
+    }
+
+    /// What this rank updates and remembers.
     pub(crate) fn places(&self) -> Vec<Place> {
-        match self.zero {
-            Zero::Nothing => vec![Place { at: 0..self.n, own: 0..self.n }],
-            _ => places(self.all.of(self.rank)),
-        }
-    }
-
-    /// What each rank writes of a checkpoint: its shard, or the first of them all.
-    pub(crate) fn writes(&self) -> Vec<Vec<Range<usize>>> {
-        match self.zero {
-            Zero::Nothing => std::iter::once(std::iter::once(0..self.n).collect()).collect(),
-            _ => (0..self.n_ranks).map(|rank| self.all.of(rank).to_vec()).collect(),
-        }
+        places(&self.owned(self.rank))
     }
 
     /// How many numbers this rank updates.
     pub(crate) fn n_own(&self) -> usize {
         if self.zero == Zero::Nothing { self.n } else { self.all.len_of(self.rank) }
-    }
-
-    /// What a rank owns of a range.
-    pub(crate) fn owned_in(&self, rank: usize, range: &Range<usize>) -> Vec<Range<usize>> {
-        let cut = |own: &Range<usize>| own.start.max(range.start)..own.end.min(range.end);
-        self.all.of(rank).iter().map(cut).filter(|part| !part.is_empty()).collect()
     }
 
     /// The unit whose gradients these are.
@@ -160,6 +228,17 @@ impl Layout {
     }
 }
 
+/// What so many ranks divide that are to divide `asked`.
+fn zero_of(asked: Zero, n_ranks: usize, n_micro_batches: usize) -> Zero {
+    match () {
+        // Alone there is nobody to divide with.
+        () if n_ranks == 1 => Zero::Nothing,
+        // What a rank computes is no node of the tree: it can keep no sum of its own.
+        () if !tree::are_nodes(n_micro_batches, n_ranks) => asked.max(Zero::Gradients),
+        () => asked,
+    }
+}
+
 /// Ranges, one behind the other.
 pub(crate) fn places(ranges: &[Range<usize>]) -> Vec<Place> {
     let mut end = 0;
@@ -170,10 +249,12 @@ pub(crate) fn places(ranges: &[Range<usize>]) -> Vec<Place> {
     ranges.iter().map(place).collect()
 }
 
-/// An even share of the parts of a bucket.
-fn share(bucket: &Range<usize>, rank: usize, n_ranks: usize) -> Range<usize> {
-    let n_parts = bucket.len().div_ceil(SHARD_ALIGN);
-    let border = |rank: usize| (bucket.start + n_parts * rank / n_ranks * SHARD_ALIGN).min(bucket.end);
+/// An even share of the parts of a bucket of a vector that begins so far into a part.
+fn share((bucket, into): (&Range<usize>, usize), rank: usize, n_ranks: usize) -> Range<usize> {
+    let (start, end) = (bucket.start + into, bucket.end + into);
+    let first = start / SHARD_ALIGN * SHARD_ALIGN;
+    let n_parts = (end - first).div_ceil(SHARD_ALIGN);
+    let border = |rank: usize| (first + n_parts * rank / n_ranks * SHARD_ALIGN).clamp(start, end) - into;
     border(rank)..border(rank + 1)
 }
 
@@ -214,7 +295,7 @@ mod tests {
 
     #[test]
     fn every_value_has_one_owner_and_shares_are_even() {
-        for n_ranks in [1, 2, 4, 8] {
+        for n_ranks in [1, 2, 3, 4, 8] {
             let first = layout(0, n_ranks);
             let mut owners = vec![0; first.n];
             for rank in 0..n_ranks {
@@ -237,7 +318,7 @@ mod tests {
 
     #[test]
     fn ranks_compute_every_micro_batch_once() {
-        for n_ranks in [2, 4, 8] {
+        for n_ranks in [2, 3, 4, 5, 8, 16] {
             let mut all: Vec<usize> =
                 (0..n_ranks).flat_map(|rank| layout(rank, n_ranks).micro_batches(rank)).collect();
             all.sort_unstable();

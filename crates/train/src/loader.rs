@@ -35,6 +35,13 @@ impl Rows {
         self.starts_bt.resize(n, 0);
     }
 
+    /// So many tokens that count for nothing.
+    pub(crate) fn nothing(n: usize) -> Rows {
+        let mut rows = Rows::default();
+        rows.pad(n);
+        rows
+    }
+
     pub(crate) fn batch(&self) -> model::MicroBatch<'_> {
         let starts_bt = self.is_packed.then_some(&self.starts_bt[..]);
         model::MicroBatch { tokens_bt: &self.tokens_bt, targets_bt: &self.targets_bt, starts_bt }

@@ -201,7 +201,7 @@ mod tests {
         let (grads, rate) = (start.adam_m.clone(), Rate { lr_share: 0.5, grad_scale: 0.25 });
         let [mut plain, mut copied] = [start.clone(), start.clone()];
         optimizer().update(&pool, &mut plain, (&grads, rate), None);
-        let mut before = Snapshot::new(n);
+        let mut before = Snapshot::new(start.places.clone());
         start.count_to(&mut before);
         optimizer().update(&pool, &mut copied, (&grads, rate), Some(&mut before));
         let vectors = |s: &State| [&s.params, &s.adam_m, &s.adam_v].map(|v| v.to_vec());
@@ -209,6 +209,14 @@ mod tests {
         let bytes = |values: Vec<f32>| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
         assert!(before.vectors == vectors(&start).map(bytes));
         assert_eq!((before.step, before.tokens, before.elapsed_seconds), (4, 5, 6.0));
+        // Of which not all is stored from here.
+        let ranges = [2..7, COPIED_AT_ONCE - 3..2 * COPIED_AT_ONCE + 9];
+        let mut some = Snapshot::new(crate::layout::places(&ranges));
+        optimizer().update(&pool, &mut start.clone(), (&grads, rate), Some(&mut some));
+        let stored = |values: &Vec<f32>| -> Vec<f32> {
+            ranges.iter().flat_map(|range| &values[range.clone()]).copied().collect()
+        };
+        assert!(some.vectors == vectors(&start).map(|values| bytes(stored(&values))));
     }
 
     #[test]

@@ -329,23 +329,37 @@ impl Plan {
         self.diloco.map_or(self.micro_batches, |diloco| diloco.workers)
     }
 
-    /// Refuses ranks that are no whole number of teams of `n_team`, or teams that cannot share the step's parts evenly.
-    pub fn check_teams(&self, n_ranks: usize, n_team: usize) -> Result<()> {
-        if n_team == 0 || !n_ranks.is_multiple_of(n_team) {
-            return Err(Error::Teams { n_ranks, n_team });
+    /// Refuses ranks that are no whole number of teams of `n_team`, or of pipelines of so many stages that are a team each, or
+    /// that cannot share the step's parts evenly.
+    pub fn check_teams(&self, n_ranks: usize, [n_team, n_stages]: [usize; 2]) -> Result<()> {
+        let of_model = n_team * n_stages;
+        if of_model > 0 && n_ranks.is_multiple_of(of_model) {
+            return self.check_ranks(n_ranks / of_model);
         }
-        self.check_ranks(n_ranks / n_team)
+        Err(match n_stages {
+            1 => Error::Teams { n_ranks, n_team },
+            _ => Error::Pipelines { n_ranks, n_stages, n_team },
+        })
     }
 
-    /// Refuses ranks among which the step's parts cannot be shared evenly.
+    /// Whether each rank has to sum its own share of a step's parts, which must then be a node of the tree of sums.
+    pub fn wants_nodes(&self) -> bool {
+        self.diloco.is_some() || self.muon.is_some()
+    }
+
+    /// Refuses more ranks than there are parts of a step, and ranks that cannot share them in the order of sums: workers that
+    /// meet, and what needs all gradients on every rank, want a power of two that divides them.
     pub fn check_ranks(&self, n_ranks: usize) -> Result<()> {
-        if n_ranks.is_power_of_two() && self.parts().is_multiple_of(n_ranks) {
-            return Ok(());
+        let are_nodes = tree::are_nodes(self.parts(), n_ranks);
+        match self.diloco {
+            Some(Diloco { workers, .. }) if !are_nodes => Err(Error::Workers { n_ranks, workers }),
+            Some(_) => Ok(()),
+            None if !(1..=self.micro_batches).contains(&n_ranks) => {
+                Err(Error::Ranks { n_ranks, micro_batches: self.micro_batches })
+            }
+            None if self.wants_nodes() && !are_nodes => Err(Error::MuonDivided),
+            None => Ok(()),
         }
-        Err(match self.diloco {
-            Some(Diloco { workers, .. }) => Error::Workers { n_ranks, workers },
-            None => Error::Ranks { n_ranks, micro_batches: self.micro_batches },
-        })
     }
 
     /// The workers of a rank; none where all take each step together.

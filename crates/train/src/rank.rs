@@ -1,29 +1,33 @@
 //! One rank of a run: the step loop. N ranks and one rank are the same code; collectives over one rank are no-ops.
 
 mod links;
+mod pipe;
 mod rounds;
 pub(crate) mod team;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use comm::tree::SHARD_ALIGN;
 use comm::{Comm, Record};
 use data::{Batches, Mixture};
-use model::{LossSum, TrainModel, Trainable, Weights};
+use model::{LossSum, Stripes, TrainModel, Trainable, Weights};
 use tensor::Pool;
 use tensor::adamw::sum_squares;
-use tensor::packed::WeightKind;
 
 use crate::exchange::{Exchange, Fixed, Kind, Memory, Spent};
 use crate::guard::Wrong;
 use crate::layout::{Layout, Zero};
-use crate::loader::{Loader, Order};
+use crate::loader::{Loader, Order, Rows};
 use crate::optimizer::{Optimizer, Rate};
+use crate::part::Part;
+use crate::pipeline::{Action, in_flight, schedule};
 use crate::saver::Saver;
 use crate::state::State;
 use crate::{BadBatch, Error, Event, Plan, Ranks, Result, Step};
 pub(crate) use links::Links;
+pub(crate) use pipe::{Pipe, check as check_pipeline};
 pub(crate) use rounds::Rounds;
 use team::Team;
 
@@ -34,9 +38,16 @@ pub(crate) struct Rank<'a> {
     pub(crate) comm: Box<dyn Comm>,
     /// To those that compute one model with it, if it has only a part.
     pub(crate) team: Option<Team>,
+    /// To those that compute other layers of it, if it has only some.
+    pub(crate) pipe: Option<Pipe>,
     pub(crate) pool: Pool,
     pub(crate) model: TrainModel,
+    /// Of the whole model.
     pub(crate) trainable: Trainable,
+    /// What of it is computed here.
+    pub(crate) part: Part,
+    /// What every rank stores of the whole's vectors.
+    pub(crate) writers: Arc<[Stripes]>,
     pub(crate) mixture: Mixture,
     /// Of every dataset that holds something out.
     pub(crate) validation: Arc<[Validation]>,
@@ -46,7 +57,7 @@ pub(crate) struct Rank<'a> {
     /// Where workers train by themselves and meet now and then (DiLoCo).
     pub(crate) rounds: Option<Rounds>,
     pub(crate) optimizer: Optimizer,
-    /// Which part of it all is this rank's.
+    /// Which part of its part's state is this rank's.
     pub(crate) layout: Layout,
     /// Gradients of the sum of the step's token losses, and what they travel in.
     pub(crate) memory: Memory,
@@ -155,7 +166,7 @@ impl Rank<'_> {
             }
             if must_save {
                 (is_save_due, self.is_saving) = (false, true);
-                self.prepare_save()?;
+                self.saver.prepare(&self.state);
             }
             let event = self.step(&loader)?;
             if let Some(lead) = &mut lead {
@@ -176,8 +187,9 @@ impl Rank<'_> {
         let all = self.comm.all_gather(&wants.map(|want| f64::from(u8::from(want))))?;
         let any = |all: Vec<f64>| [0, 1, 2].map(|at| all.iter().skip(at).step_by(3).any(|want| *want != 0.0));
         let wants = any(all);
-        let Some(team) = &self.team else { return Ok(wants) };
-        Ok(any(team.comm.all_gather(&wants.map(|want| f64::from(u8::from(want))))?))
+        self.parts().try_fold(wants, |wants, comm| {
+            Ok(any(comm.all_gather(&wants.map(|want| f64::from(u8::from(want))))?))
+        })
     }
 
     /// Writes a checkpoint and waits for it. Its step, where this rank has published it.
@@ -189,7 +201,7 @@ impl Rank<'_> {
             self.all_told(lead)?;
         }
         self.tell_published(lead, true);
-        self.begin_save()?;
+        self.saver.begin_at_once(&self.pool, &self.state, seconds);
         self.saver.wait(seconds);
         self.all_told(lead)?;
         let is_there = self.tell_published(lead, true);
@@ -199,7 +211,7 @@ impl Rank<'_> {
     /// Every rank tells of its part of a checkpoint; the first begins to publish it.
     fn all_told(&mut self, lead: &mut Option<&mut dyn Lead>) -> Result<()> {
         self.is_saving = false;
-        let all = self.comm.all_gather_bytes(&self.saver.tell())?;
+        let all = self.gather_told()?;
         if let (Some(event), Some(lead)) = (self.saver.all_told(&all), lead) {
             lead.event(event);
         }
@@ -215,46 +227,6 @@ impl Rank<'_> {
             lead.event(event);
         }
         is_there
-    }
-
-    /// The model as it is now, on the first rank. Where parameters are divided all ranks bring theirs, tensor by tensor.
-    pub(crate) fn weights(&self) -> Result<Option<Weights>> {
-        let (rank, kind) = (self.comm.rank(), WeightKind::F32);
-        if let Some(team) = &self.team {
-            // Other teams have the same.
-            let whole = if rank == 0 { team.whole(&self.state.params)? } else { None };
-            return Ok(whole.map(|params| self.trainable.to_weights(&self.pool, &params, kind)));
-        }
-        if self.layout.zero < Zero::Parameters {
-            return Ok((rank == 0).then(|| self.trainable.to_weights(&self.pool, &self.state.params, kind)));
-        }
-        if rank == 0 {
-            return self.trainable.bring_weights(kind, |range, values| self.bring(range, values)).map(Some);
-        }
-        for spec in self.trainable.specs() {
-            for part in self.layout.owned_in(rank, &spec.range) {
-                let own = self.layout.own_at(part.start);
-                self.comm.send(0, &self.state.params[own..own + part.len()])?;
-            }
-        }
-        Ok(None)
-    }
-
-    /// Parameters of all ranks, on the first.
-    fn bring(&self, range: std::ops::Range<usize>, values: &mut [f32]) -> Result<()> {
-        for rank in 0..self.layout.n_ranks {
-            for part in self.layout.owned_in(rank, &range) {
-                let to = &mut values[part.start - range.start..part.end - range.start];
-                match rank {
-                    0 => {
-                        let own = self.layout.own_at(part.start);
-                        to.copy_from_slice(&self.state.params[own..own + part.len()]);
-                    }
-                    _ => self.comm.receive(rank, to)?,
-                }
-            }
-        }
-        Ok(())
     }
 
     /// The rows of the steps that are left.
@@ -328,8 +300,11 @@ impl Rank<'_> {
             self.saver.begin(self.seconds);
             // Rows are named alike on any number of ranks.
             let micro_batch = sums.worst();
-            let computes = |rank: &usize| self.layout.micro_batches(*rank).contains(&micro_batch);
-            let rank = wrong_rank(&times, (0..times.len()).find(computes).unwrap_or_default());
+            // What is lost the last stage knows.
+            let [_, n_stages] = self.stage();
+            let computes = |rank: &usize| self.layout.micro_batches(*rank / n_stages).contains(&micro_batch);
+            let last = (0..times.len()).skip(n_stages - 1).step_by(n_stages);
+            let rank = wrong_rank(&times, last.into_iter().find(computes).unwrap_or_default());
             return self.skip(wrong, [loss, grad_norm], (self.bad_batch(micro_batch), rank));
         }
         let rate = self.rate(grad_norm, n_counted);
@@ -339,6 +314,7 @@ impl Rank<'_> {
         if [Zero::Optimizer, Zero::Gradients].contains(&self.layout.zero) {
             self.comm.all_gather_of(&mut self.state.params, &self.layout.all)?;
         }
+        self.renew_head()?;
         self.finish_step((self.seconds)() - start);
         let n_tokens = plan.tokens_per_step() as f64;
         let seconds = (self.seconds)() - start;
@@ -363,42 +339,43 @@ impl Rank<'_> {
         Rate { lr_share, grad_scale: (clip / n_counted) as f32 }
     }
 
-    /// The square of the norm of the gradient, from the sums that each rank has of what it owns.
+    /// The square of the norm of the gradient, from the sums that each rank has of what it owns, in one order whoever owns
+    /// what; what several parts of the model have alike is counted once.
     fn squares_of_sums(&mut self) -> Result<f64> {
-        if let Some(squares) = self.squares_of_team()? {
+        if let Some(squares) = self.squares_of_pipe()? {
             return Ok(squares);
         }
         let (layout, grads) = (&self.layout, &self.memory.sums[0]);
-        if layout.zero == Zero::Nothing {
-            return Ok(sum_squares(&self.pool, grads, &mut self.squares));
-        }
         let mut own = Vec::new();
-        for place in &self.state.places {
-            sum_squares(&self.pool, &grads[self.state.grads_at(place)], &mut self.squares);
+        for piece in self.part.summed(&layout.owned(layout.rank)) {
+            let first = if layout.zero >= Zero::Gradients { layout.own_at(piece.start) } else { piece.start };
+            sum_squares(&self.pool, &grads[first..first + piece.len()], &mut self.squares);
             own.append(&mut self.squares);
         }
-        let mut all = self.comm.all_gather(&own)?.into_iter();
-        // Ranges are whole parts of that sum: the same numbers in the same order as on one rank.
-        let mut parts = vec![0.0; layout.n.div_ceil(SHARD_ALIGN)];
-        for range in (0..layout.n_ranks).flat_map(|rank| layout.all.of(rank)) {
-            let first = range.start / SHARD_ALIGN;
-            let n = range.len().div_ceil(SHARD_ALIGN);
-            parts[first..first + n].iter_mut().zip(&mut all).for_each(|(part, sum)| *part = sum);
-        }
-        Ok(parts.iter().sum())
+        let all = if layout.zero > Zero::Nothing { self.comm.all_gather(&own)? } else { own };
+        let pieces = (0..layout.n_owners()).flat_map(|rank| self.part.summed(&layout.owned(rank)));
+        let starts = pieces.flat_map(|piece| piece.step_by(SHARD_ALIGN));
+        let mut squares: Vec<(usize, f64)> = starts.zip(all).collect();
+        squares.sort_unstable_by_key(|(start, _)| *start);
+        let of_part = squares.iter().map(|(_, sum)| sum).sum();
+        self.sum_over_parts(of_part)
     }
 
     /// The sums of all micro-batches, in their order, and the times of every rank.
     fn gather_sums(&self, own: Sums) -> Result<(Sums, Vec<Times>)> {
-        let all = self.comm.all_gather(&own.0)?;
+        let stages = self.of_stages(self.comm.all_gather(&own.0)?)?;
         let mut sums = Sums(vec![0.0; 3 * self.plan.micro_batches]);
         let mut times = Vec::new();
-        for (rank, numbers) in all.chunks(own.0.len()).enumerate() {
-            let (lost, of_rank) = numbers.split_at(numbers.len() - size_of::<Times>() / size_of::<f64>());
-            for (micro_batch, three) in self.layout.micro_batches(rank).into_iter().zip(lost.chunks(3)) {
-                sums.0[3 * micro_batch..][..3].copy_from_slice(three);
+        for rank in 0..self.comm.n_ranks() {
+            for stage in &stages {
+                let numbers = &stage[rank * own.0.len()..][..own.0.len()];
+                let (lost, of_rank) = numbers.split_at(numbers.len() - size_of::<Times>() / size_of::<f64>());
+                // The last stage, which comes last, is the one that knows.
+                for (micro_batch, three) in self.layout.micro_batches(rank).into_iter().zip(lost.chunks(3)) {
+                    sums.0[3 * micro_batch..][..3].copy_from_slice(three);
+                }
+                times.extend(Times::try_from(of_rank).ok());
             }
-            times.extend(Times::try_from(of_rank).ok());
         }
         Ok((sums, times))
     }
@@ -448,21 +425,53 @@ impl Rank<'_> {
     /// the seconds waited for data, and what the exchange took. `alone` is the layout of a worker that exchanges nothing.
     fn gradients(&mut self, loader: &Loader, alone: Option<&Layout>) -> Result<(Sums, f64, Spent)> {
         let (mut sums, mut data_seconds) = (Sums::default(), 0.0);
-        let Rank { plan, pool, model, state, memory, layout, comm, team, seconds, .. } = self;
-        let team = team.as_ref().map(|team| &*team.comm);
+        let stage = self.stage();
+        let Rank { plan, pool, model, state, memory, layout, comm, team, pipe, seconds, .. } = self;
+        let (team, pipe) = (team.as_ref().map(|team| &*team.comm), pipe.as_ref());
         let layout = alone.unwrap_or(layout);
         memory.reserve(layout);
         let (pool, layout, seconds): (&Pool, &Layout, _) = (pool, layout, *seconds);
-        let fixed = Fixed { pool, comm: &**comm, team, layout, params: &state.params, seconds };
+        let fixed = Fixed { pool, comm: &**comm, team, pipe, layout, params: &state.params, seconds };
         let params = (layout.zero < Zero::Parameters).then_some(&state.params[..]);
+        let n_mine = layout.micro_batches(layout.rank).len();
         let mut exchange = Exchange::new(fixed, memory);
-        for turn in 0..layout.n_turns {
+        let mut load = |turn: usize| {
             let start = seconds();
-            let rows = loader.next()?;
+            // Who has none left in the last turn computes on nothing, which nobody adds to anything.
+            let rows =
+                if turn < n_mine { loader.next() } else { Ok(Rows::nothing(plan.rows * plan.context)) };
             data_seconds += seconds() - start;
-            exchange.begin(Kind::Gradients, turn);
-            let of = (rows.batch(), plan.objective);
-            sums.push(model.loss_and_grads_to(pool, params, of, &mut exchange));
+            rows
+        };
+        // Rows of micro-batches whose backward pass is still to come.
+        let mut flying: VecDeque<Rows> = VecDeque::new();
+        let n_flights = in_flight(stage, layout.n_turns);
+        for action in schedule(stage, layout.n_turns) {
+            if exchange.has_failed() {
+                break;
+            }
+            match action {
+                Action::Both(turn) => {
+                    let rows = load(turn)?;
+                    exchange.begin(Kind::Gradients, turn);
+                    let of = (rows.batch(), plan.objective);
+                    sums.push(model.loss_and_grads_to(pool, params, of, &mut exchange));
+                }
+                Action::Forward(turn) => {
+                    let rows = load(turn)?;
+                    exchange.begin(Kind::Gradients, turn);
+                    let of = (rows.batch(), turn % n_flights);
+                    model.forward_to(pool, &state.params, of, &mut exchange);
+                    flying.push_back(rows);
+                }
+                Action::Backward(turn) => {
+                    let rows = flying.pop_front().unwrap_or_default();
+                    exchange.begin(Kind::Gradients, turn);
+                    let of = (rows.batch(), turn % n_flights);
+                    model.backward_to(pool, &state.params, of, &mut exchange);
+                    sums.push(LossSum::default());
+                }
+            }
         }
         Ok((sums, data_seconds, exchange.finish()?))
     }

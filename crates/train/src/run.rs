@@ -9,20 +9,22 @@ use std::sync::atomic::AtomicBool;
 
 use comm::{Comm, Record};
 use data::{Dataset, chain};
-use model::{Division, TrainModel, Trainable, Weights};
+use model::{Stage, Stripes, TrainModel, Trainable, Weights};
 use serde::{Deserialize, Serialize};
 use store::{ObjectName, Store};
 use tensor::{Buf, Pool, Precision};
 
-use crate::checkpoint::{Checkpoints, Loaded};
+use crate::checkpoint::{Checkpoints, Loaded, Reader};
 use crate::exchange::Memory;
 use crate::layout::{Layout, Zero};
 use crate::metrics_log::MetricsLog;
 use crate::optimizer::Optimizer;
+use crate::part::{self, Part};
+use crate::pipeline::in_flight;
 use crate::plans::stored_plan;
 use crate::publish::{Trained, publish};
 use crate::rank::team::{self, Team};
-use crate::rank::{Lead, Links, Rank, Rounds};
+use crate::rank::{Lead, Links, Pipe, Rank, Rounds, check_pipeline};
 use crate::sample::Sampler;
 use crate::saver::Saver;
 use crate::sources::Sources;
@@ -46,6 +48,8 @@ pub struct Context<'a> {
     pub n_ranks: usize,
     /// Ranks that compute one model together (tensor parallel); 1: each has the whole. Losses depend on it, within bounds.
     pub n_team: usize,
+    /// Stages of layers that ranks form a pipeline of; 1: each rank has all layers. No result depends on it.
+    pub n_stages: usize,
     /// The machine of each rank, where they are processes.
     pub hosts: Vec<String>,
     /// What ended the ranks before these, where that is known.
@@ -85,6 +89,10 @@ struct Opened {
     plan: Plan,
     sources: Sources,
     trainable: Trainable,
+    /// Of a pipeline.
+    stages: Vec<Stage>,
+    /// Of ranks that compute one model together, stage by stage and by their place in their team: what they compute.
+    parts: Vec<Part>,
     checkpoints: Checkpoints,
 }
 
@@ -93,9 +101,10 @@ impl Opened {
         let run = &context.run;
         let (plan, plan_sha256) =
             stored_plan(&context.store, run)?.ok_or_else(|| Error::NoRun { run: run.clone() })?;
-        plan.check_teams(context.n_ranks, context.n_team)?;
-        team::check(&plan, context.zero, context.n_team)?;
-        check_division(&plan, context.zero, context.n_ranks)?;
+        plan.check_teams(context.n_ranks, [context.n_team, context.n_stages])?;
+        team::check(&plan, context.n_team)?;
+        check_pipeline(&plan, context.zero, context.n_stages)?;
+        check_division(&plan, context.zero, context.n_ranks / context.n_team / context.n_stages)?;
         let sources = Sources::open(&context.store, &plan)?;
         let trainable = start::trainable(&context.store, run, &plan)?;
         let checkpoints = Checkpoints {
@@ -105,17 +114,34 @@ impl Opened {
             n_params: trainable.n_params(),
             n_workers: plan.diloco.map_or(0, |diloco| diloco.workers),
         };
-        Ok(Opened { plan, sources, trainable, checkpoints })
+        let stages = Stage::divide(trainable.config(), plan.context, context.n_stages)?;
+        let parts = Part::all(&trainable, context.n_team, &stages)?;
+        Ok(Opened { plan, sources, trainable, stages, parts, checkpoints })
     }
 
+    /// What a rank computes.
+    fn part(&self, rank: usize) -> &Part {
+        &self.parts[rank % self.parts.len()]
+    }
+
+    /// Of the state of its part, what a rank keeps.
     fn layout(&self, context: &Context, rank: usize) -> Layout {
-        let ranks = [rank, context.n_ranks];
-        Layout::new(&self.trainable, context.zero, ranks, self.plan.micro_batches)
+        let n_parts = self.parts.len();
+        let alike = [rank / n_parts, context.n_ranks / n_parts];
+        let Part { trainable, first, .. } = self.part(rank);
+        Layout::behind(*first, trainable, (context.zero, alike), self.plan.micro_batches)
+    }
+
+    /// What every rank stores of the whole model's vectors.
+    fn writers(&self, context: &Context) -> Arc<[Stripes]> {
+        let layouts: Vec<Layout> = (0..self.parts.len()).map(|place| self.layout(context, place)).collect();
+        part::writers(&self.parts, &layouts).into()
     }
 
     /// What a rank with so many workers begins with.
-    fn initial(&self, layout: &Layout, n_workers: usize) -> Loaded {
-        let mut state = State::initial(layout, &self.trainable, self.plan.seed);
+    fn initial(&self, reader: &Reader) -> Loaded {
+        let (layout, n_workers) = (reader.layout, reader.workers.len());
+        let mut state = State::initial(layout, (&self.trainable, reader.stripes), self.plan.seed);
         let workers = vec![state.clone(); n_workers];
         if self.plan.diloco.is_some() {
             // The outer step keeps one mean.
@@ -126,21 +152,24 @@ impl Opened {
 
     /// What the ranks of this process go on from, where they are all; tells of checkpoints that cannot be read.
     fn load_all(&self, context: &Context, refused: &mut Vec<Event>) -> Result<Vec<Loaded>> {
-        let (first, workers) = (self.layout(context, 0), 0..self.checkpoints.n_workers);
+        let (layout, workers) = (self.layout(context, 0), 0..self.checkpoints.n_workers);
+        let first = Reader { layout: &layout, stripes: &self.part(0).stripes, workers: workers.clone() };
         let mut report = |event| refused.push(event);
-        let found = self.checkpoints.load_newest((&first, workers.clone()), &mut report)?;
+        let found = self.checkpoints.load_newest(&first, &mut report)?;
         let step = found.as_ref().map_or(0, |loaded| loaded.state.step);
-        let mut found = found.unwrap_or_else(|| self.initial(&first, workers.len()));
+        let mut found = found.unwrap_or_else(|| self.initial(&first));
         let per_rank = workers.len() / context.n_ranks;
         let mut of_rank = |rank: usize| -> Result<Loaded> {
             let workers: Vec<State> = found.workers.drain(..per_rank).collect();
-            if rank == 0 || first.zero == Zero::Nothing {
+            let is_alike = layout.zero == Zero::Nothing && rank.is_multiple_of(self.parts.len());
+            if rank == 0 || is_alike {
                 return Ok(Loaded { state: found.state.clone(), workers });
             }
             let layout = self.layout(context, rank);
+            let reader = Reader { layout: &layout, stripes: &self.part(rank).stripes, workers: 0..0 };
             match step {
-                0 => Ok(self.initial(&layout, 0)),
-                _ => self.checkpoints.load(step, (&layout, 0..0))?.ok_or(Error::CheckpointMissing { step }),
+                0 => Ok(self.initial(&reader)),
+                _ => self.checkpoints.load(step, &reader)?.ok_or(Error::CheckpointMissing { step }),
             }
         };
         (0..context.n_ranks).map(&mut of_rank).collect()
@@ -180,6 +209,8 @@ struct RankParts<'a> {
     opened: &'a Opened,
     precision: Precision,
     token_bytes: Arc<[u32]>,
+    /// What every rank stores.
+    writers: Arc<[Stripes]>,
 }
 
 impl<'a> RankParts<'a> {
@@ -191,22 +222,19 @@ impl<'a> RankParts<'a> {
         let is_text = |id: u32| id < n_ids && !tokenizer.is_special(id);
         let bytes = |id: u32| if is_text(id) { tokenizer.token_bytes(id).len() as u32 } else { 0 };
         let token_bytes = (0..config.vocab as u32).map(bytes).collect();
-        Ok(RankParts { context, opened, precision, token_bytes })
+        Ok(RankParts { context, opened, precision, token_bytes, writers: opened.writers(context) })
     }
 
     fn rank(&self, comm: Box<dyn Comm>, loaded: Loaded, record: Record) -> Result<Rank<'a>> {
-        let RankParts { context, opened, precision, .. } = *self;
-        let Opened { plan, sources, trainable, checkpoints } = opened;
-        // Of the whole model: what of a checkpoint a rank writes, and which state it goes on from.
-        let whole = opened.layout(context, comm.rank());
-        let Loaded { state, workers } = loaded;
+        let RankParts { context, opened, precision, ref writers, .. } = *self;
+        let Opened { plan, sources, trainable, checkpoints, .. } = opened;
+        let (rank, part) = (comm.rank(), opened.part(comm.rank()));
+        let layout = opened.layout(context, rank);
+        let stored = part.stored(&layout.owned(layout.rank));
         let how = (plan.checkpoint.keep, context.threads_of_a_rank());
-        let saver = Saver::new(checkpoints.clone(), &whole, how);
-        let (team, comm) = self.team(comm, whole.zero)?;
-        let computed = team.as_ref().map_or_else(|| trainable.clone(), |team| team::part(&team.division));
-        let ranks = [comm.rank(), comm.n_ranks()];
-        let layout = Layout::new(&computed, context.zero, ranks, plan.micro_batches);
-        let state = team.as_ref().map_or_else(|| state.clone(), |team| team.take(&state, &layout));
+        let saver = Saver::new(checkpoints.clone(), writers.clone(), (rank, &stored), how);
+        let Loaded { state, workers } = loaded;
+        let computed = part.trainable.clone();
         let step = state.step;
         let rounds = plan.diloco.map(|diloco| Rounds {
             diloco,
@@ -216,9 +244,17 @@ impl<'a> RankParts<'a> {
             checkpoints: checkpoints.clone(),
             saved: state.step,
         });
+        let Groups { comm, team, pipe } = self.groups(comm)?;
+        let n_flights = pipe.as_ref().map_or(1, |pipe| match pipe.place() {
+            [stage, n_stages] if stage + 1 < n_stages => in_flight([stage, n_stages], layout.n_turns),
+            _ => 1,
+        });
         Ok(Rank {
             saver,
             team,
+            pipe,
+            part: part.clone(),
+            writers: writers.clone(),
             layout,
             memory: Memory::default(),
             is_saving: false,
@@ -228,7 +264,8 @@ impl<'a> RankParts<'a> {
             optimizer: Optimizer::new(plan, computed.specs(), &computed.decayed(), precision),
             model: TrainModel::new(computed, plan.rows, plan.context, precision)
                 .with_z_loss(plan.z_loss)
-                .with_recompute(context.recompute),
+                .with_recompute(context.recompute)
+                .with_flights(n_flights),
             trainable: trainable.clone(),
             mixture: sources.mixture.clone(),
             validation: sources.validation.clone(),
@@ -247,18 +284,30 @@ impl<'a> RankParts<'a> {
         })
     }
 
-    /// The rank's team, if it has only a part of the model, and those that it shares micro-batches with.
-    fn team(&self, all: Box<dyn Comm>, zero: Zero) -> Result<(Option<Team>, Box<dyn Comm>)> {
-        let (context, trainable) = (self.context, &self.opened.trainable);
-        if context.n_team <= 1 {
-            return Ok((None, all));
+    /// The rank's team and its pipeline, if it has only a part of the model, and those that it shares micro-batches with.
+    fn groups(&self, all: Box<dyn Comm>) -> Result<Groups> {
+        let (context, stages) = (self.context, &self.opened.stages);
+        let n_team = context.n_team;
+        if n_team * stages.len() == 1 {
+            return Ok(Groups { comm: all, team: None, pipe: None });
         }
-        let [comm, alike] = comm::teams(all, context.n_team)?;
-        let division = Division::new(trainable.config(), context.n_team)?;
-        // Of nobody in particular: a state that is put together is written by who has it.
-        let whole = Layout::new(trainable, zero, [0, 1], 1);
-        Ok((Some(Team { comm, division, whole }), alike))
+        let [all, of_model, comm] = comm::teams(all, n_team * stages.len())?;
+        let [of_model, of_team, of_pipe] = comm::teams(of_model, n_team)?;
+        if stages.len() == 1 {
+            return Ok(Groups { comm, team: Some(Team { comm: of_team, all }), pipe: None });
+        }
+        let pipe = Some(Pipe::new(of_pipe, all, &self.opened.trainable, stages));
+        let team = (n_team > 1).then_some(Team { comm: of_team, all: of_model });
+        Ok(Groups { comm, team, pipe })
     }
+}
+
+/// Whom a rank speaks to.
+struct Groups {
+    /// Those that compute the same with other micro-batches.
+    comm: Box<dyn Comm>,
+    team: Option<Team>,
+    pipe: Option<Pipe>,
 }
 
 /// Runs every rank in a thread, rank 0 with the leader in this one. Returns whether the plan is done, and what has come of
@@ -438,18 +487,11 @@ impl Lead for Leader<'_, '_> {
 
 /// Refuses what cannot be divided.
 fn check_division(plan: &Plan, zero: Zero, n_ranks: usize) -> Result<()> {
-    if n_ranks == 1 || zero == Zero::Nothing {
-        return Ok(());
-    }
-    let n_turns = plan.micro_batches / n_ranks;
     match () {
+        () if n_ranks == 1 || zero == Zero::Nothing => Ok(()),
         () if plan.muon.is_some() => Err(Error::MuonDivided),
         () if plan.diloco.is_some() => Err(Error::DilocoDivided),
-        () if zero >= Zero::Gradients && !plan.method.is_full() => Err(Error::LoraDivided),
-        // See comm::tree: what all ranks compute at a time must be a node.
-        () if zero >= Zero::Gradients && !n_turns.is_power_of_two() => {
-            Err(Error::TurnsDivided { n_ranks, micro_batches: plan.micro_batches })
-        }
+        () if zero == Zero::Parameters && !plan.method.is_full() => Err(Error::LoraDivided),
         () => Ok(()),
     }
 }

@@ -9,12 +9,13 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use data::chain;
+use model::Stripes;
 use serde::{Deserialize, Serialize};
 use store::FileEntry;
 use tensor::Pool;
 
 use crate::checkpoint::Checkpoints;
-use crate::layout::Layout;
+use crate::layout::{Place, places};
 use crate::state::{Snapshot, State};
 use crate::{Event, Result};
 
@@ -28,9 +29,11 @@ const PAUSE_OF_ONE_THREAD: Duration = Duration::from_millis(64);
 pub(crate) struct Saver {
     checkpoints: Checkpoints,
     /// Of every rank that writes, its part.
-    parts: Vec<Vec<Range<usize>>>,
+    parts: Arc<[Stripes]>,
     /// Which of them is this one's; none where another rank writes all.
     writer: Option<usize>,
+    /// Where that lies in the rank's flat vector.
+    stored: Vec<Place>,
     /// The newest so many stay.
     keep: usize,
     /// Counted, and to be copied by the next update.
@@ -77,15 +80,33 @@ enum Told {
     Failed(String),
 }
 
+impl Told {
+    /// The files of all, or why one has failed.
+    fn of_all(all: &[Vec<u8>]) -> Told {
+        let mut files = Vec::new();
+        for told in all {
+            match serde_json::from_slice(told) {
+                Ok(Told::Files(of_rank)) => files.extend(of_rank),
+                Ok(failed) => return failed,
+                Err(error) => return Told::Failed(error.to_string()),
+            }
+        }
+        Told::Files(files)
+    }
+}
+
 impl Saver {
-    /// For steps of so many threads.
-    pub(crate) fn new(checkpoints: Checkpoints, layout: &Layout, (keep, n_threads): (usize, usize)) -> Saver {
-        let parts = layout.writes();
-        let writer = Some(layout.rank).filter(|rank| *rank < parts.len());
+    /// Of rank `rank`, whose part lies in these ranges of its flat vector; for steps of so many threads.
+    pub(crate) fn new(
+        checkpoints: Checkpoints,
+        parts: Arc<[Stripes]>,
+        (rank, stored): (usize, &[Range<usize>]),
+        (keep, n_threads): (usize, usize),
+    ) -> Saver {
+        let writer = Some(rank).filter(|rank| *rank < parts.len());
         // Workers of DiLoCo store their own state.
         let is_used = writer.is_some() && checkpoints.n_workers == 0;
-        let spare = Snapshot::new(if is_used { layout.n_own() } else { 0 });
-        let pause = PAUSE_OF_ONE_THREAD / n_threads.max(1) as u32;
+        let stored = if is_used { places(stored) } else { Vec::new() };
         Saver {
             checkpoints,
             parts,
@@ -95,8 +116,9 @@ impl Saver {
             writing: None,
             written: None,
             publishing: None,
-            spare,
-            pause,
+            spare: Snapshot::new(stored.clone()),
+            stored,
+            pause: PAUSE_OF_ONE_THREAD / n_threads.max(1) as u32,
         }
     }
 
@@ -170,12 +192,12 @@ impl Saver {
             Ok((snapshot, Ok(files))) => (snapshot, Told::Files(files)),
             Ok((snapshot, Err(error))) => (snapshot, Told::Failed(chain(&error))),
             Err(_) => {
-                let n = self.parts[self.writer.unwrap_or_default()].iter().map(|range| range.len()).sum();
-                (Snapshot::new(n), Told::Failed("the thread that wrote it panicked".into()))
+                let told = Told::Failed("the thread that wrote it panicked".into());
+                (Snapshot::new(self.stored.clone()), told)
             }
         };
-        let counts = Snapshot { vectors: Default::default(), ..snapshot };
-        self.spare = Snapshot { vectors: snapshot.vectors, ..Snapshot::default() };
+        let counts = Snapshot { places: Vec::new(), vectors: Default::default(), ..snapshot };
+        self.spare = Snapshot { places: snapshot.places, vectors: snapshot.vectors, ..Snapshot::default() };
         self.written = Some(Written { times, counts, told });
     }
 
@@ -186,19 +208,21 @@ impl Saver {
         serde_json::to_vec(told).unwrap_or_else(|e| panic!("files are plain data: {e}"))
     }
 
+    /// What some ranks have told, as if one had.
+    pub(crate) fn told_by_all(all: &[Vec<u8>]) -> Vec<u8> {
+        let told = Told::of_all(all);
+        serde_json::to_vec(&told).unwrap_or_else(|e| panic!("files are plain data: {e}"))
+    }
+
     /// All ranks have told. The first begins to publish; says what was wrong, where nothing can be.
     pub(crate) fn all_told(&mut self, all: &[Vec<u8>]) -> Option<Event> {
         let written = self.written.take().filter(|_| self.writer == Some(0));
         let Written { times, counts, .. } = written?;
         let step = counts.step;
-        let mut files = Vec::new();
-        for told in all {
-            match serde_json::from_slice(told) {
-                Ok(Told::Files(of_rank)) => files.extend(of_rank),
-                Ok(Told::Failed(why)) => return Some(Event::CheckpointFailed { step, why }),
-                Err(error) => return Some(Event::CheckpointFailed { step, why: error.to_string() }),
-            }
-        }
+        let files = match Told::of_all(all) {
+            Told::Files(files) => files,
+            Told::Failed(why) => return Some(Event::CheckpointFailed { step, why }),
+        };
         let (checkpoints, parts, keep) = (self.checkpoints.clone(), self.parts.clone(), self.keep);
         let thread = std::thread::spawn(move || {
             let bytes = checkpoints.publish(&counts, &files, &parts)?;

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use model::Trainable;
+use model::{Stripes, Trainable};
 use tensor::{Buf, Pool};
 
 use crate::guard::Health;
@@ -28,9 +28,11 @@ pub(crate) struct State {
     pub(crate) health: Health,
 }
 
-/// What a rank writes of a [`State`]: vectors in little-endian f32, of what it owns.
+/// What a rank writes of a [`State`]: vectors in little-endian f32, of what it stores.
 #[derive(Clone, Default)]
 pub(crate) struct Snapshot {
+    /// Where what is stored of the flat vector lies in these, in order.
+    pub(crate) places: Vec<Place>,
     /// Parameters and the two means, as in [`State`].
     pub(crate) vectors: [Vec<u8>; 3],
     pub(crate) step: u64,
@@ -43,12 +45,25 @@ pub(crate) struct Snapshot {
 const COPY_LEN: usize = 16 << 10;
 
 impl Snapshot {
-    /// With memory for vectors of `n` numbers, all of it touched: a page that is touched for the first time takes longer
-    /// than copying does.
-    pub(crate) fn new(n: usize) -> Snapshot {
-        let mut snapshot = Snapshot::default();
+    /// With memory for what is stored, all of it touched: a page that is touched for the first time takes longer than
+    /// copying does.
+    pub(crate) fn new(places: Vec<Place>) -> Snapshot {
+        let n = places.last().map_or(0, |place| place.own.end);
+        let mut snapshot = Snapshot { places, ..Snapshot::default() };
         snapshot.vectors.iter_mut().for_each(|bytes| bytes.resize(4 * n, 0));
         snapshot
+    }
+
+    /// What of a range of the flat vector is stored, and where that lies here.
+    fn within(&self, range: &Range<usize>) -> Vec<Place> {
+        let first = self.places.partition_point(|place| place.at.end <= range.start);
+        let until = self.places[first..].iter().take_while(|place| place.at.start < range.end);
+        let cut = |place: &Place| {
+            let at = place.at.start.max(range.start)..place.at.end.min(range.end);
+            let own = place.own.start + (at.start - place.at.start);
+            Place { own: own..own + at.len(), at }
+        };
+        until.map(cut).collect()
     }
 }
 
@@ -56,7 +71,7 @@ impl State {
     /// Before the first step, with parameters that are all 0.
     pub(crate) fn empty(layout: &Layout) -> State {
         let n_own = layout.n_own();
-        let n_params = if layout.zero == Zero::Parameters { n_own } else { layout.n };
+        let n_params = if layout.zero == Zero::Parameters { n_own } else { layout.n + layout.n_copied };
         State {
             zero: layout.zero,
             places: layout.places(),
@@ -70,25 +85,30 @@ impl State {
         }
     }
 
-    pub(crate) fn initial(layout: &Layout, trainable: &Trainable, seed: u64) -> State {
+    /// `stripes` says where the rank's flat vector lies in that of the whole model.
+    pub(crate) fn initial(layout: &Layout, (whole, stripes): (&Trainable, &Stripes), seed: u64) -> State {
         let mut state = State::empty(layout);
-        for place in state.params_kept() {
-            trainable.init_part(seed, place.at, &mut state.params[place.own]);
+        let kept = stripes.cut(&state.params_kept());
+        let mut rest = &mut state.params[..];
+        for run in kept.runs() {
+            let (values, behind) = rest.split_at_mut(run.len());
+            whole.init_part(seed, run, values);
+            rest = behind;
         }
         state
     }
 
-    /// Which parameters are here, and where in `params` they lie.
-    pub(crate) fn params_kept(&self) -> Vec<Place> {
+    /// Which parameters are here, one behind the other.
+    pub(crate) fn params_kept(&self) -> Vec<Range<usize>> {
         match self.zero {
-            Zero::Parameters => self.places.clone(),
-            _ => State::whole(self.params.len()),
+            Zero::Parameters => self.owned(),
+            _ => std::iter::once(0..self.params.len()).collect(),
         }
     }
 
-    /// All of so many, where they lie in the flat vector.
-    pub(crate) fn whole(n: usize) -> Vec<Place> {
-        vec![Place { at: 0..n, own: 0..n }]
+    /// What this rank updates of the flat vector.
+    pub(crate) fn owned(&self) -> Vec<Range<usize>> {
+        self.places.iter().map(|place| place.at.clone()).collect()
     }
 
     /// Where the parameters of a place lie.
@@ -114,18 +134,22 @@ impl State {
         snapshot.health = self.health;
     }
 
-    /// Copies the vectors of a place as they are now, as fast as memory is.
+    /// Copies the vectors of a place as they are now, as far as they are stored, as fast as memory is.
     pub(crate) fn copy_to(&self, pool: &Pool, snapshot: &mut Snapshot, place: &Place) {
-        let own = &place.own;
-        let vectors =
-            [&self.params[self.params_at(place)], &self.adam_m[own.clone()], &self.adam_v[own.clone()]];
-        for (bytes, values) in snapshot.vectors.iter_mut().zip(vectors) {
-            pool.run_chunks(&mut bytes[4 * own.start..4 * own.end], 4 * COPY_LEN, |i, part| {
-                let values = &values[i * COPY_LEN..];
-                for (four, value) in part.as_chunks_mut::<4>().0.iter_mut().zip(values) {
-                    *four = value.to_le_bytes();
-                }
-            });
+        for Place { at, own: to } in snapshot.within(&place.at) {
+            let own = place.own.start + (at.start - place.at.start);
+            let part = Place { own: own..own + at.len(), at };
+            let own = &part.own;
+            let vectors =
+                [&self.params[self.params_at(&part)], &self.adam_m[own.clone()], &self.adam_v[own.clone()]];
+            for (bytes, values) in snapshot.vectors.iter_mut().zip(vectors) {
+                pool.run_chunks(&mut bytes[4 * to.start..4 * to.end], 4 * COPY_LEN, |i, part| {
+                    let values = &values[i * COPY_LEN..];
+                    for (four, value) in part.as_chunks_mut::<4>().0.iter_mut().zip(values) {
+                        *four = value.to_le_bytes();
+                    }
+                });
+            }
         }
     }
 

@@ -41,7 +41,8 @@ impl Kept {
     /// Of a rank that has lost others. What is divided cannot be put together without them.
     pub(crate) fn take(&mut self, rank: Rank) {
         (self.looked, self.first, self.stepped) = (rank.looked, rank.first, Some(rank.stepped));
-        let is_whole = rank.layout.zero == Zero::Nothing && rank.team.is_none() && rank.plan.diloco.is_none();
+        let has_all = rank.team.is_none() && rank.pipe.is_none() && rank.layout.zero == Zero::Nothing;
+        let is_whole = has_all && rank.plan.diloco.is_none();
         self.state = Some(rank.state).filter(|_| is_whole);
     }
 }

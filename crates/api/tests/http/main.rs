@@ -8,6 +8,7 @@ mod cluster;
 mod connections;
 mod embeddings;
 mod fake;
+mod openapi;
 mod replicas;
 mod specification;
 mod structured;

@@ -11,7 +11,7 @@ use control::{
 use telemetry::Metrics;
 
 use crate::kubernetes::{Kubernetes, more_than_every_launcher_must};
-use crate::slurm::Slurm;
+use crate::slurm::{Site, Slurm};
 use crate::{shell, wait_for};
 
 /// A control plane of its own in a directory of its own, with the shell as the program of its jobs.
@@ -366,7 +366,7 @@ macro_rules! launcher_suite {
 
         #[test]
         fn the_suite_holds_on_slurm() {
-            let Some(slurm) = Slurm::start() else { return };
+            let Some(slurm) = Slurm::start(Site::loopback()) else { return };
             $(eprintln!("case {}", stringify!($case));
             $case(&Place::on(On::Slurm(&slurm)));)*
             a_job_on_hold_that_nobody_released_is_lost(&slurm);

@@ -106,6 +106,7 @@ suite! {
     keys::a_clock_set_back_does_not_keep_a_revoked_key_alive,
     keys::bad_names_are_refused,
     keys::keys_that_are_read_in_time_are_known_without_waiting,
+    keys::a_key_made_elsewhere_is_good_at_once_unless_wrong_ones_are_tried_by_the_dozen,
     keys::keys_are_checked_while_they_are_created_and_revoked,
     models::a_model_is_put_replaced_listed_and_deleted,
     models::names_and_sources_that_cannot_be_are_refused,

@@ -1,4 +1,5 @@
-//! A real Slurm for tests: munge, a controller and three nodes on loopback, in a directory of their own.
+//! A real Slurm for tests: munge, a controller and three nodes, on loopback or on hosts that somebody made, in a directory
+//! of their own.
 
 use std::fs;
 use std::net::TcpListener;
@@ -8,14 +9,38 @@ use std::time::{Duration, Instant};
 
 pub(crate) struct Slurm {
     directory: tempfile::TempDir,
+    site: Site,
     processes: Vec<Child>,
+}
+
+/// Where its parts are.
+pub(crate) struct Site {
+    /// The controller's address, which is this process's as well.
+    pub(crate) controller: String,
+    pub(crate) nodes: [Host; 3],
+    /// Of each node.
+    pub(crate) cpus: u32,
+}
+
+pub(crate) struct Host {
+    pub(crate) address: String,
+    /// Words before a command that let it run there.
+    pub(crate) enter: Vec<String>,
+}
+
+impl Site {
+    /// Three nodes that differ in their ports only.
+    pub(crate) fn loopback() -> Site {
+        let host = || Host { address: "127.0.0.1".to_owned(), enter: Vec::new() };
+        Site { controller: "127.0.0.1".to_owned(), nodes: [host(), host(), host()], cpus: 4 }
+    }
 }
 
 const NODES: [&str; 3] = ["n1", "n2", "n3"];
 
 impl Slurm {
     /// `None`, said loudly, where Slurm is not installed or may not be started.
-    pub(crate) fn start() -> Option<Slurm> {
+    pub(crate) fn start(site: Site) -> Option<Slurm> {
         let is_root =
             fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0);
         let has =
@@ -24,7 +49,7 @@ impl Slurm {
             eprintln!("SKIPPED: there is no Slurm here, or this is not root (./test --long installs it)");
             return None;
         }
-        let mut slurm = Slurm { directory: tempfile::tempdir().unwrap(), processes: Vec::new() };
+        let mut slurm = Slurm { directory: tempfile::tempdir().unwrap(), site, processes: Vec::new() };
         for dir in ["munge", "state", "tmp", "log", "spool/n1", "spool/n2", "spool/n3"] {
             fs::create_dir_all(slurm.path(dir)).unwrap();
         }
@@ -32,9 +57,11 @@ impl Slurm {
         sh(&format!("chmod 755 {}", slurm.directory.path().display()));
         fs::write(slurm.conf(), slurm.configuration()).unwrap();
         slurm.start_munge();
-        slurm.spawn("slurmctld", &["-D"]);
-        for node in NODES {
-            slurm.spawn("slurmd", &["-D", "-N", node]);
+        let mut controller = Command::new("slurmctld");
+        controller.arg("-D");
+        slurm.spawn(controller, "slurmctld");
+        for i in 0..NODES.len() {
+            slurm.start_node(i);
         }
         slurm.wait_for("n[1-3]");
         Some(slurm)
@@ -67,16 +94,23 @@ impl Slurm {
         }
     }
 
-    fn spawn(&mut self, program: &str, args: &[&str]) {
-        let log = fs::File::create(self.path(&format!("log/{program}{}", args.last().unwrap()))).unwrap();
-        let mut command = Command::new(program);
-        command
-            .args(args)
-            .env("SLURM_CONF", self.conf())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log);
-        self.processes.push(command.spawn().unwrap());
+    /// Starts the daemon of a node, for the first time or again.
+    pub(crate) fn start_node(&mut self, i: usize) {
+        let words: Vec<&str> = self.site.nodes[i]
+            .enter
+            .iter()
+            .map(String::as_str)
+            .chain(["slurmd", "-D", "-N", NODES[i]])
+            .collect();
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]);
+        self.spawn(command, &format!("slurmd-{}", NODES[i]));
+    }
+
+    fn spawn(&mut self, mut command: Command, log: &str) {
+        let log = fs::File::options().create(true).append(true).open(self.path(&format!("log/{log}.err")));
+        command.env("SLURM_CONF", self.conf()).stdin(Stdio::null()).stdout(Stdio::null());
+        self.processes.push(command.stderr(log.unwrap()).spawn().unwrap());
     }
 
     /// Waits until these nodes are idle.
@@ -101,12 +135,17 @@ impl Slurm {
         let (host, dir) = (host.trim().split('.').next().unwrap(), self.directory.path().display());
         let ports: Vec<TcpListener> = (0..4).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
         let port = |i: usize| ports[i].local_addr().unwrap().port();
+        let Site { controller, nodes: hosts, cpus } = &self.site;
         let node = |(i, name): (usize, &&str)| {
-            format!("NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={} CPUs=4\n", port(i + 1))
+            let address = &hosts[i].address;
+            format!(
+                "NodeName={name} NodeHostname={host} NodeAddr={address} Port={} CPUs={cpus}\n",
+                port(i + 1)
+            )
         };
         let nodes: String = NODES.iter().enumerate().map(node).collect();
         format!(
-            "ClusterName=loquat-test\nSlurmctldHost={host}(127.0.0.1)\nSlurmctldPort={}\nSlurmUser=root\n\
+            "ClusterName=loquat-test\nSlurmctldHost={host}({controller})\nSlurmctldPort={}\nSlurmUser=root\n\
              AuthType=auth/munge\nAuthInfo=socket={dir}/munge/socket\nCredType=cred/munge\n\
              ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nJobAcctGatherType=jobacct_gather/none\n\
              AccountingStorageType=accounting_storage/none\nMpiDefault=none\nReturnToService=2\nSlurmdTimeout=5\n\

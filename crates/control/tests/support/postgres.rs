@@ -1,6 +1,7 @@
 //! A real PostgreSQL for tests: made in a directory of its own, on a free port, gone with its last user.
 
 use std::fs;
+use std::io::Write;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -12,6 +13,7 @@ const PASSWORD: &str = "only-for-this-test";
 pub(crate) struct Postgres {
     directory: tempfile::TempDir,
     bin: PathBuf,
+    address: String,
     port: u16,
     process: Option<Child>,
     n_databases: AtomicU32,
@@ -20,15 +22,21 @@ pub(crate) struct Postgres {
 impl Postgres {
     /// `None`, said loudly, where PostgreSQL is not installed.
     pub(crate) fn start() -> Option<Postgres> {
+        Self::start_at("127.0.0.1")
+    }
+
+    /// On an address of this machine, for everybody in its network of 256.
+    pub(crate) fn start_at(address: &str) -> Option<Postgres> {
         let Some(bin) = bin() else {
             eprintln!("SKIPPED: there is no PostgreSQL here (./test installs it)");
             return None;
         };
         let directory = tempfile::tempdir().unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = TcpListener::bind((address, 0)).unwrap().local_addr().unwrap().port();
         let password = directory.path().join("password");
         fs::write(&password, PASSWORD).unwrap();
-        let mut server = Postgres { directory, bin, port, process: None, n_databases: AtomicU32::new(0) };
+        let (address, n_databases) = (address.to_owned(), AtomicU32::new(0));
+        let mut server = Postgres { directory, bin, address, port, process: None, n_databases };
         if is_root() {
             let owned = Command::new("chown").args(["-R", "postgres"]).arg(server.directory.path()).status();
             assert!(owned.unwrap().success());
@@ -43,6 +51,8 @@ impl Postgres {
             .stdout(Stdio::null())
             .status();
         assert!(made.unwrap().success(), "initdb failed");
+        let mut rules = fs::File::options().append(true).open(server.data().join("pg_hba.conf")).unwrap();
+        writeln!(rules, "host all all {}/24 scram-sha-256", server.address).unwrap();
         server.resume();
         Some(server)
     }
@@ -70,7 +80,7 @@ impl Postgres {
             .arg(self.data())
             .arg("-k")
             .arg(self.directory.path())
-            .args(["-p", &port, "-c", "listen_addresses=127.0.0.1"])
+            .args(["-p", &port, "-c", &format!("listen_addresses={}", self.address)])
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -94,7 +104,7 @@ impl Postgres {
     }
 
     pub(crate) fn url(&self, database: &str) -> String {
-        format!("postgres://app:{PASSWORD}@127.0.0.1:{}/{database}", self.port)
+        format!("postgres://app:{PASSWORD}@{}:{}/{database}", self.address, self.port)
     }
 
     fn admin(&self, sql: &str) -> Result<(), postgres::Error> {

@@ -28,6 +28,11 @@ pub(crate) const PRESETS: &[Preset] = &[
     Preset { name: "llama-8b", about: "Llama 3.1", config: llama_8b },
     Preset { name: "llama-70b", about: "Llama 3.1", config: llama_70b },
     Preset { name: "llama-405b", about: "Llama 3.1", config: llama_405b },
+    Preset {
+        name: "nanochat-d24",
+        about: "nanochat's model of 24 layers, as a shape to plan with",
+        config: nanochat_d24,
+    },
     Preset { name: "gpt3-175b", about: "GPT-3, as a shape to plan with", config: gpt3_175b },
 ];
 
@@ -112,6 +117,11 @@ fn llama_1b() -> Value {
 
 fn llama_8b() -> Value {
     llama([32, 4096, 32, 8, 14_336], 500_000.0, 131_072, false)
+}
+
+/// Two matrices of four widths are as large as three of eight thirds.
+fn nanochat_d24() -> Value {
+    llama([24, 1536, 12, 12, 4096], 10_000.0, 2048, false)
 }
 
 fn llama_70b() -> Value {

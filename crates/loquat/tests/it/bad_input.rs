@@ -68,7 +68,7 @@ fn bad_runs_and_ports_are_named() {
         &["ingest", "--name", "d", "--vocab", "300", "--validation", "0.2", text.to_str().unwrap()],
     );
     let train = ["train", "--run", "r", "--dataset", "d", "--steps", "1"];
-    check(home, &[&train[..], &["--ranks", "3"]].concat(), &["3 ranks"]);
+    check(home, &[&train[..], &["--ranks", "300"]].concat(), &["300 ranks"]);
     check(home, &[&train[..], &["--rows", "0"]].concat(), &["rows"]);
     check(home, &["train", "--run", "../../r", "--dataset", "d", "--steps", "1"], &["../../r"]);
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();

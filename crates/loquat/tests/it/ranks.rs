@@ -7,6 +7,7 @@ mod bad_ranks;
 mod diloco;
 mod divided;
 mod lost;
+mod pipelines;
 mod teams;
 
 #[cfg(feature = "long")]
@@ -189,7 +190,7 @@ fn processes_train_the_same_bytes_as_one() {
     assert_eq!(told.matches("\"event\":\"finished\"").count(), 1, "rank 0 tells for all: {told}");
     assert!(told.contains("\"slowest\":"), "{told}");
     assert!(runs.weights("four") == runs.weights("one"), "4 processes");
-    for (n_ranks, stage) in [(2, 1), (4, 2), (2, 3), (8, 3)] {
+    for (n_ranks, stage) in [(2, 1), (3, 0), (4, 2), (2, 3), (3, 3), (8, 3)] {
         let run = format!("divided-{n_ranks}-{stage}");
         let told = runs.must_run(&run, 8, &format!("--launch mpi --ranks {n_ranks} --zero {stage}"));
         assert!(told.contains("\"travel_seconds\":"), "{told}");
@@ -268,8 +269,8 @@ fn a_rank_that_hangs_is_named_and_replaced() {
     assert!(runs.weights(&run) == runs.weights("whole"), "{told}");
 }
 
-/// Three machines: network namespaces on one switch, which nothing else is tied to.
-struct Hosts {
+/// Three machines: network namespaces on one switch, which nothing else is tied to unless it is asked for.
+pub(crate) struct Hosts {
     name: String,
     /// A program that stands for the switch.
     switch: Option<Child>,
@@ -277,7 +278,7 @@ struct Hosts {
 
 impl Hosts {
     /// `None`, and said so, where this user may make none.
-    fn up(name: &str) -> Option<Hosts> {
+    pub(crate) fn up(name: &str) -> Option<Hosts> {
         let hosts = Hosts { name: format!("lq{}{name}", std::process::id()), switch: None };
         let sw = format!("{}s", hosts.name);
         let made = ip(&["netns", "add", &sw])
@@ -326,7 +327,7 @@ impl Hosts {
 
     fn add(&self, sw: &str, i: usize) -> bool {
         let (host, port, address) =
-            (format!("{}{i}", self.name), format!("p{i}"), format!("198.18.7.{i}/24"));
+            (format!("{}{i}", self.name), format!("p{i}"), format!("{}/24", address(i)));
         ip(&["netns", "add", &host])
             && ip(&["-n", &host, "link", "set", "lo", "up"])
             && ip(&[
@@ -338,8 +339,28 @@ impl Hosts {
             && ip(&["-n", &host, "link", "set", "eth0", "up"])
     }
 
-    fn set_link(&self, i: usize, state: &str) {
+    /// Ties this machine to the switch, as a fourth host; returns its address there.
+    pub(crate) fn tie_here(&self) -> &'static str {
+        let (sw, own, address) = (format!("{}s", self.name), format!("{}h", self.name), "198.18.7.254");
+        let is_tied = ip(&["link", "add", &own, "type", "veth", "peer", "name", "p0", "netns", &sw])
+            && ip(&["-n", &sw, "link", "set", "p0", "master", "br0"])
+            && ip(&["-n", &sw, "link", "set", "p0", "up"])
+            && ip(&["addr", "add", &format!("{address}/24"), "dev", &own])
+            && ip(&["link", "set", &own, "up"]);
+        assert!(is_tied, "a namespace can be made, but this machine not be tied to it");
+        address
+    }
+
+    pub(crate) fn set_link(&self, i: usize, state: &str) {
         assert!(ip(&["-n", &format!("{}s", self.name), "link", "set", &format!("p{i}"), state]));
+    }
+
+    /// The words before a command that let it run on a host, which calls itself by its address there.
+    pub(crate) fn enter(&self, i: usize) -> Vec<String> {
+        let (net, name) = (format!("--net=/run/netns/{}{i}", self.name), format!("hostname {}", address(i)));
+        ["nsenter", &net, "unshare", "--uts", "sh", "-c", &format!("{name}; exec \"$@\""), "sh"]
+            .map(str::to_owned)
+            .into()
     }
 
     /// What comes to each host comes at this rate.
@@ -391,6 +412,11 @@ impl Hosts {
         command.stdin(Stdio::null());
         command
     }
+}
+
+/// Of a host.
+pub(crate) fn address(i: usize) -> String {
+    format!("198.18.7.{i}")
 }
 
 impl Drop for Hosts {

@@ -4,26 +4,23 @@
 //! A part is a model of its own, as wide as the whole, with some of its heads and of its feed-forward columns:
 //! ```text
 //! rows      q, k, v, gate, up (and their biases)     columns   the projections back to the stream
-//! whole     embeddings, norms, the head
+//! whole     embeddings, norms, the head, biases of the projections back
 //! ```
-//! Each part computes its share of what a sub-layer adds to the stream; [`crate::Keeper::sum`] makes it the sum over parts. In
-//! the backward pass it does so for the gradient of what goes into a sub-layer. What every part has whole then has the same
-//! gradient in each.
+//! Each part computes its share of what a sub-layer adds to the stream; [`crate::Keeper::sum`] makes it the sum over parts, to
+//! which biases are added once. In the backward pass it does so for the gradient of what goes into a sub-layer, and for that of
+//! norms that heads share. What every part has whole then has the same gradient in each.
 
 use std::ops::Range;
 
-use tensor::Buf;
-
 use crate::config::ConfigError;
-use crate::{Config, ParamSpec, ParamTable};
+use crate::transformer::Site;
+use crate::{Config, ParamSpec, ParamTable, Stripe, Stripes};
 
 /// How the flat vector of a model lies in those of its parts.
 #[derive(Clone, Debug)]
 pub struct Division {
     part: Config,
     n_parts: usize,
-    n_whole: usize,
-    n_part: usize,
     /// In the order of the flat vectors.
     tensors: Vec<Tensor>,
 }
@@ -41,6 +38,8 @@ enum Cut {
     /// Every part has all of it.
     Not,
     Rows,
+    /// Numbers of the queries, keys and values that lie behind each other: a part has some rows of each.
+    Stacked([usize; 3]),
     /// Of so many columns a part has so many.
     Columns {
         whole: usize,
@@ -52,24 +51,14 @@ impl Config {
     /// The shape of each of `n` parts that compute this model together.
     ///
     /// # Errors
-    /// If its heads or columns cannot be shared evenly, or it has what is not divided here.
+    /// If its heads or columns cannot be shared evenly.
     pub fn part_of(&self, n: usize) -> Result<Config, ConfigError> {
-        let refuse = |why: &str| Err(ConfigError::Indivisible { n, why: why.to_owned() });
-        let block = self.block();
+        let refuse = |why: String| Err(ConfigError::Indivisible { n, why });
         if n == 0 || !self.n_kv_heads.is_multiple_of(n) {
-            return refuse(&format!(
-                "its {} heads of keys and values are no multiple of it",
-                self.n_kv_heads
-            ));
+            return refuse(format!("its {} heads of keys and values are no multiple of it", self.n_kv_heads));
         }
         if !self.ff_width.is_multiple_of(n) {
-            return refuse(&format!("its feed-forward width of {} is no multiple of it", self.ff_width));
-        }
-        if n > 1 && block.bias {
-            return refuse("biases of output projections would be added by each");
-        }
-        if n > 1 && block.head_norms {
-            return refuse("norms of heads are shared by heads of all parts");
+            return refuse(format!("its feed-forward width of {} is no multiple of it", self.ff_width));
         }
         Ok(Config {
             n_heads: self.n_heads / n,
@@ -86,9 +75,10 @@ impl Division {
     pub fn new(config: &Config, n_parts: usize) -> Result<Division, ConfigError> {
         let part = config.part_of(n_parts)?;
         let [whole, of_part] = [config, &part].map(ParamTable::new);
-        let tensors = whole.specs().iter().zip(of_part.specs()).map(|(whole, part)| Tensor::of(whole, part));
-        let tensors = tensors.collect();
-        Ok(Division { n_parts, n_whole: whole.n_params(), n_part: of_part.n_params(), part, tensors })
+        let stacked = stacked(config, &whole);
+        let tensor = |(whole, part): (&ParamSpec, &ParamSpec)| Tensor::of(whole, part, &stacked);
+        let tensors = whole.specs().iter().zip(of_part.specs()).map(tensor).collect();
+        Ok(Division { n_parts, part, tensors })
     }
 
     pub fn n_parts(&self) -> usize {
@@ -100,18 +90,29 @@ impl Division {
         &self.part
     }
 
-    /// What a part has of the whole.
-    pub fn take(&self, part: usize, whole: &[f32]) -> Buf<f32> {
-        assert_eq!(whole.len(), self.n_whole, "the whole");
-        let mut values = Buf::zeroed(self.n_part);
-        self.each_run(part, &mut |in_whole, in_part| values[in_part].copy_from_slice(&whole[in_whole]));
-        values
-    }
-
-    /// Puts what a part has where it belongs in the whole.
-    pub fn put(&self, part: usize, values: &[f32], whole: &mut [f32]) {
-        assert_eq!((values.len(), whole.len()), (self.n_part, self.n_whole), "a part and the whole");
-        self.each_run(part, &mut |in_whole, in_part| whole[in_whole].copy_from_slice(&values[in_part]));
+    /// Where a part's vector lies in the whole's.
+    pub fn stripes(&self, part: usize) -> Stripes {
+        assert!(part < self.n_parts, "part {part} of {}", self.n_parts);
+        let mut stripes = Stripes::default();
+        for tensor in &self.tensors {
+            let (at, len) = (tensor.whole.start, tensor.part.len());
+            match tensor.cut {
+                Cut::Not => stripes.push(Stripe::new(at, len, [1, 0])),
+                Cut::Rows => stripes.push(Stripe::new(at + part * len, len, [1, 0])),
+                Cut::Stacked(lens) => {
+                    let mut first = at;
+                    for len in lens {
+                        let own = len / self.n_parts;
+                        stripes.push(Stripe::new(first + part * own, own, [1, 0]));
+                        first += len;
+                    }
+                }
+                Cut::Columns { whole, part: n } => {
+                    stripes.push(Stripe::new(at + part * n, n, [len / n, whole]));
+                }
+            }
+        }
+        stripes
     }
 
     /// What of a part's vector every part has alike.
@@ -119,36 +120,30 @@ impl Division {
         let shared = self.tensors.iter().filter(|tensor| tensor.cut == Cut::Not);
         shared.map(|tensor| tensor.part.clone()).collect()
     }
+}
 
-    /// Numbers that lie side by side in both: where in the whole, and where in the part.
-    fn each_run(&self, part: usize, run: &mut dyn FnMut(Range<usize>, Range<usize>)) {
-        assert!(part < self.n_parts, "part {part} of {}", self.n_parts);
-        for tensor in &self.tensors {
-            let (at, own) = (tensor.whole.start, tensor.part.clone());
-            match tensor.cut {
-                Cut::Not => run(tensor.whole.clone(), own),
-                Cut::Rows => {
-                    let first = at + part * own.len();
-                    run(first..first + own.len(), own);
-                }
-                Cut::Columns { whole, part: n } => {
-                    for row in 0..own.len() / n {
-                        let (from, to) = (at + row * whole + part * n, own.start + row * n);
-                        run(from..from + n, to..to + n);
-                    }
-                }
-            }
-        }
+/// Tensors of queries, keys and values together, and how many numbers each of the three has.
+fn stacked(config: &Config, table: &ParamTable) -> Vec<(Range<usize>, [usize; 3])> {
+    if !config.block().fused_qkv {
+        return Vec::new();
     }
+    let (q, kv) = (config.q_width(), config.kv_width());
+    let of_layer = table.layers.iter().flat_map(|layer| {
+        let qkv = &layer.linears[Site::Qkv as usize];
+        let lens = |width: usize| [q, kv, kv].map(|n| n * width);
+        [Some((qkv.weight.clone(), lens(qkv.n_in))), qkv.bias.clone().map(|bias| (bias, lens(1)))]
+    });
+    of_layer.flatten().collect()
 }
 
 impl Tensor {
-    fn of(whole: &ParamSpec, part: &ParamSpec) -> Tensor {
+    fn of(whole: &ParamSpec, part: &ParamSpec, stacked: &[(Range<usize>, [usize; 3])]) -> Tensor {
         assert_eq!(whole.name, part.name, "a part has the tensors of the whole");
+        let stacked = stacked.iter().find(|(range, _)| *range == whole.range);
         let cut = match (&whole.dims[..], &part.dims[..]) {
             (a, b) if a == b => Cut::Not,
             ([_, a], [_, b]) if a != b => Cut::Columns { whole: *a, part: *b },
-            _ => Cut::Rows,
+            _ => stacked.map_or(Cut::Rows, |(_, lens)| Cut::Stacked(*lens)),
         };
         Tensor { whole: whole.range.clone(), part: part.range.clone(), cut }
     }
@@ -163,7 +158,7 @@ mod tests {
     use super::*;
     use crate::config::tests::tiny;
     use crate::train::tests::{B, T, params, plain, tokens};
-    use crate::{Architecture, Keeper, Kept, LossSum, TrainModel, Trainable};
+    use crate::{Architecture, Keeper, Kept, LossSum, TrainModel, Trainable, Window};
 
     /// Sums in the order of parts.
     struct Summing<'a> {
@@ -202,7 +197,8 @@ mod tests {
         let run = |part: usize| {
             let pool = Pool::new(1);
             let model = TrainModel::new(Trainable::new(division.part()), B, T, Precision::F32);
-            let params = division.take(part, &whole);
+            let mut params = vec![0.0; division.part().n_params()];
+            division.stripes(part).take(&whole, &mut params);
             let dparams = vec![f32::NAN; params.len()];
             let mut keeper = Summing { part, meeting: &meeting, dparams };
             let of = plain(&tokens, &targets);
@@ -222,9 +218,21 @@ mod tests {
         Config { architecture, n_heads: 8, n_kv_heads: 4, ff_width: 48, tied_embeddings, ..tiny() }
     }
 
+    /// Gemma 3 with a window in its first layer.
+    fn windowed(config: Config) -> Config {
+        let window = Window { n_positions: 3, rope_theta: Some(100.0), layers: vec![true, false] };
+        Config { window: Some(window), ..config }
+    }
+
     #[test]
     fn parts_compute_what_the_whole_does() {
-        for config in [config(Architecture::Llama, true), config(Architecture::Qwen2, false)] {
+        for config in [
+            config(Architecture::Llama, true),
+            config(Architecture::Qwen2, false),
+            Config { n_kv_heads: 8, ..config(Architecture::Gpt2, true) },
+            config(Architecture::Qwen3, false),
+            windowed(config(Architecture::Gemma3, true)),
+        ] {
             for recompute in [false, true] {
                 let [(loss, whole)] = &pass(&config, 1, recompute)[..] else { panic!("one part") };
                 let norm = whole.iter().map(|x| x * x).sum::<f32>().sqrt();
@@ -239,7 +247,7 @@ mod tests {
                         for range in division.shared() {
                             assert!(dparams[range.clone()] == parts[0].1[range], "what all have is the same");
                         }
-                        division.put(part, dparams, &mut put);
+                        division.stripes(part).put(dparams, &mut put);
                     }
                     let apart = put.iter().zip(whole).map(|(a, b)| (a - b).powi(2)).sum::<f32>().sqrt();
                     assert!(apart < 1e-5 * norm, "{apart} of {norm}: {config:?}");
@@ -250,17 +258,26 @@ mod tests {
 
     #[test]
     fn what_is_taken_apart_is_put_together() {
-        let config = config(Architecture::Qwen2, true);
+        for config in
+            [config(Architecture::Qwen2, true), Config { n_kv_heads: 8, ..config(Architecture::Gpt2, true) }]
+        {
+            check_apart(&config);
+        }
+    }
+
+    fn check_apart(config: &Config) {
         let whole: Vec<f32> = (0..config.n_params()).map(|i| i as f32).collect();
         for n_parts in [1, 2, 4] {
-            let division = Division::new(&config, n_parts).unwrap();
+            let division = Division::new(config, n_parts).unwrap();
             let mut put = vec![f32::NAN; whole.len()];
             let mut n_own = 0;
             let n_shared: usize = division.shared().iter().map(Range::len).sum();
             for part in 0..n_parts {
-                let values = division.take(part, &whole);
+                let stripes = division.stripes(part);
+                let mut values = vec![0.0; stripes.len()];
+                stripes.take(&whole, &mut values);
                 n_own += values.len() - n_shared;
-                division.put(part, &values, &mut put);
+                stripes.put(&values, &mut put);
             }
             assert_eq!((put, n_own + n_shared), (whole.clone(), whole.len()));
         }
@@ -274,8 +291,6 @@ mod tests {
         };
         let config = config(Architecture::Llama, true);
         refused(&config, 3, "4 heads of keys and values are no multiple");
-        refused(&Config { ff_width: 50, ..config.clone() }, 4, "width of 50");
-        refused(&Config { architecture: Architecture::Gpt2, n_kv_heads: 8, ..config.clone() }, 2, "biases");
-        refused(&Config { architecture: Architecture::Qwen3, ..config }, 2, "norms of heads");
+        refused(&Config { ff_width: 50, ..config }, 4, "width of 50");
     }
 }

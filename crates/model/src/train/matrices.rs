@@ -111,11 +111,11 @@ impl Grads<'_> {
         [dw_c, db_c]
     }
 
-    /// The gradient of a vector.
-    pub(super) fn vector<'s>(&'s mut self, range: &Range<usize>, sink: &'s mut Buf<f32>) -> &'s mut [f32] {
-        match self.all {
-            true => self.keeper.grads(range.clone()),
-            false => &mut sink[..range.len()],
+    /// The gradient of a vector that all parts of the model have, to which each has added what comes through its own heads.
+    pub(super) fn summed(&mut self, range: &Range<usize>, values: &mut [f32]) {
+        if self.all {
+            self.keeper.sum(values);
+            self.keeper.grads(range.clone()).copy_from_slice(values);
         }
     }
 }
@@ -123,12 +123,26 @@ impl Grads<'_> {
 impl Matrices<'_> {
     /// `y = x · Wᵀ + bias`
     pub(super) fn forward(&mut self, place: Place, y_no: &mut [f32], x_ni: &[f32]) {
+        self.multiply(place, y_no, x_ni);
+        self.add_bias(place, y_no);
+    }
+
+    /// `y = Σ x · Wᵀ + bias`, the sum over parts of the model.
+    pub(super) fn forward_summed(&mut self, place: Place, grads: &mut Grads, y_no: &mut [f32], x_ni: &[f32]) {
+        self.multiply(place, y_no, x_ni);
+        grads.keeper.sum(y_no);
+        self.add_bias(place, y_no);
+    }
+
+    fn multiply(&mut self, place: Place, y_no: &mut [f32], x_ni: &[f32]) {
         let (pool, precision) = (self.pool, self.shape.precision);
-        let range = self.values.linear(place);
-        let x = Mat::new(x_ni, self.shape.n, range.n_in);
+        let x = Mat::new(x_ni, self.shape.n, self.values.linear(place).n_in);
         matmul(pool, y_no, x, self.matrix(place).t(), precision, Accumulate::Overwrite);
-        if let Some(bias) = &range.bias {
-            add_bias(pool, y_no, self.values.of(bias));
+    }
+
+    fn add_bias(&self, place: Place, y_no: &mut [f32]) {
+        if let Some(bias) = &self.values.linear(place).bias {
+            add_bias(self.pool, y_no, self.values.of(bias));
         }
     }
 

@@ -15,7 +15,9 @@
 //! registers ([`tile`]) while packed panels stream by ([`pack`]): a block of a from L2, a panel of b from L1.
 //! What is used by many tasks is packed once, together; what only one task uses is packed by it, into memory that its
 //! core has near:
-//! - many rows: b is packed first (one run of the pool), then tasks of about 144 rows pack their own blocks of a;
+//! - many rows: b is packed first (one run of the pool), then tasks of about 144 rows pack their own blocks of a. What a
+//!   core reads once per task comes from L3 or memory, ten times further than L2: while the tiles of a panel of b are
+//!   computed, the lines of the next are asked for, a few with each word of depth, and so are those of a when it is packed;
 //! - few rows: a is packed first, then tasks of some columns pack panels of b as they use them, so that a product with
 //!   one row reads the weights once and writes them nowhere but to L1.
 //!
@@ -144,6 +146,9 @@ pub const DEPTH_BLOCK: usize = 256;
 /// Most rows of a task: 144 · 256 · 4 B = 147 KB of packed a, a fraction of any L2 (Zen 3: 512 KiB).
 const ROWS_BLOCK: usize = 144;
 
+/// Most of k that a task packs of its own operand at once: 144 · 1024 · 4 B = 590 KB of an L2 of 1 to 2 MiB.
+const OWN_DEPTH_MAX: usize = 4 * DEPTH_BLOCK;
+
 /// Most words of an operand packed at once: 16 MiB, half of the L3 of a Zen 3 complex.
 const SHARED_WORDS_MAX: usize = 4 << 20;
 
@@ -180,7 +185,7 @@ pub fn reference(
 /// `c_mn = a_mk · b_kn` or `c_mn += a_mk · b_kn`. The forward of a linear map with weights `w_oi` is
 /// `matmul(y_no, x_ni, w_oi.t())`, its backward `matmul(dx_ni, dy_no, w_oi)` and `matmul(dw_oi, dy_no.t(), x_ni)`.
 ///
-/// Memory for packing is kept by the threads: at most 16 MiB by the caller and some 200 KB by each, allocated once.
+/// Memory for packing is kept by the threads: at most 16 MiB by the caller and some 600 KB by each, allocated once.
 ///
 /// # Panics
 /// If the dimensions do not fit each other.

@@ -78,8 +78,8 @@ pub(super) fn pack<S: Simd, const W: usize>(
     match (source.elems, source.depth_stride) {
         (Elems::F32(x), 1) => pack_along_depth::<S, f32, W>(s, dst, x, source.lane_stride, &lanes, &depths),
         (Elems::Bf16(x), 1) => pack_along_depth::<S, bf16, W>(s, dst, x, source.lane_stride, &lanes, &depths),
-        (Elems::F32(x), stride) => pack_along_lanes::<f32, W>(dst, x, stride, &lanes, &depths),
-        (Elems::Bf16(x), stride) => pack_along_lanes::<bf16, W>(dst, x, stride, &lanes, &depths),
+        (Elems::F32(x), stride) => pack_along_lanes::<S, f32, W>(s, dst, x, stride, &lanes, &depths),
+        (Elems::Bf16(x), stride) => pack_along_lanes::<S, bf16, W>(s, dst, x, stride, &lanes, &depths),
     }
     for panel in dst[..lanes.len().div_ceil(W) * W * depths.len()].chunks_exact_mut((W * depths.len()).max(1))
     {
@@ -94,6 +94,13 @@ pub(super) fn pack<S: Simd, const W: usize>(
 /// Element types operands are stored in.
 trait Element: Copy {
     fn widen(self) -> f32;
+    /// Asks for the line of each of `n_lanes` lanes.
+    #[inline(always)]
+    fn prefetch<S: Simd>(s: S, src: *const Self, stride: usize, n_lanes: usize) {
+        for lane in 0..n_lanes {
+            s.prefetch(src.wrapping_add(lane * stride).cast());
+        }
+    }
     /// [`Simd::transpose8_ptr`] for this type.
     unsafe fn transpose8<S: Simd>(
         s: S,
@@ -176,6 +183,7 @@ fn pack_along_depth<S: Simd, E: Element, const W: usize>(
                 // Writes 8 rows of 8 words from `panel + depth·W + group·8`, of which the last ends at most
                 // 8 words past the panel's end; `pack` asserted the room.
                 unsafe {
+                    E::prefetch(s, src.as_ptr().wrapping_add(at + W * lane_stride), lane_stride, n_group);
                     let dst = dst.as_mut_ptr().add(panel + depth * W + group * 8);
                     E::transpose8(s, src.as_ptr().add(at), lane_stride, n_group, dst, W);
                 }
@@ -197,7 +205,8 @@ fn pack_along_depth<S: Simd, E: Element, const W: usize>(
 /// Neighbouring lanes are neighbours in memory: copies rows of W. Goes through the panels 8 depths at a time, so that
 /// each cache line of the source is read for all the panels it belongs to while it is near.
 #[inline(always)]
-fn pack_along_lanes<E: Element, const W: usize>(
+fn pack_along_lanes<S: Simd, E: Element, const W: usize>(
+    s: S,
     dst: &mut [f32],
     src: &[E],
     depth_stride: usize,
@@ -211,6 +220,9 @@ fn pack_along_lanes<E: Element, const W: usize>(
         for (panel_idx, first) in lanes.clone().step_by(W).enumerate() {
             let n_lanes = W.min(lanes.end - first);
             for depth in start..end {
+                s.prefetch(
+                    src.as_ptr().wrapping_add((depths.start + depth + 8) * depth_stride + first).cast(),
+                );
                 let row = &mut rows[panel_idx * n_depth + depth];
                 let src = &src[(depths.start + depth) * depth_stride + first..][..n_lanes];
                 // A length known to the compiler makes the copy two or three instructions.

@@ -4,8 +4,10 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::pack::{Format, Source, block_words, pack};
-use super::tile::{Target, rows_max, tile_of_rows};
-use super::{Accumulate, DEPTH_BLOCK, ROWS_BLOCK, SHARED_DEPTH_MAX, SHARED_WORDS_MAX, TASKS_PER_THREAD};
+use super::tile::{LINE, Packed, Target, rows_max, tile_of_rows};
+use super::{
+    Accumulate, DEPTH_BLOCK, OWN_DEPTH_MAX, ROWS_BLOCK, SHARED_DEPTH_MAX, SHARED_WORDS_MAX, TASKS_PER_THREAD,
+};
 use crate::cpu::{Level, features};
 use crate::pool::Disjoint;
 use crate::simd::{Portable, Simd, dispatch};
@@ -35,6 +37,18 @@ struct Shared<'a> {
     block_stride: usize,
     lanes: Range<usize>,
     depths: Range<usize>,
+}
+
+impl Shared<'_> {
+    /// The words of one block of depths.
+    fn block(&self, depths: &Range<usize>) -> &[f32] {
+        &self.words[(depths.start - self.depths.start) / DEPTH_BLOCK * self.block_stride..]
+    }
+
+    /// The panel of b whose first column is `col`.
+    fn panel_of_b(&self, col: usize, depths: &Range<usize>) -> &[f32] {
+        &self.block(depths)[(col - self.lanes.start) * depths.len()..]
+    }
 }
 
 /// What one task computes: a part of c, over the depths that are packed.
@@ -232,7 +246,7 @@ fn multiply_pairs(level: Level, shared: Operand, task: &Task, own: &mut Buf<f32>
     }
 }
 
-/// All tiles of a task. Within a block of depths, a panel of b stays in L1 while the panels of a pass.
+/// All tiles of a task.
 #[inline(always)]
 fn multiply_tiles<S: Simd, const MR: usize, const NR: usize, const PAIRS: bool>(
     s: S,
@@ -240,28 +254,54 @@ fn multiply_tiles<S: Simd, const MR: usize, const NR: usize, const PAIRS: bool>(
     task: &Task,
     own: &mut Buf<f32>,
 ) {
-    let Task { job, shared, rows, cols } = task;
     assert_eq!(NR, 2 * S::LANES);
-    let own_words = match operand {
-        Operand::A => block_words(NR, NR, DEPTH_BLOCK),
-        Operand::B => block_words(MR, rows.len(), DEPTH_BLOCK),
-    };
-    own.reserve_scratch(own_words);
-    for (block_idx, depths) in chunks(shared.depths.clone(), DEPTH_BLOCK).enumerate() {
-        let shared_block = &shared.words[block_idx * shared.block_stride..];
-        if operand == Operand::B {
-            pack::<S, MR>(s, own, &job.a, rows.clone(), depths.clone(), job.format);
-        }
-        for col in cols.clone().step_by(NR) {
-            let (a, b) = match operand {
-                Operand::A => {
-                    pack::<S, NR>(s, own, &job.b, col..cols.end.min(col + NR), depths.clone(), job.format);
-                    (shared_block, &own[..])
-                }
-                Operand::B => (&own[..], &shared_block[(col - shared.lanes.start) * depths.len()..]),
-            };
-            let panel = Panel { a, b, col, depths: depths.clone() };
+    match operand {
+        Operand::A => multiply_shared_a::<S, MR, NR, PAIRS>(s, task, own),
+        Operand::B => multiply_shared_b::<S, MR, NR, PAIRS>(s, task, own),
+    }
+}
+
+/// Packs each panel of b just before the only time it is read.
+#[inline(always)]
+fn multiply_shared_a<S: Simd, const MR: usize, const NR: usize, const PAIRS: bool>(
+    s: S,
+    task: &Task,
+    own: &mut Buf<f32>,
+) {
+    let Task { job, shared, cols, .. } = task;
+    own.reserve_scratch(block_words(NR, NR, DEPTH_BLOCK));
+    for col in cols.clone().step_by(NR) {
+        for depths in chunks(shared.depths.clone(), DEPTH_BLOCK) {
+            pack::<S, NR>(s, own, &job.b, col..cols.end.min(col + NR), depths.clone(), job.format);
+            let panel = Panel { a: shared.block(&depths), b: own, ahead: &[], col, depths };
             multiply_panel::<S, MR, PAIRS>(s, task, panel);
+        }
+    }
+}
+
+/// Packs the task's rows of a. A panel of b stays in L1 while they pass, and the next one is fetched from afar; a column of
+/// tiles is added to block after block while it is near, so c goes to memory once in [`OWN_DEPTH_MAX`], not in each block.
+#[inline(always)]
+fn multiply_shared_b<S: Simd, const MR: usize, const NR: usize, const PAIRS: bool>(
+    s: S,
+    task: &Task,
+    own: &mut Buf<f32>,
+) {
+    let Task { job, shared, rows, cols } = task;
+    let own_stride = block_words(MR, rows.len(), DEPTH_BLOCK.min(shared.depths.len()));
+    own.reserve_scratch(OWN_DEPTH_MAX.min(shared.depths.len()).div_ceil(DEPTH_BLOCK) * own_stride);
+    for near in chunks(shared.depths.clone(), OWN_DEPTH_MAX) {
+        for (own, depths) in own.chunks_mut(own_stride).zip(chunks(near.clone(), DEPTH_BLOCK)) {
+            pack::<S, MR>(s, own, &job.a, rows.clone(), depths, job.format);
+        }
+        let mut panels = (cols.clone().step_by(NR))
+            .flat_map(|col| chunks(near.clone(), DEPTH_BLOCK).map(move |depths| (col, depths)))
+            .peekable();
+        while let Some((col, depths)) = panels.next() {
+            let a = &own[(depths.start - near.start) / DEPTH_BLOCK * own_stride..];
+            let b = shared.panel_of_b(col, &depths);
+            let ahead = panels.peek().map_or(&[][..], |(col, depths)| shared.panel_of_b(*col, depths));
+            multiply_panel::<S, MR, PAIRS>(s, task, Panel { a, b, ahead, col, depths });
         }
     }
 }
@@ -270,6 +310,8 @@ fn multiply_tiles<S: Simd, const MR: usize, const NR: usize, const PAIRS: bool>(
 struct Panel<'a> {
     a: &'a [f32],
     b: &'a [f32],
+    /// The panel of b that comes next, or nothing.
+    ahead: &'a [f32],
     col: usize,
     depths: Range<usize>,
 }
@@ -280,10 +322,13 @@ fn multiply_panel<S: Simd, const MR: usize, const PAIRS: bool>(s: S, task: &Task
     let Task { job, rows, cols, .. } = task;
     let n = job.b.n_lanes;
     let n_depth = panel.depths.len();
+    let n_words = job.format.n_words(n_depth);
     assert!(
         panel.a.len() >= rows.len().next_multiple_of(MR) * n_depth && panel.b.len() >= 2 * S::LANES * n_depth
     );
     assert!(rows.end <= job.a.n_lanes && cols.end <= n && panel.col < cols.end);
+    let n_tiles = rows.len().div_ceil(MR);
+    let ahead_step = if panel.ahead.is_empty() { 0 } else { (2 * S::LANES).div_ceil(n_tiles).min(LINE) };
     let overwrite = job.accumulate == Accumulate::Overwrite && panel.depths.start == 0;
     for row in (0..rows.len()).step_by(MR) {
         // SAFETY: the packed panels were measured above; the tile is inside the task's rows and columns of c, and no
@@ -297,8 +342,10 @@ fn multiply_panel<S: Simd, const MR: usize, const PAIRS: bool>(s: S, task: &Task
                 overwrite,
             };
             let a = panel.a.as_ptr().add(row * n_depth);
-            let n_words = job.format.n_words(n_depth);
-            tile_of_rows::<S, MR, PAIRS>(s, n_words, a, panel.b.as_ptr(), target);
+            // Each tile asks for its share, so that what is far away comes as slowly as it may.
+            let ahead = panel.ahead.as_ptr().wrapping_add(row / MR * n_words * ahead_step);
+            let packed = Packed { n_words, a, b: panel.b.as_ptr(), ahead, ahead_step };
+            tile_of_rows::<S, MR, PAIRS>(s, packed, target);
         }
     }
 }

@@ -2,6 +2,21 @@
 
 use crate::simd::{MAX_LANES, Simd};
 
+/// What a tile is computed from: `n_words` rows of packed words each.
+#[derive(Clone, Copy)]
+pub(super) struct Packed {
+    pub(super) n_words: usize,
+    pub(super) a: *const f32,
+    pub(super) b: *const f32,
+    /// What will be read after some more tiles and is far away now; a line of it is asked for with each word.
+    pub(super) ahead: *const f32,
+    /// Words from one line of it to the next, 0 if there is nothing to ask for.
+    pub(super) ahead_step: usize,
+}
+
+/// Words of a line of the cache.
+pub(super) const LINE: usize = 16;
+
 /// A tile of c to be written.
 #[derive(Clone, Copy)]
 pub(super) struct Target {
@@ -26,25 +41,23 @@ pub(super) const fn rows_max(lanes: usize) -> usize {
 /// rows cost little and few kernels are compiled.
 ///
 /// # Safety
-/// `a` holds `n_words` rows of MR words, `b` as many of 2·LANES, and the target's rows and columns are writable and
+/// `packed.a` holds `n_words` rows of MR words, `packed.b` as many of 2·LANES, and the target's rows and columns are writable and
 /// not used by others.
 #[inline(always)]
 pub(super) unsafe fn tile_of_rows<S: Simd, const MR: usize, const PAIRS: bool>(
     s: S,
-    n_words: usize,
-    a: *const f32,
-    b: *const f32,
+    packed: Packed,
     target: Target,
 ) {
     // SAFETY: the caller's promise. The constant conditions keep kernels larger than MR from being compiled.
     unsafe {
         match target.n_rows {
-            1 => tile::<S, 1, MR, PAIRS>(s, n_words, a, b, target),
-            2 => tile::<S, 2, MR, PAIRS>(s, n_words, a, b, target),
-            3..=4 => tile::<S, 4, MR, PAIRS>(s, n_words, a, b, target),
-            5..=6 => tile::<S, 6, MR, PAIRS>(s, n_words, a, b, target),
-            7..=10 if MR > 6 => tile::<S, 10, MR, PAIRS>(s, n_words, a, b, target),
-            11..=14 if MR > 10 => tile::<S, 14, MR, PAIRS>(s, n_words, a, b, target),
+            1 => tile::<S, 1, MR, PAIRS>(s, packed, target),
+            2 => tile::<S, 2, MR, PAIRS>(s, packed, target),
+            3..=4 => tile::<S, 4, MR, PAIRS>(s, packed, target),
+            5..=6 => tile::<S, 6, MR, PAIRS>(s, packed, target),
+            7..=10 if MR > 6 => tile::<S, 10, MR, PAIRS>(s, packed, target),
+            11..=14 if MR > 10 => tile::<S, 14, MR, PAIRS>(s, packed, target),
             n_rows => unreachable!("a tile of {n_rows} rows, at most {MR}"),
         }
     }
@@ -62,11 +75,10 @@ pub(super) unsafe fn tile_of_rows<S: Simd, const MR: usize, const PAIRS: bool>(
 #[inline(always)]
 unsafe fn tile<S: Simd, const R: usize, const MR: usize, const PAIRS: bool>(
     s: S,
-    n_words: usize,
-    mut a: *const f32,
-    mut b: *const f32,
+    packed: Packed,
     target: Target,
 ) {
+    let Packed { n_words, mut a, mut b, mut ahead, ahead_step } = packed;
     let Target { c, stride, n_rows, n_cols, overwrite } = target;
     for r in 0..R {
         // The lines of c are needed in some hundred cycles.
@@ -75,6 +87,8 @@ unsafe fn tile<S: Simd, const R: usize, const MR: usize, const PAIRS: bool>(
     }
     let mut sums = [[s.zero(); 2]; R];
     for _ in 0..n_words {
+        s.prefetch_l2(ahead);
+        ahead = ahead.wrapping_add(ahead_step);
         // SAFETY: the caller's promise: word `i` of n_words of a and b.
         unsafe {
             let b0 = s.load_ptr(b);

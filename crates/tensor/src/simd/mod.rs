@@ -149,6 +149,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
 
     /// Asks for the cache line at `p`; never faults.
     fn prefetch(self, p: *const f32);
+    /// The same to L2 only: for what is needed in some thousand cycles.
+    fn prefetch_l2(self, p: *const f32);
     /// Transposes an 8×8 block: `dst[k · dst_stride + lane] = src[lane · src_stride + k]`; lanes from `n_lanes` on are
     /// not read and become zeros.
     /// # Safety

@@ -61,6 +61,8 @@ impl<const N: usize> Simd for Portable<N> {
     #[inline(always)]
     fn prefetch(self, _p: *const f32) {}
     #[inline(always)]
+    fn prefetch_l2(self, _p: *const f32) {}
+    #[inline(always)]
     unsafe fn transpose8_ptr(
         self,
         src: *const f32,

@@ -151,6 +151,7 @@ impl Simd for Avx2 {
         fn select_nan(a: F, yes: I, no: I) -> Self::I =
             _mm256_blendv_epi8(no, yes, _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(a, a)));
         fn prefetch(p: Ptr) -> () = _mm_prefetch::<_MM_HINT_T0>(p.cast());
+        fn prefetch_l2(p: Ptr) -> () = _mm_prefetch::<_MM_HINT_T1>(p.cast());
         fn madd(acc: I, a: H, b: H) -> Self::I = _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
     }
     #[inline(always)]
@@ -293,6 +294,7 @@ impl Simd for Avx512 {
         fn select_nan(a: F, yes: I, no: I) -> Self::I =
             _mm512_mask_mov_epi32(no, _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(a, a), yes);
         fn prefetch(p: Ptr) -> () = _mm_prefetch::<_MM_HINT_T0>(p.cast());
+        fn prefetch_l2(p: Ptr) -> () = _mm_prefetch::<_MM_HINT_T1>(p.cast());
         fn dot_bf16(a: F, b: F, c: F) -> Self::F =
             _mm512_dpbf16_ps(c, std::mem::transmute::<__m512, __m512bh>(a), std::mem::transmute::<__m512, __m512bh>(b));
         fn madd(acc: I, a: H, b: H) -> Self::I = _mm512_dpwssd_epi32(acc, a, b);

@@ -64,12 +64,12 @@ impl Checkpoints {
         &self,
         (step, bundle): (u64, &Bundle),
         meta: &Meta,
-        (layout, workers): (&Layout, Range<usize>),
+        reader: &Reader,
     ) -> Result<Loaded> {
-        let whole = State::whole(self.n_params);
+        let whole = Stripes::whole(self.n_params);
         let vector = |file: &str| -> Result<Buf<f32>> {
             let mut values = Buf::zeroed(self.n_params);
-            self.read((step, bundle, file), &whole, (&whole, &mut values))?;
+            self.read((step, bundle, file), &whole, (&Sought::new(&whole), &mut values))?;
             Ok(values)
         };
         let state = State {
@@ -80,14 +80,14 @@ impl Checkpoints {
             tokens: meta.tokens,
             elapsed_seconds: meta.elapsed_seconds,
             health: meta.health,
-            ..State::empty(layout)
+            ..State::empty(reader.layout)
         };
         let worker = |number: usize| -> Result<State> {
             let [adam_m, adam_v] = OF_WORKER.map(|suffix| vector(&of_worker(number, suffix)));
             let health = meta.workers[number];
             Ok(State { adam_m: adam_m?, adam_v: adam_v?, health, ..state.clone() })
         };
-        let workers = workers.map(worker).collect::<Result<_>>()?;
+        let workers = reader.workers.clone().map(worker).collect::<Result<_>>()?;
         Ok(Loaded { state, workers })
     }
 }

@@ -1,132 +1,122 @@
 //! Ranks that compute one model together, each with a part of it (tensor parallel, see [`model::Division`]).
 //!
-//! Teams are what ranks are without them: they share a step's micro-batches. Checkpoints, samples and what is published are of
-//! the whole model, which the first rank of the first team puts together; any other layout goes on from them. On many nodes
-//! nobody should have all of it: parts would be written, and read, as ranges of the vectors.
+//! Teams are what ranks are without them: they share a step's micro-batches, and those with the same place in their teams divide
+//! the state of their part. Checkpoints, samples and what is published are of the whole model: each rank brings what it owns.
 
 use comm::Comm;
-use model::{Division, Objective, Trainable};
-use tensor::Buf;
-use tensor::adamw::sum_squares;
+use model::{Objective, Stripes, Weights};
+use tensor::packed::WeightKind;
 
 use super::Rank;
-use crate::layout::{Layout, Zero};
+use crate::layout::Zero;
 use crate::plan::Method;
-use crate::state::State;
+use crate::saver::Saver;
 use crate::{Error, Plan, Result};
 
 /// What a rank knows of its team.
 pub(crate) struct Team {
     /// To those that have the other parts; this rank's number there is that of its part.
     pub(crate) comm: Box<dyn Comm>,
-    pub(crate) division: Division,
-    /// The layout of the whole model.
-    pub(crate) whole: Layout,
-}
-
-impl Team {
-    /// This rank's part of a state.
-    pub(crate) fn take(&self, whole: &State, layout: &Layout) -> State {
-        let part = |vector: &[f32]| self.division.take(self.comm.rank(), vector);
-        State {
-            params: part(&whole.params),
-            adam_m: part(&whole.adam_m),
-            adam_v: part(&whole.adam_v),
-            step: whole.step,
-            tokens: whole.tokens,
-            elapsed_seconds: whole.elapsed_seconds,
-            health: whole.health,
-            ..State::empty(layout)
-        }
-    }
-
-    /// All of a vector, on the first of the team.
-    pub(crate) fn whole(&self, part: &[f32]) -> Result<Option<Buf<f32>>> {
-        if self.comm.rank() > 0 {
-            self.comm.send(0, part)?;
-            return Ok(None);
-        }
-        let mut whole = Buf::zeroed(self.whole.n);
-        self.division.put(0, part, &mut whole);
-        let mut came = vec![0.0; part.len()];
-        for other in 1..self.comm.n_ranks() {
-            self.comm.receive(other, &mut came)?;
-            self.division.put(other, &came, &mut whole);
-        }
-        Ok(Some(whole))
-    }
-
-    /// The state of the whole model, on the first of the team.
-    fn whole_state(&self, part: &State) -> Result<Option<State>> {
-        let vectors = [&part.params, &part.adam_m, &part.adam_v].map(|vector| self.whole(vector));
-        let [params, adam_m, adam_v] = vectors;
-        let (Some(params), Some(adam_m), Some(adam_v)) = (params?, adam_m?, adam_v?) else { return Ok(None) };
-        Ok(Some(State {
-            params,
-            adam_m,
-            adam_v,
-            step: part.step,
-            tokens: part.tokens,
-            elapsed_seconds: part.elapsed_seconds,
-            health: part.health,
-            ..State::empty(&self.whole)
-        }))
-    }
+    /// To the ranks of all teams.
+    pub(crate) all: Box<dyn Comm>,
 }
 
 impl Rank<'_> {
-    /// Begins a checkpoint of the state as it is now: beside the next step where nobody else has some of it.
-    pub(super) fn prepare_save(&mut self) -> Result<()> {
-        if self.team.is_some() {
-            return self.begin_save();
+    /// The model as it is now, on the first rank. Where parameters are divided every rank brings what it stores of them, tensor
+    /// by tensor.
+    pub(crate) fn weights(&self) -> Result<Option<Weights>> {
+        let (all, kind) = (self.all(), WeightKind::F32);
+        if self.team.is_none() && self.pipe.is_none() && self.layout.zero < Zero::Parameters {
+            let whole = || self.trainable.to_weights(&self.pool, &self.state.params, kind);
+            return Ok((all.rank() == 0).then(whole));
         }
-        self.saver.prepare(&self.state);
-        Ok(())
+        let mut own = self.brought();
+        if all.rank() == 0 {
+            let bring = |range: std::ops::Range<usize>, values: &mut [f32]| -> Result<()> {
+                for (rank, stored) in self.writers.iter().enumerate() {
+                    let inside = stored.inside(&range);
+                    let mut came = vec![0.0; inside.len()];
+                    match rank {
+                        0 => own(&mut came),
+                        _ if came.is_empty() => {}
+                        _ => all.receive(rank, &mut came)?,
+                    }
+                    let mut rest = &came[..];
+                    for run in inside.runs() {
+                        let (part, behind) = rest.split_at(run.len());
+                        values[run.start - range.start..run.end - range.start].copy_from_slice(part);
+                        rest = behind;
+                    }
+                }
+                Ok(())
+            };
+            return self.trainable.bring_weights(kind, bring).map(Some);
+        }
+        let Some(stored) = self.writers.get(all.rank()) else { return Ok(None) };
+        for spec in self.trainable.specs() {
+            let mut values = vec![0.0; stored.inside(&spec.range).len()];
+            own(&mut values);
+            if !values.is_empty() {
+                all.send(0, &values)?;
+            }
+        }
+        Ok(None)
     }
 
-    /// Copies what is to be written at once.
-    pub(super) fn begin_save(&mut self) -> Result<()> {
-        let Some(team) = &self.team else {
-            self.saver.begin_at_once(&self.pool, &self.state, self.seconds);
-            return Ok(());
+    /// Gives the parameters that this rank stores, in their order, as many at a time as are asked for.
+    fn brought(&self) -> impl FnMut(&mut [f32]) {
+        let stored = self.part.stored(&self.layout.owned(self.layout.rank));
+        let lies_at = |at: std::ops::Range<usize>| match self.layout.zero {
+            Zero::Parameters => {
+                let own = self.layout.own_at(at.start);
+                own..own + at.len()
+            }
+            _ => at,
         };
-        // Other teams have the same.
-        if self.layout.rank == 0
-            && let Some(whole) = team.whole_state(&self.state)?
-        {
-            self.saver.begin_at_once(&self.pool, &whole, self.seconds);
+        let kept = Stripes::of_ranges(&stored.into_iter().map(lies_at).collect::<Vec<_>>());
+        let mut end = 0;
+        move |values: &mut [f32]| {
+            end += values.len();
+            let next = end - values.len()..end;
+            kept.cut(std::slice::from_ref(&next)).take(&self.state.params, values);
         }
-        Ok(())
     }
 
-    /// The square of the norm of a gradient of which each of the team has a part: what all have is counted once.
-    pub(super) fn squares_of_team(&mut self) -> Result<Option<f64>> {
-        let Some(team) = &self.team else { return Ok(None) };
-        let grads = &self.memory.sums[0];
-        let mut squares = |values: &[f32]| sum_squares(&self.pool, values, &mut self.squares);
-        let shared: f64 = team.division.shared().into_iter().map(|range| squares(&grads[range])).sum();
-        let own = squares(grads) - shared;
-        Ok(Some(team.comm.all_gather(&[own])?.iter().sum::<f64>() + shared))
+    /// To all ranks.
+    pub(super) fn all(&self) -> &dyn Comm {
+        let of_teams = || self.team.as_ref().map_or(&*self.comm, |team| &*team.all);
+        self.pipe.as_ref().map_or_else(of_teams, |pipe| &*pipe.all)
+    }
+
+    /// To those that have other parts of the model: of its layers, and other layers.
+    pub(super) fn parts(&self) -> impl Iterator<Item = &dyn Comm> {
+        let (team, pipe) = (self.team.as_ref(), self.pipe.as_ref());
+        team.map(|team| &*team.comm).into_iter().chain(pipe.map(|pipe| &*pipe.comm))
+    }
+
+    /// The sum of what each part of the model has.
+    pub(super) fn sum_over_parts(&self, own: f64) -> Result<f64> {
+        self.parts().try_fold(own, |sum, comm| Ok(comm.all_gather(&[sum])?.iter().sum()))
+    }
+
+    /// What every rank tells of its part of a checkpoint: those of one place first, and then their places.
+    pub(super) fn gather_told(&self) -> Result<Vec<Vec<u8>>> {
+        let alike = self.comm.all_gather_bytes(&self.saver.tell())?;
+        self.parts().try_fold(alike, |told, comm| Ok(comm.all_gather_bytes(&Saver::told_by_all(&told))?))
     }
 }
 
 /// Refuses what teams cannot do.
-pub(crate) fn check(plan: &Plan, zero: Zero, n_team: usize) -> Result<()> {
+pub(crate) fn check(plan: &Plan, n_team: usize) -> Result<()> {
     if n_team == 1 {
         return Ok(());
     }
     let refuse = |what| Err(Error::Team { n_team, what });
     match () {
-        () if zero > Zero::Nothing => refuse("state that is divided in another way (--zero)"),
         () if plan.muon.is_some() => refuse("Muon, which needs whole matrices"),
         () if plan.diloco.is_some() => refuse("workers that train by themselves (--diloco)"),
         () if !matches!(plan.method, Method::Full) => refuse("low-rank changes"),
         () if plan.objective != Objective::CrossEntropy => refuse("objectives that compare with the start"),
         () => Ok(plan.config()?.part_of(n_team).map(drop)?),
     }
-}
-
-/// What the ranks of a team compute with: a part of the model, whose parameters they are given.
-pub(crate) fn part(division: &Division) -> Trainable {
-    Trainable::new(division.part())
 }

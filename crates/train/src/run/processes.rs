@@ -3,7 +3,7 @@
 use comm::{Comm, CommError, MpiComm, Record};
 
 use super::{Context, Leader, Opened, Outcome, RankParts};
-use crate::checkpoint::Loaded;
+use crate::checkpoint::{Loaded, Reader};
 use crate::rank::{Lead, Rank};
 use crate::survive::{self, Kept};
 use crate::{Error, Event, Result, agree};
@@ -45,9 +45,10 @@ pub fn run_rank(
 fn load(context: &Context, opened: &Opened, comm: &MpiComm, refused: &mut Vec<Event>) -> Result<Loaded> {
     let layout = opened.layout(context, comm.rank());
     let workers = opened.plan.workers_of(comm.rank(), comm.n_ranks());
-    let load = |step| opened.checkpoints.load(step, (&layout, workers.clone()));
+    let reader = Reader { layout: &layout, stripes: &opened.part(comm.rank()).stripes, workers };
+    let load = |step| opened.checkpoints.load(step, &reader);
     let found = agree::newest(&opened.checkpoints, comm, &load, refused)?;
-    Ok(found.unwrap_or_else(|| opened.initial(&layout, workers.len())))
+    Ok(found.unwrap_or_else(|| opened.initial(&reader)))
 }
 
 /// A rank among the same others.

@@ -73,7 +73,7 @@ impl FineTune {
         let (first, last) = (f64::from_bits(one.1[0]), f64::from_bits(*one.1.last().unwrap()));
         assert!(last < first - 0.02, "nothing was learned: {first} then {last}");
         assert!(self.carry_out("four", file, &[([4, 4], None)]) == one, "4 ranks");
-        let parts = [([1, 3], Some(1)), ([4, 2], Some(3)), ([2, 2], None)];
+        let parts = [([1, 3], Some(1)), ([4, 2], Some(3)), ([3, 3], Some(4)), ([2, 2], None)];
         assert!(self.carry_out("parts", file, &parts) == one, "stopped and resumed on other ranks");
     }
 }

@@ -1,10 +1,10 @@
-//! Ranks that compute one model together: the losses of one rank within a bound, the same bits from run to run and on any
-//! number of teams, and checkpoints that any layout goes on from.
+//! Ranks that compute one model together: the losses of one rank within a bound, the same bits from run to run, on any number
+//! of teams and whatever these divide, and checkpoints that any layout goes on from.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use store::Store;
+use store::{Bundle, Store};
 use train::{Context, Diloco, Error, Event, Muon, Outcome, Plan, Zero};
 
 use crate::{context, prepared, results, whole_run};
@@ -12,12 +12,16 @@ use crate::{context, prepared, results, whole_run};
 /// Of the losses of one rank; sums of four parts are rounded otherwise than one.
 const BOUND: f64 = 1e-4;
 
-/// So many ranks, so many of which compute a model together, until a step.
+/// So many ranks, so many of which compute a model together, what they divide, until a step.
+#[derive(Clone, Copy)]
 struct Layout {
     n_ranks: usize,
     n_team: usize,
+    zero: Zero,
     until: Option<u64>,
 }
+
+const ALL: [Zero; 4] = [Zero::Nothing, Zero::Optimizer, Zero::Gradients, Zero::Parameters];
 
 fn prepared_for_teams() -> (Arc<dyn Store>, Plan) {
     let (store, mut plan) = prepared();
@@ -28,8 +32,8 @@ fn prepared_for_teams() -> (Arc<dyn Store>, Plan) {
 
 fn carry_out(store: &Arc<dyn Store>, run: &str, layout: &Layout) -> Outcome {
     let stop = AtomicBool::new(false);
-    let Layout { n_ranks, n_team, until } = *layout;
-    let context = Context { n_ranks, n_team, n_threads: n_ranks, ..context(store, run, &stop) };
+    let Layout { n_ranks, n_team, zero, until } = *layout;
+    let context = Context { n_ranks, n_team, zero, n_threads: n_ranks, ..context(store, run, &stop) };
     let outcome = train::run(&context, &mut |event| {
         if matches!(event, Event::Step(s) if Some(s.step) == until) {
             stop.store(true, Ordering::Relaxed);
@@ -64,16 +68,54 @@ fn teams_learn_what_one_rank_does() {
     let (store, plan) = prepared_for_teams();
     let one = whole_run(&store, &plan, "one", [1, 1]);
     for n_team in [2, 4] {
-        let of = |n_teams: usize, run: &str| {
-            let layout = Layout { n_ranks: n_teams * n_team, n_team, until: None };
-            run_on(&store, &plan, &format!("{run}-{n_teams}-{n_team}"), &[layout])
+        let of = |n_teams: usize, zero: Zero, run: &str| {
+            let layout = Layout { n_ranks: n_teams * n_team, n_team, zero, until: None };
+            run_on(&store, &plan, &format!("{run}-{n_teams}-{n_team}-{}", zero.stage()), &[layout])
         };
-        let alone = of(1, "team");
+        let alone = of(1, Zero::Nothing, "team");
         assert_near(&one.1, &alone.1);
-        assert!(of(1, "again") == alone, "a team of {n_team} is equal to itself");
-        for n_teams in [2, 4] {
-            assert!(of(n_teams, "teams") == alone, "{n_teams} teams of {n_team}");
+        assert!(of(1, Zero::Nothing, "again") == alone, "a team of {n_team} is equal to itself");
+        for n_teams in [2, 3, 4] {
+            for zero in ALL {
+                assert!(of(n_teams, zero, "teams") == alone, "{n_teams} teams of {n_team}, {zero:?}");
+            }
         }
+    }
+}
+
+/// Biases behind what is divided, norms that heads share, norms behind sub-layers, windows.
+#[test]
+fn teams_learn_every_architecture() {
+    let (store, plan) = prepared();
+    let vocab = &plan.model["vocab_size"];
+    let gpt2 = serde_json::json!({
+        "model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": vocab, "n_positions": 32,
+    });
+    let like = |model_type: &str, more: serde_json::Value| {
+        let mut model = plan.model.clone();
+        model["model_type"] = model_type.into();
+        model["head_dim"] = 8.into();
+        model.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        model
+    };
+    let windowed = serde_json::json!({
+        "query_pre_attn_scalar": 8, "sliding_window": 8, "rope_local_base_freq": 1e4, "rope_theta": 1e6,
+        "layer_types": ["sliding_attention", "full_attention"], "hidden_activation": "gelu_pytorch_tanh",
+    });
+    for (name, model) in [
+        ("gpt2", gpt2),
+        ("qwen3", like("qwen3", serde_json::json!({}))),
+        ("gemma3", like("gemma3_text", windowed)),
+    ] {
+        let plan = Plan { model, ..plan.clone() };
+        let one = whole_run(&store, &plan, &format!("{name}-one"), [1, 1]);
+        let of = |n_ranks: usize, zero: Zero| {
+            let layout = Layout { n_ranks, n_team: 2, zero, until: None };
+            run_on(&store, &plan, &format!("{name}-{n_ranks}-{}", zero.stage()), &[layout])
+        };
+        let alone = of(2, Zero::Nothing);
+        assert_near(&one.1, &alone.1);
+        assert!(of(4, Zero::Parameters) == alone, "{name}");
     }
 }
 
@@ -81,12 +123,59 @@ fn teams_learn_what_one_rank_does() {
 fn checkpoints_of_teams_load_on_any_layout() {
     let (store, plan) = prepared_for_teams();
     let one = whole_run(&store, &plan, "one", [1, 1]);
-    let layout = |n_ranks, n_team, until| Layout { n_ranks, n_team, until };
-    let parts = [layout(4, 2, Some(1)), layout(1, 1, Some(2)), layout(4, 4, Some(4)), layout(8, 2, None)];
+    let layout = |n_ranks, n_team, zero, until| Layout { n_ranks, n_team, zero, until };
+    let (nothing, parameters) = (Zero::Nothing, Zero::Parameters);
+    let parts = [
+        layout(4, 2, nothing, Some(1)),
+        layout(1, 1, nothing, Some(2)),
+        layout(4, 4, nothing, Some(3)),
+        layout(6, 2, parameters, Some(4)),
+        layout(8, 2, nothing, None),
+    ];
     assert_near(&one.1, &run_on(&store, &plan, "parts", &parts).1);
-    // Where the layout stays the same, stopping changes no bit.
-    let whole = run_on(&store, &plan, "whole", &[layout(4, 2, None)]);
-    assert!(run_on(&store, &plan, "stopped", &[layout(4, 2, Some(3)), layout(2, 2, None)]) == whole);
+    // Where the number of parts stays the same, stopping changes no bit.
+    let whole = run_on(&store, &plan, "whole", &[layout(4, 2, nothing, None)]);
+    let parts = [
+        layout(4, 2, parameters, Some(3)),
+        layout(6, 2, Zero::Optimizer, Some(4)),
+        layout(2, 2, nothing, None),
+    ];
+    assert!(run_on(&store, &plan, "stopped", &parts) == whole);
+}
+
+/// A checkpoint that 4 ranks have written, ZeRO 3 in teams of 2, is gone on from by 1, 2 and 3.
+#[test]
+fn what_four_ranks_write_one_two_and_three_read() {
+    let (store, plan) = prepared_for_teams();
+    let one = whole_run(&store, &plan, "one", [1, 1]);
+    let four = Layout { n_ranks: 4, n_team: 2, zero: Zero::Parameters, until: Some(3) };
+    let mut ends = Vec::new();
+    for (n_ranks, zero) in
+        [(1, Zero::Nothing), (2, Zero::Optimizer), (3, Zero::Parameters), (3, Zero::Nothing)]
+    {
+        let run = format!("then-{n_ranks}-{}", zero.stage());
+        let then = Layout { n_ranks, n_team: 1, zero, until: None };
+        ends.push(run_on(&store, &plan, &run, &[four, then]));
+        assert_near(&one.1, &ends[0].1);
+    }
+    assert!(ends.iter().all(|end| *end == ends[0]), "whoever goes on gives the same bytes");
+}
+
+/// Together the files are the state once, and none has more than its rank's part.
+#[test]
+fn every_rank_of_a_team_writes_its_own_part() {
+    let (store, plan) = prepared_for_teams();
+    for (zero, n_files) in [(Zero::Nothing, 6), (Zero::Parameters, 12)] {
+        let run = format!("written-{}", zero.stage());
+        train::create(&store, &run, &plan, None).unwrap();
+        carry_out(&store, &run, &Layout { n_ranks: 4, n_team: 2, zero, until: Some(2) });
+        let bundle = Bundle::open(&store, &format!("runs/{run}/checkpoints/00000002")).unwrap().unwrap();
+        let files = &bundle.manifest().files;
+        assert_eq!(files.len(), n_files, "{files:?}");
+        let n_params = bundle.manifest().meta["n_params"].as_u64().unwrap();
+        assert_eq!(files.iter().map(|file| file.bytes).sum::<u64>(), 12 * n_params);
+        assert!(files.iter().all(|file| file.bytes < 4 * n_params), "{files:?}");
+    }
 }
 
 #[test]
@@ -101,11 +190,10 @@ fn what_teams_cannot_do_is_refused_by_name() {
     };
     refused("a", &plan, ([4, 3], Zero::Nothing), "4 ranks are no whole number of teams of 3");
     refused("b", &plan, ([8, 8], Zero::Nothing), "4 heads of keys and values");
-    refused("c", &plan, ([2, 2], Zero::Optimizer), "--zero");
     refused("d", &Plan { muon: Some(Muon::default()), ..plan.clone() }, ([2, 2], Zero::Nothing), "Muon");
     let diloco = Some(Diloco { workers: 2, ..Diloco::DEFAULT });
     refused("e", &Plan { diloco, ..plan.clone() }, ([2, 2], Zero::Nothing), "--diloco");
     let stop = AtomicBool::new(false);
-    let context = Context { n_ranks: 32, n_team: 2, ..context(&store, "a", &stop) };
-    assert!(matches!(train::run(&context, &mut |_| {}), Err(Error::Ranks { n_ranks: 16, .. })));
+    let context = Context { n_ranks: 18, n_team: 2, ..context(&store, "a", &stop) };
+    assert!(matches!(train::run(&context, &mut |_| {}), Err(Error::Ranks { n_ranks: 9, .. })));
 }

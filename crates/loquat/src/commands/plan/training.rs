@@ -223,7 +223,31 @@ mod tests {
         .check();
     }
 
-    /// The same report: 419 unexpected interruptions in 54 days on 16,384 accelerators, and more than 90 % of the time used.
+    /// nanochat, README.md and dev/LEADERBOARD.md, run 1 (commit 348fbb3): depth 24, 16,704 steps of 524,288 tokens on one node of
+    /// 8 H100 in bfloat16, 10,949 s in steps.
+    #[test]
+    fn nanochats_speed_run_takes_as_long_as_published() {
+        let config = presets::config("nanochat-d24", 32_768, 0, 2048).unwrap();
+        let ratio = config.flops_per_token_train(2048) * 16_704.0 * 524_288.0 / 4.330784131228946e19;
+        assert!((0.9..1.1).contains(&ratio), "it is another model: {ratio:.2} of the published FLOP");
+        Published {
+            preset: "nanochat-d24",
+            vocab: 32_768,
+            context: 2048,
+            rows: 256,
+            layout: [8, 1, 1, 1],
+            recompute: 0.0,
+            tflops: 989.0,
+            memory_gb: 80.0,
+            node_gb_per_s: 450.0,
+            network_gb_per_s: 50.0,
+            tokens: 16_704.0 * 524_288.0,
+            seconds: 10_949.467,
+        }
+        .check();
+    }
+
+    /// The report on Llama 3 again: 419 unexpected interruptions in 54 days on 16,384 accelerators, and more than 90 % of the time used.
     #[test]
     fn failures_take_the_share_that_was_published() {
         let run = Run {

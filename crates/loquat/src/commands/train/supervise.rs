@@ -41,6 +41,8 @@ struct Supervisor<'a> {
     stop: Stop,
     /// What ranks share of a step.
     n_parts: usize,
+    /// Each sums its own share.
+    wants_nodes: bool,
     /// Options with which `mpirun` leaves ranks alone when others are lost, where they can go on.
     surviving: &'static [&'static str],
 }
@@ -55,17 +57,17 @@ enum Ended {
 pub(super) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
     let store = home.store()?;
     let board = Board::new(store.clone(), args.run_name());
-    let planned = train::read_plan(&store, args.run_name())?.map(|plan| plan.parts());
+    let planned = train::read_plan(&store, args.run_name())?.map(|plan| (plan.parts(), plan.wants_nodes()));
     let asked = args.diloco.map_or(args.micro_batches, |diloco| diloco.workers);
-    let n_parts = planned.unwrap_or(asked);
+    let (n_parts, wants_nodes) = planned.unwrap_or((asked, args.diloco.is_some() || args.muon.is_some()));
     let (stop, surviving) = (Stop::on_signals()?, if can_go_on(args)? { WITH_ULFM } else { &[] });
-    Supervisor { args, store, board, stop, n_parts, surviving }.run()
+    Supervisor { args, store, board, stop, n_parts, wants_nodes, surviving }.run()
 }
 
 /// Each rank has the whole state, and `mpirun` and its library are made for it.
 fn can_go_on(args: &args::Train) -> Result<bool> {
     let distributed = &args.distributed;
-    let is_whole = distributed.zero == 0 && distributed.tp == 1 && args.diloco.is_none();
+    let is_whole = distributed.zero == 0 && distributed.tp * distributed.pp == 1 && args.diloco.is_none();
     // A machine that is cut off takes its part of `mpirun` with it: that has only been survived by starting again.
     let is_here = distributed.hosts.is_empty();
     if distributed.on_loss != OnLoss::GoOn || !is_whole || !is_here {
@@ -130,15 +132,18 @@ impl Supervisor<'_> {
         Ok(events.iter().any(|event| matches!(event, Event::Finished { .. })))
     }
 
-    /// As many as were asked for; fewer where machines are missing and the rest cannot share the step evenly.
+    /// As many as were asked for; fewer where machines are missing and the rest cannot share the step.
     fn n_ranks(&self, n_hosts: usize) -> usize {
         let (asked, hosts) = (self.args.ranks, self.args.distributed.hosts.len());
         let possible = if hosts == 0 { asked } else { (asked.div_ceil(hosts) * n_hosts).min(asked) };
-        let n_team = self.args.distributed.tp;
-        let is_even = |n: &usize| {
-            n.is_power_of_two() && n.is_multiple_of(n_team) && self.n_parts.is_multiple_of(n / n_team)
+        // That compute one model together.
+        let n_team = self.args.distributed.tp * self.args.distributed.pp;
+        let can_share = |n: usize| match self.wants_nodes {
+            true => comm::tree::are_nodes(self.n_parts, n),
+            false => n <= self.n_parts,
         };
-        (1..=possible).rev().find(is_even).unwrap_or(n_team)
+        let are_teams = |n: &usize| n.is_multiple_of(n_team) && can_share(n / n_team);
+        (1..=possible).rev().find(are_teams).unwrap_or(n_team)
     }
 
     fn hosts_that_answer(&self) -> Vec<String> {

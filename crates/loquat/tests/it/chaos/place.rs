@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,15 +12,17 @@ use store::{Bundle, Store};
 
 use super::weed::Weed;
 use crate::postgres::Postgres;
+use crate::ranks::{Hosts, address};
+use crate::slurm::{Host, Site, Slurm};
 use crate::support::{Client, PATIENCE, Running, loquat, speeches};
 use crate::tiny;
 
 const CONFIG: &str = r#"{"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4,
     "num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 512, "rms_norm_eps": 1e-5,
     "tie_word_embeddings": true, "max_position_embeddings": 64}"#;
-const SHAPE: &str =
-    "--json --steps 150 --checkpoint-every 10 --rows 2 --micro-batches 8 --context 64 --ranks 2 --threads 1";
-const SERVE: [&str; 7] = ["--", "--threads", "1", "--kv-mib", "8", "--max-num-seqs", "4"];
+const SHAPE: &str = "--json --rows 2 --micro-batches 8 --context 64 --ranks 2 --threads 1";
+const SERVE: [&str; 6] = ["--threads", "1", "--kv-mib", "8", "--max-num-seqs", "4"];
+const N_REPLICAS: usize = 2;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Fault {
@@ -34,8 +36,24 @@ pub(super) enum Fault {
     Database,
     /// A node of the object store.
     Storage,
-    /// A node of Slurm.
+    /// The daemon of a node of Slurm.
     Node,
+    /// A machine with all that runs on it: nothing gets in or out for half a minute.
+    Host,
+}
+
+impl Fault {
+    /// How long it is before somebody mends it; `None` for what comes back by itself.
+    fn lasts(self) -> Option<Duration> {
+        match self {
+            Fault::Rank | Fault::Replica => None,
+            // A node is back before Slurm takes it for dead: its jobs live on meanwhile.
+            Fault::Leader | Fault::Gateway | Fault::Database | Fault::Node => Some(Duration::from_secs(2)),
+            Fault::Storage => Some(Duration::from_secs(4)),
+            // Slurm takes the host for dead long before it is back.
+            Fault::Host => Some(Duration::from_secs(30)),
+        }
+    }
 }
 
 pub(super) struct Place {
@@ -43,13 +61,17 @@ pub(super) struct Place {
     database: Postgres,
     url: String,
     weed: Option<Weed>,
-    slurm: Option<crate::slurm::Slurm>,
-    slurmds: Vec<Child>,
+    slurm: Option<Slurm>,
+    /// Where Slurm's nodes are. (Dropped after what runs on them.)
+    hosts: Option<Hosts>,
+    /// Of each run, and those after which it writes a checkpoint.
+    steps: (u64, u64),
     control: Control,
     gateways: Vec<Gateway>,
     /// What is to be started again, and when.
     broken: Vec<(Instant, Fault, usize)>,
     n_broken: usize,
+    ended: bool,
 }
 
 struct Gateway {
@@ -63,17 +85,31 @@ pub(super) fn run_name(n: usize) -> String {
 }
 
 impl Place {
-    /// `None`, said loudly, where there is no PostgreSQL.
-    pub(super) fn start(on_slurm: bool) -> Option<Place> {
-        let database = Postgres::start()?;
+    /// `None`, said loudly, where there is no PostgreSQL. Each run has so many steps, and a checkpoint after so many.
+    pub(super) fn start(on_slurm: bool, steps: (u64, u64)) -> Option<Place> {
+        let hosts = if on_slurm { Hosts::up("k") } else { None };
+        let here = hosts.as_ref().map_or("127.0.0.1", Hosts::tie_here);
+        let database = Postgres::start_at(here)?;
         let url = database.new_database();
         let directory = tempfile::tempdir().unwrap();
-        let slurm = if on_slurm { crate::slurm::Slurm::start() } else { None };
+        let slurm = if on_slurm { Slurm::start(site(here, hosts.as_ref())) } else { None };
         let control = Control::connect(&url).unwrap();
-        let weed = Weed::start();
-        let (gateways, broken, slurmds) = (Vec::new(), Vec::new(), Vec::new());
-        let mut place =
-            Place { directory, database, url, weed, slurm, slurmds, control, gateways, broken, n_broken: 0 };
+        let weed = Weed::start(here);
+        let (gateways, broken, n_broken, ended) = (Vec::new(), Vec::new(), 0, false);
+        let mut place = Place {
+            directory,
+            database,
+            url,
+            weed,
+            slurm,
+            hosts,
+            steps,
+            control,
+            gateways,
+            broken,
+            n_broken,
+            ended,
+        };
         place.ingest();
         for i in 0..2 {
             let [port] = super::weed::free_ports();
@@ -127,14 +163,17 @@ impl Place {
 
     fn deploy(&self) {
         let model = tiny::directory(self.directory.path(), "served").display().to_string();
-        let set = ["deploy", "set", "m", "--source", &model, "--replicas", "2"];
-        self.succeed(&[&set[..], &SERVE].concat());
+        let n = N_REPLICAS.to_string();
+        let set = ["deploy", "set", "m", "--source", &model, "--replicas", &n];
+        // Where gateways are on another host than replicas, these are found by their host's name.
+        let listen = ["--", "--host", if self.hosts.is_some() { "0.0.0.0" } else { "127.0.0.1" }];
+        self.succeed(&[&set[..], &listen, &SERVE].concat());
         let deadline = Instant::now() + PATIENCE;
         for gateway in &self.gateways {
             let is_well = || {
                 let listed = gateway.client.get_json("/v1/replicas");
                 listed["data"].as_array().unwrap().iter().filter(|replica| replica["state"] == "well").count()
-                    == 2
+                    == N_REPLICAS
             };
             while !is_well() {
                 assert!(Instant::now() < deadline, "two replicas do not come: {}", self.state());
@@ -159,7 +198,10 @@ impl Place {
 
     fn submit_run(&self, run: &str) -> JobId {
         let (home, config) = (self.home(0), self.directory.path().join("config.json"));
-        let own = format!("train --dataset d --run {run} --publish {run} {SHAPE} --config");
+        let (steps, every) = self.steps;
+        let own = format!(
+            "train --dataset d --run {run} --publish {run} --steps {steps} --checkpoint-every {every} {SHAPE} --config"
+        );
         let mut args =
             vec!["--home".to_owned(), home.display().to_string(), "--store".to_owned(), self.store_url()];
         args.extend(own.split(' ').map(str::to_owned).chain([config.display().to_string()]));
@@ -187,24 +229,31 @@ impl Place {
         self.control.get_job(id).is_ok_and(|job| job.is_some_and(|job| job.state.is_over()))
     }
 
-    pub(super) fn weights(&self, run: &str) -> Vec<u8> {
-        let store: Arc<dyn Store> = match &self.weed {
+    pub(super) fn store(&self) -> Arc<dyn Store> {
+        match &self.weed {
             Some(weed) => weed.open(),
             None => store::open(&self.store_url()).unwrap(),
-        };
+        }
+    }
+
+    pub(super) fn database(&self) -> &str {
+        &self.url
+    }
+
+    pub(super) fn weights(&self, run: &str) -> Vec<u8> {
+        let store = self.store();
         let bundle = Bundle::open(&store, &format!("models/{run}")).unwrap().expect("no model was published");
         bundle.read("model.safetensors").unwrap()
     }
 
     /// What can break here.
-    pub(super) fn faults(&self) -> &'static [Fault] {
-        use Fault::{Database, Gateway, Leader, Node, Rank, Replica, Storage};
-        match (&self.weed, &self.slurm) {
-            (Some(_), Some(_)) => &[Rank, Leader, Gateway, Replica, Database, Storage, Node],
-            (Some(_), None) => &[Rank, Leader, Gateway, Replica, Database, Storage],
-            (None, Some(_)) => &[Rank, Leader, Gateway, Replica, Database, Node],
-            (None, None) => &[Rank, Leader, Gateway, Replica, Database],
-        }
+    pub(super) fn faults(&self) -> Vec<Fault> {
+        use Fault::{Database, Gateway, Host, Leader, Node, Rank, Replica, Storage};
+        let mut all = vec![Rank, Leader, Gateway, Replica, Database];
+        all.extend(self.weed.as_ref().map(|_| Storage));
+        all.extend(self.slurm.as_ref().map(|_| Node));
+        all.extend(self.slurm.as_ref().and(self.hosts.as_ref()).map(|_| Host));
+        all
     }
 
     /// Kills a part with signal 9; what does not come back by itself is started again by [`Place::mend`].
@@ -212,33 +261,25 @@ impl Place {
         let n = self.n_broken;
         self.n_broken += 1;
         let leader = self.leader();
-        let mut again = |after_ms, which| {
-            self.broken.push((Instant::now() + Duration::from_millis(after_ms), fault, which));
+        let which = match fault {
+            Fault::Leader => leader,
+            Fault::Gateway => 1 - leader,
+            _ => n % 3,
         };
+        self.broken.extend(fault.lasts().map(|lasts| (Instant::now() + lasts, fault, which)));
         match fault {
             Fault::Rank => kill_one(self.processes("--run"), n),
             Fault::Replica => kill_one(self.processes("--replica"), n),
             Fault::Leader | Fault::Gateway => {
-                let which = if fault == Fault::Leader { leader } else { 1 - leader };
-                again(2_000, which);
                 if let Some(mut running) = self.gateways[which].running.take() {
                     running.child.kill().unwrap();
                     running.child.wait().unwrap();
                 }
             }
-            Fault::Database => {
-                again(2_000, 0);
-                self.database.kill_9();
-            }
-            Fault::Storage => {
-                again(4_000, n % 3);
-                self.weed.as_mut().unwrap().kill_volume(n % 3);
-            }
-            // Back before Slurm takes it for dead: its jobs live on meanwhile.
-            Fault::Node => {
-                again(2_000, n % 3);
-                kill_one(slurmd(&node(n % 3)), 0);
-            }
+            Fault::Database => self.database.kill_9(),
+            Fault::Storage => self.weed.as_mut().unwrap().kill_volume(which),
+            Fault::Node => kill_one(self.slurmd(which), 0),
+            Fault::Host => self.hosts.as_ref().unwrap().set_link(which + 1, "down"),
         }
     }
 
@@ -267,13 +308,8 @@ impl Place {
             }
             Fault::Database => self.database.resume(),
             Fault::Storage => self.weed.as_mut().unwrap().start_volume(which),
-            Fault::Node => {
-                let conf = self.slurm.as_ref().unwrap().conf();
-                let mut command = Command::new("slurmd");
-                command.args(["-D", "-N", &node(which)]).env("SLURM_CONF", conf);
-                command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-                self.slurmds.push(command.spawn().unwrap());
-            }
+            Fault::Node => self.slurm.as_mut().unwrap().start_node(which),
+            Fault::Host => self.hosts.as_ref().unwrap().set_link(which + 1, "up"),
             _ => {}
         }
     }
@@ -288,6 +324,22 @@ impl Place {
         self.gateways.iter().position(is_it).unwrap_or(0)
     }
 
+    /// What the jobs said last, for whoever looks why a test failed.
+    fn tell_logs(&self) {
+        for i in 0..2 {
+            for entry in std::fs::read_dir(self.home(i).join("jobs")).into_iter().flatten().flatten() {
+                let text = std::fs::read_to_string(entry.path()).unwrap_or_default();
+                let lines: Vec<&str> =
+                    text.lines().filter(|line| !line.starts_with("{\"event\":\"step\"")).collect();
+                println!(
+                    "{}:\n{}",
+                    entry.path().display(),
+                    lines[lines.len().saturating_sub(15)..].join("\n")
+                );
+            }
+        }
+    }
+
     /// Jobs of this cluster whose command line has this word.
     fn processes(&self, word: &str) -> Vec<u32> {
         let own = self.directory.path();
@@ -299,7 +351,28 @@ impl Place {
         command_lines().into_iter().filter(|(_, words)| is_it(words)).map(|(pid, _)| pid).collect()
     }
 
-    /// Everything ends in order, and nothing is left: no process, no lease.
+    /// The daemon of a node of this Slurm: others may run on this machine, too.
+    fn slurmd(&self, i: usize) -> Vec<u32> {
+        let (name, conf) = (format!("n{}", i + 1), self.slurm.as_ref().unwrap().conf());
+        let variable = format!("SLURM_CONF={}", conf.display());
+        let is_ours = |pid: &u32| {
+            let all = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+            all.split(|byte| *byte == 0).any(|one| one == variable.as_bytes())
+        };
+        let is_it = |words: &[String]| words[0].ends_with("slurmd") && words.last() == Some(&name);
+        let found = command_lines().into_iter().filter(|(_, words)| is_it(words)).map(|(pid, _)| pid);
+        found.filter(is_ours).collect()
+    }
+
+    /// Nothing runs twice, and nothing runs that is not asked for.
+    pub(super) fn check_orphans(&self) {
+        for (word, max) in [("--run", 1), ("--replica", N_REPLICAS)] {
+            let found = self.processes(word);
+            assert!(found.len() <= max, "{} processes with {word}: {}", found.len(), self.state());
+        }
+    }
+
+    /// Everything ends in order, and nothing is left: no process, no lease, no job of Slurm's.
     pub(super) fn end(mut self) {
         self.succeed(&["deploy", "remove", "m"]);
         let deadline = Instant::now() + PATIENCE;
@@ -320,31 +393,32 @@ impl Place {
         for lease in ["deployer", "reconciler", &format!("reconciler@{}", host.trim())] {
             assert_eq!(self.control.lease_holder(lease).unwrap(), None, "the lease {lease} is left");
         }
+        if let Some(slurm) = &self.slurm {
+            let queue = Command::new("squeue").arg("-h").env("SLURM_CONF", slurm.conf()).output().unwrap();
+            assert!(queue.stdout.is_empty(), "jobs are left: {}", String::from_utf8_lossy(&queue.stdout));
+        }
+        self.ended = true;
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
+        if !self.ended {
+            self.tell_logs();
+        }
         // A failed test must leave no job of its own behind either.
         self.gateways.clear();
         for word in ["--replica", "--run"] {
             self.processes(word).into_iter().for_each(kill_9);
         }
-        for slurmd in &mut self.slurmds {
-            drop(slurmd.kill());
-            drop(slurmd.wait());
-        }
     }
 }
 
-fn node(i: usize) -> String {
-    format!("n{}", i + 1)
-}
-
-fn slurmd(node: &str) -> Vec<u32> {
-    let is_it =
-        |words: &[String]| words[0].ends_with("slurmd") && words.last().is_some_and(|last| last == node);
-    command_lines().into_iter().filter(|(_, words)| is_it(words)).map(|(pid, _)| pid).collect()
+/// Slurm's three nodes: each a host of its own with room for one job, so that no host has all replicas of the model.
+fn site(here: &str, hosts: Option<&Hosts>) -> Site {
+    let Some(hosts) = hosts else { return Site::loopback() };
+    let node = |i| Host { address: address(i), enter: hosts.enter(i) };
+    Site { controller: here.to_owned(), nodes: [1, 2, 3].map(node), cpus: 1 }
 }
 
 fn kill_one(pids: Vec<u32>, n: usize) {

@@ -10,12 +10,14 @@ use serde_json::json;
 use crate::support::Client;
 
 /// Clients of each gateway, and the pause between two requests of one.
-const CLIENTS: usize = 2;
+pub(super) const CLIENTS: usize = 2;
 const PAUSE: Duration = Duration::from_millis(150);
 
 #[derive(Clone, Debug)]
 pub(super) struct Asked {
     pub(super) at: Instant,
+    /// Of the gateway.
+    pub(super) address: String,
     took: Duration,
     end: End,
 }
@@ -40,6 +42,11 @@ impl Asked {
 
     pub(super) fn is_well(&self, bound: Duration) -> bool {
         self.is_whole() && self.took <= bound
+    }
+
+    /// Of a client's time what this request had.
+    pub(super) fn time(&self) -> Duration {
+        self.took + PAUSE
     }
 }
 
@@ -89,11 +96,14 @@ fn ask(client: &Client, prompt: &str) -> Asked {
         Ok((status, text)) => End::Failed(format!("{status} {text}")),
         Err(error) => End::Failed(error),
     };
-    Asked { at, took: at.elapsed(), end }
+    Asked { at, address: client.base.clone(), took: at.elapsed(), end }
 }
 
-pub(super) fn p99(asked: &[Asked]) -> Duration {
-    let mut took: Vec<Duration> = asked.iter().map(|one| one.took).collect();
+/// Of what was asked from `from` on for so long; a failure takes for ever, and so does nothing at all.
+pub(super) fn p99(asked: &[Asked], from: Instant, length: Duration) -> Duration {
+    let within = asked.iter().filter(|one| one.at >= from && one.at < from + length);
+    let mut took: Vec<Duration> =
+        within.map(|one| if one.is_whole() { one.took } else { Duration::MAX }).collect();
     took.sort();
-    took.get((took.len() * 99 / 100).min(took.len().saturating_sub(1))).copied().unwrap_or_default()
+    took.get(took.len() * 99 / 100).copied().unwrap_or(Duration::MAX)
 }

@@ -1,8 +1,8 @@
 //! A SeaweedFS of three nodes: three masters that agree, three volume servers that each hold copies of the others', and a filer
-//! with the S3 gateway.
+//! with the S3 gateway, which alone is asked from elsewhere.
 
 use std::fs;
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -19,7 +19,8 @@ pub(super) struct Weed {
     program: PathBuf,
     peers: String,
     volume_ports: [u16; 3],
-    s3_port: u16,
+    /// Address and port.
+    s3: SocketAddr,
     volumes: [Option<Child>; 3],
     others: Vec<Child>,
 }
@@ -27,8 +28,8 @@ pub(super) struct Weed {
 impl Weed {
     pub(super) const URL: &str = "s3://chaos/store";
 
-    /// `None`, said loudly, where the program is missing.
-    pub(super) fn start() -> Option<Weed> {
+    /// `None`, said loudly, where the program is missing. S3 is spoken at this address.
+    pub(super) fn start(address: &str) -> Option<Weed> {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let in_path = std::env::split_paths(&path).map(|dir| dir.join("weed"));
         let found =
@@ -51,7 +52,7 @@ impl Weed {
             program,
             peers,
             volume_ports,
-            s3_port,
+            s3: SocketAddr::new(address.parse().unwrap(), s3_port),
             volumes: [None, None, None],
             others: Vec::new(),
         };
@@ -93,7 +94,7 @@ impl Weed {
     pub(super) fn start_volume(&mut self, i: usize) {
         let port = self.volume_ports[i];
         let args = format!(
-            "volume -ip=127.0.0.1 -port={port} -port.grpc={} -dir={} -max=12 -mserver={} -dataCenter=dc1 -rack=r{i}",
+            "volume -ip=127.0.0.1 -port={port} -port.grpc={} -dir={} -max=60 -mserver={} -dataCenter=dc1 -rack=r{i}",
             port + 10_000,
             self.dir(&format!("v{i}")),
             self.peers
@@ -109,7 +110,7 @@ impl Weed {
         }]});
         let path = self.directory.path().join("s3.json");
         fs::write(&path, config.to_string()).unwrap();
-        let (dir, s3) = (self.directory.path().display().to_string(), self.s3_port);
+        let (dir, s3) = (self.directory.path().display().to_string(), self.s3);
         self.dir("f");
         let args = format!(
             "filer -ip=127.0.0.1 -port={filer_port} -port.grpc={} -master={} -defaultReplicaPlacement=010 -defaultStoreDir={dir}/f \
@@ -120,9 +121,11 @@ impl Weed {
         let child = self.spawn(&args, "filer");
         self.others.push(child);
         let args = format!(
-            "s3 -ip.bind=127.0.0.1 -port={s3} -port.grpc={} -filer=127.0.0.1:{filer_port}.{} -config={} -port.iceberg=0 \
+            "s3 -ip.bind={} -port={} -port.grpc={} -filer=127.0.0.1:{filer_port}.{} -config={} -port.iceberg=0 \
              -localSocket={dir}/s3.sock",
-            s3 + 10_000,
+            s3.ip(),
+            s3.port(),
+            s3.port() + 10_000,
             filer_port + 10_000,
             path.display()
         );
@@ -143,7 +146,7 @@ impl Weed {
     }
 
     fn takes_objects(&self) -> bool {
-        let is_there = TcpStream::connect(("127.0.0.1", self.s3_port)).is_ok();
+        let is_there = TcpStream::connect(self.s3).is_ok();
         let name = store::ObjectName::parse("ready").unwrap();
         is_there
             && store::open_with(Self::URL, &self.options())
@@ -153,7 +156,7 @@ impl Weed {
 
     fn options(&self) -> store::S3Options {
         store::S3Options {
-            endpoint: format!("http://127.0.0.1:{}", self.s3_port),
+            endpoint: format!("http://{}", self.s3),
             access_key: ACCESS_KEY.to_owned(),
             secret_key: SECRET_KEY.to_owned(),
             allow_http: true,
@@ -168,7 +171,7 @@ impl Weed {
     /// What every S3 client knows it by.
     pub(super) fn variables(&self) -> Vec<(&'static str, String)> {
         vec![
-            ("AWS_ENDPOINT_URL_S3", format!("http://127.0.0.1:{}", self.s3_port)),
+            ("AWS_ENDPOINT_URL_S3", format!("http://{}", self.s3)),
             ("AWS_ACCESS_KEY_ID", ACCESS_KEY.to_owned()),
             ("AWS_SECRET_ACCESS_KEY", SECRET_KEY.to_owned()),
         ]

@@ -2,28 +2,74 @@
 
 use super::*;
 
+/// Of the steps that were told of.
+fn losses(told: &str) -> Vec<f64> {
+    let events = told.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    events.filter_map(|event| event["loss"].as_f64()).collect()
+}
+
+fn assert_near(one: &[f64], other: &[f64]) {
+    assert_eq!(one.len(), other.len());
+    for (a, b) in one.iter().zip(other) {
+        assert!((a - b).abs() < 1e-4 * a, "{one:?} {other:?}");
+    }
+}
+
 #[test]
 fn teams_of_processes_give_the_bytes_of_teams_of_threads() {
     let Some(runs) = Runs::prepared() else { return };
-    let losses = |told: &str| -> Vec<f64> {
-        let events = told.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-        events.filter_map(|event| event["loss"].as_f64()).collect()
-    };
     let one = losses(&runs.must_run("one", 8, ""));
     let threads = losses(&runs.must_run("threads", 8, "--ranks 2 --tp 2"));
     assert_eq!(one.len(), 8);
-    for (a, b) in one.iter().zip(&threads) {
-        assert!((a - b).abs() < 1e-4 * a, "{one:?} {threads:?}");
-    }
+    assert_near(&one, &threads);
     runs.must_run("processes", 8, "--launch mpi --ranks 4 --tp 2 --rank-limit 60");
     assert!(runs.weights("processes") == runs.weights("threads"), "two teams of two processes");
+    runs.must_run("divided", 8, "--launch mpi --ranks 4 --tp 2 --zero 3 --rank-limit 60");
+    assert!(runs.weights("divided") == runs.weights("threads"), "that divide the state of their parts");
     for (extra, words) in [
         ("--ranks 2 --tp 3", "\"3\" is not a power of two"),
         ("--ranks 2 --tp 4", "2 ranks are no whole number of teams of 4"),
-        ("--ranks 2 --tp 2 --zero 1", "(--tp 2) exclude"),
         ("--ranks 4 --tp 4", "cannot be divided into 4 parts: its 2 heads of keys and values"),
+        ("--ranks 2 --tp 2 --muon 0.02", "(--tp 2) exclude"),
     ] {
         let (text, code) = runs.run("refused", 8, extra);
         assert!(code != Some(0) && text.contains(words), "no '{words}': {text}");
     }
+}
+
+/// A checkpoint of four processes, ZeRO 3 in teams of two: 1, 2 and 3 go on from it.
+#[test]
+fn what_four_processes_write_one_two_and_three_read() {
+    let Some(runs) = Runs::prepared() else { return };
+    let one = losses(&runs.must_run("one", 12, ""));
+    for (i, then) in
+        ["", "--launch mpi --ranks 2 --zero 1", "--launch mpi --ranks 3 --zero 3"].iter().enumerate()
+    {
+        let run = format!("then-{i}");
+        runs.must_run(&run, 12, "--launch mpi --ranks 4 --tp 2 --zero 3 --rank-limit 60");
+        // As if it had come no further than the checkpoint before the last.
+        let newest = runs.home.path().join("store/runs").join(&run).join("checkpoints/00000012");
+        std::fs::remove_dir_all(newest).unwrap();
+        let went_on = losses(&runs.must_run(&run, 12, then));
+        let first = one.len() - went_on.len();
+        assert!(first == 5 || first == 10, "{run} goes on from step {first}");
+        assert_near(&one[first..], &went_on);
+    }
+}
+
+/// Killed with signal 9 it goes on in another layout, and learns what the undisturbed run does.
+#[test]
+fn a_killed_team_goes_on_in_another_layout() {
+    let Some(runs) = Runs::prepared() else { return };
+    let command = |run: &str, steps| runs.command(runs.words(run, steps, "--ranks 4 --tp 2 --zero 3"));
+    let (mut begun, steps, run) = runs.begin_midway("killed", command);
+    begun.child.kill().unwrap();
+    begun.child.wait().unwrap();
+    let told = runs.must_run(&run, steps, "--ranks 3 --zero 2");
+    assert!(!told.contains("checkpoint_refused"), "{told}");
+    let went_on = losses(&told);
+    let whole = losses(&runs.must_run("whole", steps, ""));
+    let first = whole.len() - went_on.len();
+    assert!(first >= 5, "it goes on from a checkpoint: {told}");
+    assert_near(&whole[first..first + 20], &went_on[..20]);
 }
