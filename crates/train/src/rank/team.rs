@@ -77,7 +77,7 @@ impl Rank<'_> {
         let mut end = 0;
         move |values: &mut [f32]| {
             end += values.len();
-            kept.cut(&[end - values.len()..end]).take(&self.state.params, values);
+            kept.cut(std::slice::from_ref(&(end - values.len()..end))).take(&self.state.params, values);
         }
     }
 
