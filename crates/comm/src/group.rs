@@ -204,6 +204,10 @@ impl Comm for Group {
         self.all().send(self.members[to], values)
     }
 
+    fn post(&self, to: usize, values: (Arc<[f32]>, usize)) -> Result<(), CommError> {
+        self.all().post(self.members[to], values)
+    }
+
     fn receive(&self, from: usize, values: &mut [f32]) -> Result<(), CommError> {
         self.all().receive(self.members[from], values)
     }

@@ -82,6 +82,10 @@ pub trait Comm: Send {
     /// Gives `values` to one other rank, which calls [`Comm::receive`] for as many.
     fn send(&self, to: usize, values: &[f32]) -> Result<(), CommError>;
 
+    /// As [`Comm::send`], of the first `len` values, and does not wait until they have gone. What one rank gives another
+    /// comes in the order in which it was given, either way.
+    fn post(&self, to: usize, values: (Arc<[f32]>, usize)) -> Result<(), CommError>;
+
     fn receive(&self, from: usize, values: &mut [f32]) -> Result<(), CommError>;
 
     /// Bytes that this rank has sent to each so far.

@@ -12,7 +12,7 @@ use std::time::Duration;
 use mpi::World;
 
 use crate::pending::{Beside, Pending};
-use crate::post::{Job, Post, Reply, Spare, failed};
+use crate::post::{Job, NAP, Post, Posted, Reply, Spare, failed};
 use crate::sent::Sent;
 use crate::tree::Shards;
 use crate::{Comm, CommError, Record};
@@ -61,7 +61,7 @@ impl MpiComm {
             match world {
                 Ok(world) => {
                     let (spare, sent) = shared;
-                    let post = Post { world, limit, record, spare, sent };
+                    let post = Post { world, limit, record, spare, sent, posted: Posted::default() };
                     if joined.send(Ok((post.world.rank(), post.world.n_ranks()))).is_ok() {
                         speak(post, &todo);
                     }
@@ -120,7 +120,7 @@ impl MpiComm {
 
 /// Does jobs until the rank is gone or something went wrong: then messages may be anywhere, and nothing more is said.
 fn speak(mut post: Post, todo: &Receiver<(Job, Sender<Reply>)>) {
-    while let Ok((job, replies)) = todo.recv() {
+    while let Some((job, replies)) = next(&mut post, todo) {
         let is_last = matches!(job, Job::Leave);
         let done = post.work(job, &replies);
         if is_last && done.is_ok() {
@@ -132,6 +132,18 @@ fn speak(mut post: Post, todo: &Receiver<(Job, Sender<Reply>)>) {
             return;
         }
     }
+}
+
+/// The next job; until there is one, sees to what was posted. `None`: the rank is gone.
+fn next(post: &mut Post, todo: &Receiver<(Job, Sender<Reply>)>) -> Option<(Job, Sender<Reply>)> {
+    // One that fails does so again in the next job, which says so.
+    while post.push_posted().unwrap_or(false) {
+        match todo.recv_timeout(NAP) {
+            Err(RecvTimeoutError::Timeout) => {}
+            job => return job.ok(),
+        }
+    }
+    todo.recv().ok()
 }
 
 fn check(world: World, launched: usize) -> Result<World, CommError> {
@@ -208,6 +220,11 @@ impl Comm for MpiComm {
     fn send(&self, to: usize, values: &[f32]) -> Result<(), CommError> {
         let (mine, len) = self.outgoing(values);
         let replies = self.ask(Job::Send(to, mine, len))?;
+        self.fill(&replies, &mut [])
+    }
+
+    fn post(&self, to: usize, (values, len): (Arc<[f32]>, usize)) -> Result<(), CommError> {
+        let replies = self.ask(Job::Post(to, values, len))?;
         self.fill(&replies, &mut [])
     }
 

@@ -21,7 +21,7 @@ const PIECE_LEN: usize = 256 << 10;
 const WINDOW: usize = 8;
 /// How often it is asked in vain before the thread sleeps between questions.
 const ASKS_MAX: u32 = 2000;
-const NAP: Duration = Duration::from_micros(50);
+pub(crate) const NAP: Duration = Duration::from_micros(50);
 
 /// What a rank asks its thread to do.
 pub(crate) enum Job {
@@ -30,6 +30,8 @@ pub(crate) enum Job {
     AllReduce(Arc<[f32]>, Shards),
     GatherBytes(Vec<u8>),
     Send(usize, Arc<[f32]>, usize),
+    /// A send that is not waited for.
+    Post(usize, Arc<[f32]>, usize),
     Receive(usize, usize),
     /// MPI's own sum, for comparison.
     LibrarySum(Vec<f32>),
@@ -69,6 +71,20 @@ pub(crate) struct Post {
     pub(crate) record: Record,
     pub(crate) spare: Spare,
     pub(crate) sent: Sent,
+    pub(crate) posted: Posted,
+}
+
+/// Messages that nobody waits for, but who they are for.
+pub(crate) struct Posted {
+    flights: VecDeque<Flight>,
+    /// When one of them was last begun or received.
+    progress: Instant,
+}
+
+impl Default for Posted {
+    fn default() -> Posted {
+        Posted { flights: VecDeque::new(), progress: Instant::now() }
+    }
 }
 
 /// A message under way.
@@ -102,12 +118,18 @@ impl Post {
             }
             Job::GatherBytes(bytes) => drop(replies.send(Reply::Bytes(self.gather_bytes(&bytes)?))),
             Job::Send(to, mine, len) => self.send(to, (&mine, len))?,
+            Job::Post(to, mine, len) => self.post(to, (&mine, len))?,
             Job::Receive(from, len) => self.receive((from, len), &mut values)?,
             Job::LibrarySum(mine) => {
                 let sums = self.world.all_reduce_of_the_library(&mine).map_err(failed("library_sum"))?;
                 values(0, sums.into());
             }
-            Job::Leave => drop(self.gather_bytes(&[])?),
+            Job::Leave => {
+                while self.push_posted()? {
+                    std::thread::sleep(NAP);
+                }
+                drop(self.gather_bytes(&[])?);
+            }
         }
         self.record.end();
         Ok(begun.elapsed().as_secs_f64())
@@ -245,6 +267,38 @@ impl Post {
         self.carry_out("send", parts.len(), start, &mut |_, _, _| {})
     }
 
+    fn post(&mut self, to: usize, (mine, len): (&Arc<[f32]>, usize)) -> Result<(), CommError> {
+        for part in pieces(0..len, PIECE_LEN) {
+            let flight = self.send_to(to, ("post", DIRECT), (mine, part))?;
+            self.posted.flights.push_back(flight);
+        }
+        self.posted.progress = Instant::now();
+        Ok(())
+    }
+
+    /// Sees to what was posted; whether some of it is still under way. MPI may move it only when it is asked after.
+    pub(crate) fn push_posted(&mut self) -> Result<bool, CommError> {
+        let mut moved = false;
+        for flight in &mut self.posted.flights {
+            if flight.landed.is_none() {
+                match flight.request.test().map_err(failed("post"))? {
+                    Test::Pending => {}
+                    landed => (flight.landed, moved) = (Some(landed), true),
+                }
+            }
+        }
+        self.posted.flights.retain(|flight| flight.landed.is_none());
+        if moved {
+            self.posted.progress = Instant::now();
+        }
+        let Some(first) = self.posted.flights.front() else { return Ok(false) };
+        if self.posted.progress.elapsed() < self.limit {
+            return Ok(true);
+        }
+        let (waiting, seconds) = (self.world.rank(), self.limit.as_secs());
+        Err(CommError::TimedOut { waiting, seconds, operation: "post", missing: vec![first.peer] })
+    }
+
     fn receive(
         &mut self,
         (from, len): (usize, usize),
@@ -297,6 +351,7 @@ impl Post {
                 under_way.push_back(start(self, n_started)?);
                 n_started += 1;
             }
+            self.push_posted()?;
             let mut moved = false;
             for flight in under_way.iter_mut().flatten().filter(|flight| flight.landed.is_none()) {
                 match flight.request.test().map_err(failed(operation))? {
@@ -368,6 +423,7 @@ impl Job {
             Job::AllReduce(..) => "all_reduce",
             Job::GatherBytes(_) => "all_gather",
             Job::Send(..) => "send",
+            Job::Post(..) => "post",
             Job::Receive(..) => "receive",
             Job::LibrarySum(_) => "library_sum",
             Job::Leave => "leave",

@@ -42,7 +42,9 @@ pub use lora::Lora;
 pub use params::{ParamSpec, ParamTable};
 pub use step::{BlockCopy, StepInput, StepRow};
 pub use stripes::{Stripe, Stripes};
-pub use train::{ActivationBytes, Division, Keeper, Kept, LossSum, MicroBatch, Objective, TrainModel};
+pub use train::{
+    ActivationBytes, Division, Keeper, Kept, LossSum, MicroBatch, Neighbor, Objective, Stage, TrainModel,
+};
 pub use trainable::{Files, Trainable};
 pub use transformer::{BLOCK_TOKENS, KvCache, KvType, Transformer};
 pub use weights::{WeightTensor, Weights};

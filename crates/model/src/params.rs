@@ -11,7 +11,7 @@ use tensor::packed::WeightKind;
 use crate::names::{LayerPart, Part};
 use crate::transformer::{Linears, Site, Stack};
 use crate::weights::unreadable;
-use crate::{Config, Result, WeightTensor, Weights};
+use crate::{Config, Result, Stage, WeightTensor, Weights};
 
 /// One tensor's place in the flat vector.
 #[derive(Clone, Debug, PartialEq)]
@@ -53,8 +53,11 @@ pub struct ParamTable {
     pub(crate) positions: Option<Range<usize>>,
     pub(crate) layers: Vec<LayerRanges>,
     pub(crate) final_norm: NormRange,
-    /// The output projection: its own, or the embedding's range when tied.
+    /// The output projection: its own, or the embedding's range when tied. Empty where a stage of a pipeline has none; where
+    /// it has a copy of another stage's embedding that lies behind all that is trained.
     pub(crate) head: Range<usize>,
+    /// The embedding is the head of another stage.
+    pub(crate) is_head_elsewhere: bool,
 }
 
 /// A norm's scales, and its shifts right behind them.
@@ -92,22 +95,33 @@ impl ParamTable {
     /// # Panics
     /// If the model does not predict, see [`Config::check_trainable`].
     pub fn new(config: &Config) -> Self {
-        let (c, v) = (config.width, config.vocab);
-        let normal = Init::Normal { std: INIT_STD };
-        let mut layout = Layout { config, specs: Vec::new() };
-        let embedding = layout.push(Part::Embedding, 0, &[v, c], normal);
-        let learned = !config.block().rotary;
-        let positions = learned.then(|| layout.push(Part::Positions, 0, &[config.context_max, c], normal));
-        let layers = (0..config.n_layers).map(|l| layout.layer(l)).collect();
-        let final_norm = layout.norm(Part::FinalNorm, 0);
-        let head = if config.tied_embeddings {
-            embedding.clone()
-        } else {
-            layout.push(Part::Head, 0, &[v, c], normal)
-        };
-        let table = Self { specs: layout.specs, embedding, positions, layers, final_norm, head };
+        let table = ParamTable::of_stage(config, &Stage::whole(config));
         assert_eq!(table.n_params(), config.n_params(), "the layout and the count disagree");
         table
+    }
+
+    /// Of a stage, whose layers are those of `config`. Names count its layers, and first parameters are not the model's.
+    pub(crate) fn of_stage(config: &Config, stage: &Stage) -> Self {
+        let (c, v) = (config.width, config.vocab);
+        let (is_first, is_last, is_tied) = (stage.is_first(), stage.is_last(), config.tied_embeddings);
+        let normal = Init::Normal { std: INIT_STD };
+        let mut layout = Layout { config, specs: Vec::new() };
+        let embedding = if is_first { layout.push(Part::Embedding, 0, &[v, c], normal) } else { 0..0 };
+        let learned = is_first && !config.block().rotary;
+        let positions = learned.then(|| layout.push(Part::Positions, 0, &[config.context_max, c], normal));
+        let layers = (0..config.n_layers).map(|l| layout.layer(l)).collect();
+        let nothing = |n: usize| NormRange { weight: n..n, bias: None };
+        let final_norm =
+            if is_last { layout.norm(Part::FinalNorm, 0) } else { nothing(n_params(&layout.specs)) };
+        let end = n_params(&layout.specs);
+        let head = match (is_last, is_tied, is_first) {
+            (false, ..) => end..end,
+            (true, true, true) => embedding.clone(),
+            (true, true, false) => end..end + v * c,
+            (true, false, _) => layout.push(Part::Head, 0, &[v, c], normal),
+        };
+        let is_head_elsewhere = is_first && is_tied && !is_last;
+        Self { specs: layout.specs, embedding, positions, layers, final_norm, head, is_head_elsewhere }
     }
 
     /// All tensors, in the order of the flat vector.
@@ -118,6 +132,16 @@ impl ParamTable {
     /// Length of the flat vector.
     pub fn n_params(&self) -> usize {
         n_params(&self.specs)
+    }
+
+    /// Numbers of another stage's embedding that lie behind the flat vector.
+    pub fn n_copied(&self) -> usize {
+        self.n_values() - self.n_params()
+    }
+
+    /// Of a flat vector, with a copy of another stage's embedding that may lie behind it.
+    pub(crate) fn n_values(&self) -> usize {
+        self.n_params().max(self.head.end)
     }
 
     /// What comes before the layers, every layer, and what comes after them.

@@ -9,7 +9,7 @@ use tensor::{Buf, Pool};
 use crate::lora::LoraTable;
 use crate::params::{decayed, init, init_part, n_params};
 use crate::transformer::Site;
-use crate::{Config, Lora, ParamSpec, ParamTable, Result, WeightTensor, Weights};
+use crate::{Config, Lora, ParamSpec, ParamTable, Result, Stage, WeightTensor, Weights};
 
 /// Files by name.
 pub type Files = Vec<(&'static str, Vec<u8>)>;
@@ -36,6 +36,16 @@ impl Trainable {
             .and_then(|()| config.check_trainable())
             .expect("only checked configurations are trained");
         Self { config: config.clone(), table: ParamTable::new(config), lora: None, start: None }
+    }
+
+    /// All parameters of a stage of a model. Its first parameters are of no use: those of the whole are.
+    ///
+    /// # Panics
+    /// As [`Trainable::new`], or if it is a stage of another model.
+    pub fn of_stage(config: &Config, stage: &Stage) -> Self {
+        let config = stage.config(config);
+        let table = ParamTable::of_stage(&config, stage);
+        Self { config, table, lora: None, start: None }
     }
 
     /// All parameters, starting from a model's. The start is kept: some objectives compare with it.
@@ -84,6 +94,17 @@ impl Trainable {
     /// Length of the flat vector.
     pub fn n_params(&self) -> usize {
         n_params(self.specs())
+    }
+
+    /// Where all parameters lie, whether or not they are trained.
+    pub fn params(&self) -> &ParamTable {
+        &self.table
+    }
+
+    /// How many numbers a pass computes with: where this is the last stage of a model whose embedding is the head as well,
+    /// a copy of that lies behind the flat vector.
+    pub fn n_values(&self) -> usize {
+        if self.lora.is_some() { self.n_params() } else { self.table.n_values() }
     }
 
     /// The flat vector in units, as a [`crate::Keeper`] is told of them.

@@ -35,6 +35,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         run: "bench".into(),
         n_ranks: 1,
         n_team: 1,
+        n_stages: 1,
         hosts: Vec::new(),
         n_threads: std::thread::available_parallelism()?.get(),
         recompute: false,

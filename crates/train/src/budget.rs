@@ -1,6 +1,6 @@
 //! What a rank takes of memory, without allocating it.
 
-use model::Trainable;
+use model::{Stage, Trainable};
 
 use crate::exchange::{UNDER_WAY_DIVIDED_MAX, UNDER_WAY_MAX};
 use crate::layout::{Layout, Zero};
@@ -33,30 +33,53 @@ impl RankBytes {
 }
 
 impl Plan {
-    /// What a rank takes of team `team` of `n_teams`, of so many ranks each; none of them takes more than the first.
+    /// What a rank takes of those that have the same part of the same stage, number `data` of `n_data`; a part is that of one
+    /// of `n_team` ranks. None of them takes more than the first.
     ///
     /// # Errors
     /// If the plan has no model, or one that so many cannot compute together.
-    pub fn rank_bytes(&self, [team, n_teams]: [usize; 2], n_team: usize, zero: Zero) -> Result<RankBytes> {
+    pub fn rank_bytes(
+        &self,
+        stage: &Stage,
+        [data, n_data]: [usize; 2],
+        n_team: usize,
+        zero: Zero,
+    ) -> Result<RankBytes> {
         let config = self.config()?;
-        let part = config.part_of(n_team)?;
+        let of_stage = Trainable::of_stage(&config.part_of(n_team)?, stage);
         let (units, n) = match &self.method {
-            Method::Full => (Trainable::new(&part).units(), part.n_params()),
+            Method::Full => (of_stage.units(), of_stage.n_params()),
             Method::Lora { changes, .. } => {
                 let n = Trainable::n_trained(&config, Some(changes))?;
                 (std::iter::once(0..n).collect(), n)
             }
         };
-        let layout = Layout::of_units(units, n, (zero, [team, n_teams]), self.micro_batches);
-        let bytes = layout.bytes(4 * config.n_params(), self.publish.is_some());
+        let layout = Layout::of_units(units, n, (zero, [data, n_data]), self.micro_batches);
+        let is_published = self.publish.is_some() && stage.is_first();
+        let bytes = layout.bytes(4 * config.n_params(), is_published).with_neighbors(&of_stage, self, stage);
         Ok(match self.diloco {
-            Some(diloco) => bytes.with_workers(4 * n as u64, diloco.workers.div_ceil(n_teams) as u64),
+            Some(diloco) => bytes.with_workers(4 * n as u64, diloco.workers.div_ceil(n_data) as u64),
             None => bytes,
         })
     }
 }
 
 impl RankBytes {
+    /// With what a stage sends its neighbours, and the copy of an embedding that is its head.
+    fn with_neighbors(self, of_stage: &Trainable, plan: &Plan, stage: &Stage) -> RankBytes {
+        if stage.is_first() && stage.is_last() {
+            return self;
+        }
+        let copy = 4 * of_stage.params().n_copied() as u64;
+        let rows = 4 * (plan.rows * plan.context * of_stage.config().width) as u64;
+        // One each way, and what has come; the copy, its gradient and one that is being sent.
+        RankBytes {
+            parameters: self.parameters + copy,
+            travelling: self.travelling + 4 * rows + 2 * copy,
+            ..self
+        }
+    }
+
     /// With workers that have parameters and means of their own, besides the run's parameters and its outer momentum. A
     /// vector at a time is written of a checkpoint; all gradients travel at once, where they meet.
     fn with_workers(self, vector: u64, workers: u64) -> RankBytes {

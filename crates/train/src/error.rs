@@ -29,6 +29,10 @@ pub enum Error {
     Teams { n_ranks: usize, n_team: usize },
     #[error("ranks that compute one model together (--tp {n_team}) exclude {what}")]
     Team { n_team: usize, what: &'static str },
+    #[error("{n_ranks} ranks are no whole number of pipelines of {n_stages} stages of {n_team} ranks each")]
+    Pipelines { n_ranks: usize, n_stages: usize, n_team: usize },
+    #[error("ranks that form a pipeline (--pp {n_stages}) exclude {what}")]
+    Pipeline { n_stages: usize, what: &'static str },
     #[error(
         "Muon needs whole matrices: its state cannot be divided among ranks, as --zero does and any number of ranks but a \
          power of two that divides the micro-batches"

@@ -20,7 +20,7 @@ impl Rank<'_> {
         let mut parts = Vec::new();
         for part in validation.iter() {
             let sums = self.held_out_sums(&part.batches)?;
-            let sums = self.comm.all_gather(&sums)?;
+            let sums = self.of_stages(self.comm.all_gather(&sums)?)?.pop().unwrap_or_default();
             let total = |at: usize| sums.iter().skip(at).step_by(4).sum::<f64>();
             parts.push(EvalPart {
                 dataset: part.dataset.clone(),
@@ -65,6 +65,7 @@ impl Rank<'_> {
             }
             batch_rows.pad(self.plan.rows * self.plan.context);
             let tokens = self.loss(&batch_rows, Objective::CrossEntropy)?;
+            self.keep_together((batch - mine.start + 1) as usize)?;
             let of_pairs = self.plan.objective.is_of_pairs();
             let sum = if of_pairs { self.loss(&batch_rows, self.plan.objective)? } else { tokens };
             if !is_mine {
@@ -83,6 +84,7 @@ impl Rank<'_> {
             pool: &self.pool,
             comm: &*self.comm,
             team: self.team.as_ref().map(|team| &*team.comm),
+            pipe: self.pipe.as_ref(),
             layout: &self.layout,
             params: &self.state.params,
             seconds: self.seconds,

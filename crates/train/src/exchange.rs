@@ -12,12 +12,13 @@ use std::sync::Arc;
 
 use comm::tree::{self, Shards};
 use comm::{Beside, Comm, CommError, Pending};
-use model::{Keeper, Kept};
+use model::{Keeper, Kept, Neighbor};
 use tensor::adamw::sum_squares;
 use tensor::{Buf, Pool};
 
 use crate::early::{Blocks, Early, Rows};
 use crate::layout::{Layout, Slot, Zero};
+use crate::rank::Pipe;
 
 /// Buckets under way at a time. Where gradients are divided each is memory that a rank would not have else.
 pub(crate) const UNDER_WAY_MAX: usize = 4;
@@ -63,6 +64,8 @@ pub(crate) struct Fixed<'a> {
     pub(crate) comm: &'a dyn Comm,
     /// To those that compute the same micro-batches with other parts of the model.
     pub(crate) team: Option<&'a dyn Comm>,
+    /// To those that compute the same micro-batches with other layers.
+    pub(crate) pipe: Option<&'a Pipe>,
     pub(crate) layout: &'a Layout,
     /// This rank's shard of them, where they are divided.
     pub(crate) params: &'a [f32],
@@ -94,6 +97,8 @@ pub(crate) struct Exchange<'a> {
     open: Vec<(usize, Arc<[f32]>)>,
     /// The beginning of the unit that was completed last, of a part that it shares with the unit before.
     carry: Vec<f32>,
+    /// Gradients of the copy of another stage's embedding, until they are sent.
+    head: Option<Arc<[f32]>>,
     kind: Kind,
     n_needed: usize,
     held: Vec<(usize, Arc<[f32]>)>,
@@ -131,6 +136,14 @@ impl Memory {
     fn put(&mut self, arc: Arc<[f32]>) {
         self.spare.push(arc);
     }
+
+    /// A copy to be sent, at the beginning of memory that is used again once it is.
+    pub(crate) fn filled(&mut self, values: &[f32]) -> Arc<[f32]> {
+        let mut copy = self.take(values.len());
+        unique(&mut copy)[..values.len()].copy_from_slice(values);
+        self.put(copy.clone());
+        copy
+    }
 }
 
 impl<'a> Exchange<'a> {
@@ -143,6 +156,7 @@ impl<'a> Exchange<'a> {
             early: None,
             open: Vec::new(),
             carry: Vec::new(),
+            head: None,
             kind: Kind::Loss,
             n_needed: 0,
             held: Vec::new(),
@@ -163,6 +177,11 @@ impl<'a> Exchange<'a> {
             self.finish_oldest();
         }
         self.error.map_or(Ok(self.spent), Err)
+    }
+
+    /// Whether it is of no use to go on.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.error.is_some()
     }
 
     fn is_divided(&self) -> bool {
@@ -419,6 +438,10 @@ impl Keeper for Exchange<'_> {
 
     fn grads(&mut self, range: Range<usize>) -> &mut [f32] {
         let layout = self.fixed.layout;
+        if range.start >= layout.n {
+            let memory = &mut *self.memory;
+            return &mut unique(self.head.get_or_insert_with(|| memory.take(range.len())))[..range.len()];
+        }
         if !self.is_divided() {
             let top = waiting_before(self.turn, layout.n_turns);
             return &mut self.memory.sums[top][range];
@@ -479,6 +502,55 @@ impl Keeper for Exchange<'_> {
         let seconds = (self.fixed.seconds)() - start;
         self.spent.waited += seconds;
         self.travelled(summed.map(|()| seconds));
+    }
+
+    fn receive(&mut self, from: Neighbor, values: &mut [f32]) {
+        let Some(pipe) = self.fixed.pipe else { return };
+        self.receive_of(pipe.neighbor(from), values);
+    }
+
+    fn send(&mut self, to: Neighbor, values: &[f32]) {
+        let Some(pipe) = self.fixed.pipe.filter(|_| self.error.is_none()) else { return };
+        let letter = self.memory.filled(values);
+        self.post(pipe.neighbor(to), letter, values.len());
+        // Behind it: of two stages the first gets both from the last, in this order.
+        if let Some(head) = self.head.take_if(|_| to == Neighbor::Before) {
+            self.memory.put(head.clone());
+            self.post(0, head, pipe.n_copied_here());
+        }
+    }
+
+    fn begin_with_head(&mut self, embedding: Range<usize>) {
+        let Some(pipe) = self.fixed.pipe else { return };
+        // Out of the way of what else is remembered.
+        let mut came = self.memory.take(embedding.len());
+        let values = &mut unique(&mut came)[..embedding.len()];
+        self.receive_of(pipe.last(), values);
+        self.grads(embedding).copy_from_slice(values);
+        self.memory.put(came);
+    }
+}
+
+impl Exchange<'_> {
+    fn receive_of(&mut self, stage: usize, values: &mut [f32]) {
+        let Some(pipe) = self.fixed.pipe else { return };
+        if self.error.is_some() {
+            // With these nothing else goes wrong until the pass is over.
+            return values.fill(0.0);
+        }
+        let start = (self.fixed.seconds)();
+        let came = pipe.comm.receive(stage, values);
+        self.spent.waited += (self.fixed.seconds)() - start;
+        if let Err(error) = came {
+            self.fail(error);
+        }
+    }
+
+    fn post(&mut self, stage: usize, values: Arc<[f32]>, len: usize) {
+        let Some(pipe) = self.fixed.pipe else { return };
+        if let Err(error) = pipe.comm.post(stage, (values, len)) {
+            self.fail(error);
+        }
     }
 }
 

@@ -44,6 +44,8 @@ pub(crate) struct Layout {
     pub(crate) n_ranks: usize,
     /// Of the flat vector.
     pub(crate) n: usize,
+    /// Parameters that lie behind it: of an embedding that another stage trains.
+    pub(crate) n_copied: usize,
     pub(crate) units: Vec<Unit>,
     /// Of every rank, what it owns of the flat vector.
     pub(crate) all: Shards,
@@ -89,24 +91,52 @@ impl Layout {
         Layout::of_units(trainable.units(), trainable.n_params(), (zero, ranks), n_micro_batches)
     }
 
+    /// Of a part that begins so far behind the beginning of the whole model's vector: where its norm is summed is counted from
+    /// there.
+    pub(crate) fn behind(
+        first: usize,
+        trainable: &Trainable,
+        (zero, ranks): (Zero, [usize; 2]),
+        n_micro_batches: usize,
+    ) -> Layout {
+        let (units, n) = (trainable.units(), trainable.n_params());
+        let layout = Layout::of_units_behind(first, (units, n), (zero, ranks), n_micro_batches);
+        Layout { n_copied: trainable.n_values() - n, ..layout }
+    }
+
     pub(crate) fn of_units(
         units: Vec<Range<usize>>,
         n: usize,
         (zero, [rank, n_ranks]): (Zero, [usize; 2]),
         n_micro_batches: usize,
     ) -> Layout {
-        let up = |at: usize| at.next_multiple_of(SHARD_ALIGN).min(n);
+        Layout::of_units_behind(0, (units, n), (zero, [rank, n_ranks]), n_micro_batches)
+    }
+
+    fn of_units_behind(
+        first: usize,
+        (units, n): (Vec<Range<usize>>, usize),
+        (zero, [rank, n_ranks]): (Zero, [usize; 2]),
+        n_micro_batches: usize,
+    ) -> Layout {
+        // Into the part in which the vector begins.
+        let into = first % SHARD_ALIGN;
+        // What ends where it begins has no part.
+        let up = |at: usize| match at {
+            0 => 0,
+            _ => ((at + into).next_multiple_of(SHARD_ALIGN) - into).min(n),
+        };
         let buckets: Vec<Range<usize>> = units
             .iter()
             .map(|unit| if unit.start == 0 { 0..up(unit.end) } else { up(unit.start)..up(unit.end) })
             .collect();
         let of_rank = |rank: usize| {
-            let owned = buckets.iter().map(|bucket| share(bucket, rank, n_ranks));
+            let owned = buckets.iter().map(|bucket| share((bucket, into), rank, n_ranks));
             joined(owned.filter(|range| !range.is_empty()))
         };
         let all = Shards::new((0..n_ranks).map(of_rank).collect());
         let unit = |(range, bucket): (Range<usize>, &Range<usize>)| {
-            let window = range.start / SHARD_ALIGN * SHARD_ALIGN..up(range.end);
+            let window = ((range.start + into) / SHARD_ALIGN * SHARD_ALIGN).max(into) - into..up(range.end);
             Unit {
                 shards: inside(&all, n_ranks, bucket, range.start),
                 window_shards: inside(&all, n_ranks, &window, window.start),
@@ -118,7 +148,7 @@ impl Layout {
         let units = units.into_iter().zip(&buckets).map(unit).collect();
         let zero = zero_of(zero, n_ranks, n_micro_batches);
         let n_turns = n_micro_batches.div_ceil(n_ranks);
-        Layout { zero, rank, n_ranks, n, units, all, n_micro_batches, n_turns }
+        Layout { zero, rank, n_ranks, n, n_copied: 0, units, all, n_micro_batches, n_turns }
     }
 
     /// The nodes of the tree over all micro-batches that ranks compute in a turn, where gradients are divided.
@@ -219,10 +249,12 @@ pub(crate) fn places(ranges: &[Range<usize>]) -> Vec<Place> {
     ranges.iter().map(place).collect()
 }
 
-/// An even share of the parts of a bucket.
-fn share(bucket: &Range<usize>, rank: usize, n_ranks: usize) -> Range<usize> {
-    let n_parts = bucket.len().div_ceil(SHARD_ALIGN);
-    let border = |rank: usize| (bucket.start + n_parts * rank / n_ranks * SHARD_ALIGN).min(bucket.end);
+/// An even share of the parts of a bucket of a vector that begins so far into a part.
+fn share((bucket, into): (&Range<usize>, usize), rank: usize, n_ranks: usize) -> Range<usize> {
+    let (start, end) = (bucket.start + into, bucket.end + into);
+    let first = start / SHARD_ALIGN * SHARD_ALIGN;
+    let n_parts = (end - first).div_ceil(SHARD_ALIGN);
+    let border = |rank: usize| (first + n_parts * rank / n_ranks * SHARD_ALIGN).clamp(start, end) - into;
     border(rank)..border(rank + 1)
 }
 

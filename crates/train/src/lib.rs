@@ -26,6 +26,7 @@ mod loader;
 mod metrics_log;
 mod optimizer;
 mod part;
+mod pipeline;
 mod plan;
 mod plans;
 mod publish;
@@ -48,6 +49,7 @@ pub use event::{BadBatch, EvalPart, Event, Link, Ranks, Round, Score, Started, S
 pub use guard::Wrong;
 pub use layout::Zero;
 pub use metrics_log::read_metrics;
+pub use pipeline::{bubble, in_flight};
 pub use plan::{
     AdamW, CheckpointPolicy, DataPart, Evaluate, Guard, Method, Muon, PLAN_VERSION, Plan, Sample, Start,
     TaskFile, Tasks,

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use comm::tree::SHARD_ALIGN;
-use model::{Division, Stripes, Trainable};
+use model::{Division, Stage, Stripe, Stripes, Trainable};
 
 use crate::Result;
 use crate::layout::Layout;
@@ -16,26 +16,40 @@ use crate::layout::Layout;
 pub(crate) struct Part {
     /// Its shape; first parameters are the whole's.
     pub(crate) trainable: Trainable,
-    /// Where its vector lies in the whole's, in the same order.
+    /// Where its vector lies in the whole's, in the same order; and the parameters that it has a copy of.
     pub(crate) stripes: Stripes,
+    /// Where it begins there, if it is a range of it; else 0.
+    pub(crate) first: usize,
     /// Ranges of its vector that a part before it has alike: who has that stores and counts them.
     pub(crate) elsewhere: Vec<Range<usize>>,
 }
 
 impl Part {
-    /// The parts of all that compute one model together, by their place in their team.
-    pub(crate) fn all(trainable: &Trainable, n_team: usize) -> Result<Vec<Part>> {
-        if n_team == 1 {
-            let stripes = Stripes::whole(trainable.n_params());
-            return Ok(vec![Part { trainable: trainable.clone(), stripes, elsewhere: Vec::new() }]);
+    /// The parts of all that compute one model together, stage by stage and by their place in their team.
+    pub(crate) fn all(trainable: &Trainable, n_team: usize, stages: &[Stage]) -> Result<Vec<Part>> {
+        if n_team * stages.len() == 1 {
+            let (trainable, stripes) = (trainable.clone(), Stripes::whole(trainable.n_params()));
+            return Ok(vec![Part { trainable, stripes, first: 0, elsewhere: Vec::new() }]);
         }
         let division = Division::new(trainable.config(), n_team)?;
-        let part = |place: usize| Part {
-            trainable: Trainable::new(division.part()),
-            stripes: division.stripes(place),
-            elsewhere: if place == 0 { Vec::new() } else { division.shared() },
+        let of_team = Trainable::new(division.part());
+        let part = |stage: &Stage, place: usize| {
+            let range = stage.range(of_team.params());
+            let trainable = Trainable::of_stage(division.part(), stage);
+            let mut stripes = division.stripes(place).cut(std::slice::from_ref(&range));
+            // Every part has all of the embedding, which comes first.
+            stripes.push(Stripe::new(0, trainable.params().n_copied(), [1, 0]));
+            let inside = |shared: Range<usize>| {
+                let clip = |at: usize| at.clamp(range.start, range.end) - range.start;
+                clip(shared.start)..clip(shared.end)
+            };
+            let shared = division.shared().into_iter().map(inside).filter(|shared| !shared.is_empty());
+            let elsewhere = if place == 0 { Vec::new() } else { shared.collect() };
+            let first = if n_team == 1 { range.start } else { 0 };
+            Part { trainable, stripes, first, elsewhere }
         };
-        Ok((0..n_team).map(part).collect())
+        let of_stage = |stage| (0..n_team).map(move |place| (stage, place));
+        Ok(stages.iter().flat_map(of_stage).map(|(stage, place)| part(stage, place)).collect())
     }
 
     /// What of these ranges of its vector is stored from here.
@@ -93,10 +107,14 @@ mod tests {
     #[test]
     fn every_number_is_stored_once_whoever_owns_it() {
         let trainable = trainable();
-        for (n_team, n_teams) in [(1, 1), (1, 3), (2, 1), (2, 2), (4, 3)] {
+        for (n_team, n_teams, n_stages) in
+            [(1, 1, 1), (1, 3, 1), (2, 1, 2), (2, 2, 1), (4, 3, 1), (1, 3, 2), (2, 3, 2)]
+        {
             for zero in [Zero::Nothing, Zero::Optimizer, Zero::Parameters] {
-                let parts = Part::all(&trainable, n_team).unwrap();
-                let layout = |part: &Part| Layout::new(&part.trainable, zero, [0, n_teams], 12);
+                let stages = Stage::divide(trainable.config(), 8, n_stages).unwrap();
+                let parts = Part::all(&trainable, n_team, &stages).unwrap();
+                let layout =
+                    |part: &Part| Layout::behind(part.first, &part.trainable, (zero, [0, n_teams]), 12);
                 let layouts: Vec<Layout> = parts.iter().map(layout).collect();
                 let mut n_stored = vec![0; trainable.n_params()];
                 for stripes in writers(&parts, &layouts) {
@@ -104,14 +122,15 @@ mod tests {
                     assert!(runs.windows(2).all(|pair| pair[0].end <= pair[1].start), "in order");
                     runs.into_iter().flatten().for_each(|at| n_stored[at] += 1);
                 }
-                assert!(n_stored.iter().all(|n| *n == 1), "{n_teams} teams of {n_team}, {zero:?}");
+                assert!(n_stored.iter().all(|n| *n == 1), "{n_teams} of {n_stages} of {n_team}, {zero:?}");
             }
         }
     }
 
     #[test]
     fn squares_are_summed_in_the_same_pieces_whoever_owns_them() {
-        let mut part = Part::all(&trainable(), 2).unwrap().remove(1);
+        let whole = trainable();
+        let mut part = Part::all(&whole, 2, &[Stage::whole(whole.config())]).unwrap().remove(1);
         let n = 5 * SHARD_ALIGN + 11;
         part.elsewhere = vec![3..9, SHARD_ALIGN - 5..2 * SHARD_ALIGN + 7, 4 * SHARD_ALIGN..n];
         let starts = |owned: &[Range<usize>]| -> Vec<usize> {

@@ -329,12 +329,17 @@ impl Plan {
         self.diloco.map_or(self.micro_batches, |diloco| diloco.workers)
     }
 
-    /// Refuses ranks that are no whole number of teams of `n_team`, or teams that cannot share the step's parts.
-    pub fn check_teams(&self, n_ranks: usize, n_team: usize) -> Result<()> {
-        if n_team == 0 || !n_ranks.is_multiple_of(n_team) {
-            return Err(Error::Teams { n_ranks, n_team });
+    /// Refuses ranks that are no whole number of teams of `n_team`, or of pipelines of so many stages that are a team each, or
+    /// that cannot share the step's parts evenly.
+    pub fn check_teams(&self, n_ranks: usize, [n_team, n_stages]: [usize; 2]) -> Result<()> {
+        let of_model = n_team * n_stages;
+        if of_model > 0 && n_ranks.is_multiple_of(of_model) {
+            return self.check_ranks(n_ranks / of_model);
         }
-        self.check_ranks(n_ranks / n_team)
+        Err(match n_stages {
+            1 => Error::Teams { n_ranks, n_team },
+            _ => Error::Pipelines { n_ranks, n_stages, n_team },
+        })
     }
 
     /// Whether each rank has to sum its own share of a step's parts, which must then be a node of the tree of sums.

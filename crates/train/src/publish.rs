@@ -23,7 +23,7 @@ impl Rank<'_> {
     pub(crate) fn trained(&mut self, finished: bool) -> Result<Option<Trained>> {
         Ok(match finished && self.plan.publish.is_some() {
             false => None,
-            true if self.layout.zero == Zero::Parameters || self.team.is_some() => {
+            true if self.layout.zero == Zero::Parameters || self.team.is_some() || self.pipe.is_some() => {
                 self.weights()?.map(Trained::Weights)
             }
             true if self.layout.rank > 0 => None,

@@ -1,9 +1,11 @@
 //! One rank of a run: the step loop. N ranks and one rank are the same code; collectives over one rank are no-ops.
 
 mod links;
+mod pipe;
 mod rounds;
 pub(crate) mod team;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -20,10 +22,12 @@ use crate::layout::{Layout, Zero};
 use crate::loader::{Loader, Order, Rows};
 use crate::optimizer::{Optimizer, Rate};
 use crate::part::Part;
+use crate::pipeline::{Action, in_flight, schedule};
 use crate::saver::Saver;
 use crate::state::State;
 use crate::{BadBatch, Error, Event, Plan, Ranks, Result, Step};
 pub(crate) use links::Links;
+pub(crate) use pipe::{Pipe, check as check_pipeline};
 pub(crate) use rounds::Rounds;
 use team::Team;
 
@@ -34,6 +38,8 @@ pub(crate) struct Rank<'a> {
     pub(crate) comm: Box<dyn Comm>,
     /// To those that compute one model with it, if it has only a part.
     pub(crate) team: Option<Team>,
+    /// To those that compute other layers of it, if it has only some.
+    pub(crate) pipe: Option<Pipe>,
     pub(crate) pool: Pool,
     pub(crate) model: TrainModel,
     /// Of the whole model.
@@ -176,8 +182,9 @@ impl Rank<'_> {
         let all = self.comm.all_gather(&wants.map(|want| f64::from(u8::from(want))))?;
         let any = |all: Vec<f64>| [0, 1, 2].map(|at| all.iter().skip(at).step_by(3).any(|want| *want != 0.0));
         let wants = any(all);
-        let Some(team) = &self.team else { return Ok(wants) };
-        Ok(any(team.comm.all_gather(&wants.map(|want| f64::from(u8::from(want))))?))
+        self.parts().try_fold(wants, |wants, comm| {
+            Ok(any(comm.all_gather(&wants.map(|want| f64::from(u8::from(want))))?))
+        })
     }
 
     /// Writes a checkpoint and waits for it. Its step, where this rank has published it.
@@ -277,8 +284,11 @@ impl Rank<'_> {
             self.saver.begin(self.seconds);
             // Rows are named alike on any number of ranks.
             let micro_batch = sums.worst();
-            let computes = |rank: &usize| self.layout.micro_batches(*rank).contains(&micro_batch);
-            let rank = wrong_rank(&times, (0..times.len()).find(computes).unwrap_or_default());
+            // What is lost the last stage knows.
+            let [_, n_stages] = self.stage();
+            let computes = |rank: &usize| self.layout.micro_batches(*rank / n_stages).contains(&micro_batch);
+            let last = (0..times.len()).skip(n_stages - 1).step_by(n_stages);
+            let rank = wrong_rank(&times, last.into_iter().find(computes).unwrap_or_default());
             return self.skip(wrong, [loss, grad_norm], (self.bad_batch(micro_batch), rank));
         }
         let rate = self.rate(grad_norm, n_counted);
@@ -288,6 +298,7 @@ impl Rank<'_> {
         if [Zero::Optimizer, Zero::Gradients].contains(&self.layout.zero) {
             self.comm.all_gather_of(&mut self.state.params, &self.layout.all)?;
         }
+        self.renew_head()?;
         self.finish_step((self.seconds)() - start);
         let n_tokens = plan.tokens_per_step() as f64;
         let seconds = (self.seconds)() - start;
@@ -315,6 +326,9 @@ impl Rank<'_> {
     /// The square of the norm of the gradient, from the sums that each rank has of what it owns, in one order whoever owns
     /// what; what several parts of the model have alike is counted once.
     fn squares_of_sums(&mut self) -> Result<f64> {
+        if let Some(squares) = self.squares_of_pipe()? {
+            return Ok(squares);
+        }
         let (layout, grads) = (&self.layout, &self.memory.sums[0]);
         let mut own = Vec::new();
         for piece in self.part.summed(&layout.owned(layout.rank)) {
@@ -328,21 +342,24 @@ impl Rank<'_> {
         let mut squares: Vec<(usize, f64)> = starts.zip(all).collect();
         squares.sort_unstable_by_key(|(start, _)| *start);
         let of_part = squares.iter().map(|(_, sum)| sum).sum();
-        let Some(team) = &self.team else { return Ok(of_part) };
-        Ok(team.comm.all_gather(&[of_part])?.iter().sum())
+        self.sum_over_parts(of_part)
     }
 
     /// The sums of all micro-batches, in their order, and the times of every rank.
     fn gather_sums(&self, own: Sums) -> Result<(Sums, Vec<Times>)> {
-        let all = self.comm.all_gather(&own.0)?;
+        let stages = self.of_stages(self.comm.all_gather(&own.0)?)?;
         let mut sums = Sums(vec![0.0; 3 * self.plan.micro_batches]);
         let mut times = Vec::new();
-        for (rank, numbers) in all.chunks(own.0.len()).enumerate() {
-            let (lost, of_rank) = numbers.split_at(numbers.len() - size_of::<Times>() / size_of::<f64>());
-            for (micro_batch, three) in self.layout.micro_batches(rank).into_iter().zip(lost.chunks(3)) {
-                sums.0[3 * micro_batch..][..3].copy_from_slice(three);
+        for rank in 0..self.comm.n_ranks() {
+            for stage in &stages {
+                let numbers = &stage[rank * own.0.len()..][..own.0.len()];
+                let (lost, of_rank) = numbers.split_at(numbers.len() - size_of::<Times>() / size_of::<f64>());
+                // The last stage, which comes last, is the one that knows.
+                for (micro_batch, three) in self.layout.micro_batches(rank).into_iter().zip(lost.chunks(3)) {
+                    sums.0[3 * micro_batch..][..3].copy_from_slice(three);
+                }
+                times.extend(Times::try_from(of_rank).ok());
             }
-            times.extend(Times::try_from(of_rank).ok());
         }
         Ok((sums, times))
     }
@@ -392,23 +409,53 @@ impl Rank<'_> {
     /// the seconds waited for data, and what the exchange took. `alone` is the layout of a worker that exchanges nothing.
     fn gradients(&mut self, loader: &Loader, alone: Option<&Layout>) -> Result<(Sums, f64, Spent)> {
         let (mut sums, mut data_seconds) = (Sums::default(), 0.0);
-        let Rank { plan, pool, model, state, memory, layout, comm, team, seconds, .. } = self;
-        let team = team.as_ref().map(|team| &*team.comm);
+        let stage = self.stage();
+        let Rank { plan, pool, model, state, memory, layout, comm, team, pipe, seconds, .. } = self;
+        let (team, pipe) = (team.as_ref().map(|team| &*team.comm), pipe.as_ref());
         let layout = alone.unwrap_or(layout);
         memory.reserve(layout);
         let (pool, layout, seconds): (&Pool, &Layout, _) = (pool, layout, *seconds);
-        let fixed = Fixed { pool, comm: &**comm, team, layout, params: &state.params, seconds };
+        let fixed = Fixed { pool, comm: &**comm, team, pipe, layout, params: &state.params, seconds };
         let params = (layout.zero < Zero::Parameters).then_some(&state.params[..]);
         let n_mine = layout.micro_batches(layout.rank).len();
         let mut exchange = Exchange::new(fixed, memory);
-        for turn in 0..layout.n_turns {
+        let mut load = |turn: usize| {
             let start = seconds();
             // Who has none left in the last turn computes on nothing, which nobody adds to anything.
-            let rows = if turn < n_mine { loader.next()? } else { Rows::nothing(plan.rows * plan.context) };
+            let rows =
+                if turn < n_mine { loader.next() } else { Ok(Rows::nothing(plan.rows * plan.context)) };
             data_seconds += seconds() - start;
-            exchange.begin(Kind::Gradients, turn);
-            let of = (rows.batch(), plan.objective);
-            sums.push(model.loss_and_grads_to(pool, params, of, &mut exchange));
+            rows
+        };
+        // Rows of micro-batches whose backward pass is still to come.
+        let mut flying: VecDeque<Rows> = VecDeque::new();
+        let n_flights = in_flight(stage, layout.n_turns);
+        for action in schedule(stage, layout.n_turns) {
+            if exchange.has_failed() {
+                break;
+            }
+            match action {
+                Action::Both(turn) => {
+                    let rows = load(turn)?;
+                    exchange.begin(Kind::Gradients, turn);
+                    let of = (rows.batch(), plan.objective);
+                    sums.push(model.loss_and_grads_to(pool, params, of, &mut exchange));
+                }
+                Action::Forward(turn) => {
+                    let rows = load(turn)?;
+                    exchange.begin(Kind::Gradients, turn);
+                    let of = (rows.batch(), turn % n_flights);
+                    model.forward_to(pool, &state.params, of, &mut exchange);
+                    flying.push_back(rows);
+                }
+                Action::Backward(turn) => {
+                    let rows = flying.pop_front().unwrap_or_default();
+                    exchange.begin(Kind::Gradients, turn);
+                    let of = (rows.batch(), turn % n_flights);
+                    model.backward_to(pool, &state.params, of, &mut exchange);
+                    sums.push(LossSum::default());
+                }
+            }
         }
         Ok((sums, data_seconds, exchange.finish()?))
     }

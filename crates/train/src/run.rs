@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicBool;
 
 use comm::{Comm, Record};
 use data::{Dataset, chain};
-use model::{Stripes, TrainModel, Trainable, Weights};
+use model::{Stage, Stripes, TrainModel, Trainable, Weights};
 use store::{ObjectName, Store};
 use tensor::{Buf, Pool, Precision};
 
@@ -19,10 +19,11 @@ use crate::layout::{Layout, Zero};
 use crate::metrics_log::MetricsLog;
 use crate::optimizer::Optimizer;
 use crate::part::{self, Part};
+use crate::pipeline::in_flight;
 use crate::plans::stored_plan;
 use crate::publish::{Trained, publish};
 use crate::rank::team::{self, Team};
-use crate::rank::{Lead, Links, Rank, Rounds};
+use crate::rank::{Lead, Links, Pipe, Rank, Rounds, check_pipeline};
 use crate::sample::Sampler;
 use crate::saver::Saver;
 use crate::sources::Sources;
@@ -41,6 +42,8 @@ pub struct Context<'a> {
     pub n_ranks: usize,
     /// Ranks that compute one model together (tensor parallel); 1: each has the whole. Losses depend on it, within bounds.
     pub n_team: usize,
+    /// Stages of layers that ranks form a pipeline of; 1: each rank has all layers. No result depends on it.
+    pub n_stages: usize,
     /// The machine of each rank, where they are processes.
     pub hosts: Vec<String>,
     /// What ended the ranks before these, where that is known.
@@ -80,7 +83,9 @@ struct Opened {
     plan: Plan,
     sources: Sources,
     trainable: Trainable,
-    /// Of a team, by place: what its ranks compute.
+    /// Of a pipeline.
+    stages: Vec<Stage>,
+    /// Of ranks that compute one model together, stage by stage and by their place in their team: what they compute.
     parts: Vec<Part>,
     checkpoints: Checkpoints,
 }
@@ -90,9 +95,10 @@ impl Opened {
         let run = &context.run;
         let (plan, plan_sha256) =
             stored_plan(&context.store, run)?.ok_or_else(|| Error::NoRun { run: run.clone() })?;
-        plan.check_teams(context.n_ranks, context.n_team)?;
+        plan.check_teams(context.n_ranks, [context.n_team, context.n_stages])?;
         team::check(&plan, context.n_team)?;
-        check_division(&plan, context.zero, context.n_ranks / context.n_team)?;
+        check_pipeline(&plan, context.zero, context.n_stages)?;
+        check_division(&plan, context.zero, context.n_ranks / context.n_team / context.n_stages)?;
         let sources = Sources::open(&context.store, &plan)?;
         let trainable = start::trainable(&context.store, run, &plan)?;
         let checkpoints = Checkpoints {
@@ -102,8 +108,9 @@ impl Opened {
             n_params: trainable.n_params(),
             n_workers: plan.diloco.map_or(0, |diloco| diloco.workers),
         };
-        let parts = Part::all(&trainable, context.n_team)?;
-        Ok(Opened { plan, sources, trainable, parts, checkpoints })
+        let stages = Stage::divide(trainable.config(), plan.context, context.n_stages)?;
+        let parts = Part::all(&trainable, context.n_team, &stages)?;
+        Ok(Opened { plan, sources, trainable, stages, parts, checkpoints })
     }
 
     /// What a rank computes.
@@ -113,9 +120,10 @@ impl Opened {
 
     /// Of the state of its part, what a rank keeps.
     fn layout(&self, context: &Context, rank: usize) -> Layout {
-        let n_team = self.parts.len();
-        let teams = [rank / n_team, context.n_ranks / n_team];
-        Layout::new(&self.part(rank).trainable, context.zero, teams, self.plan.micro_batches)
+        let n_parts = self.parts.len();
+        let alike = [rank / n_parts, context.n_ranks / n_parts];
+        let Part { trainable, first, .. } = self.part(rank);
+        Layout::behind(*first, trainable, (context.zero, alike), self.plan.micro_batches)
     }
 
     /// What every rank stores of the whole model's vectors.
@@ -266,10 +274,15 @@ impl<'a> RankParts<'a> {
             checkpoints: checkpoints.clone(),
             saved: state.step,
         });
-        let (team, comm) = self.team(comm)?;
+        let Groups { comm, team, pipe } = self.groups(comm)?;
+        let n_flights = pipe.as_ref().map_or(1, |pipe| match pipe.place() {
+            [stage, n_stages] if stage + 1 < n_stages => in_flight([stage, n_stages], layout.n_turns),
+            _ => 1,
+        });
         Ok(Rank {
             saver,
             team,
+            pipe,
             part: part.clone(),
             writers: writers.clone(),
             layout,
@@ -281,7 +294,8 @@ impl<'a> RankParts<'a> {
             optimizer: Optimizer::new(plan, computed.specs(), &computed.decayed(), precision),
             model: TrainModel::new(computed, plan.rows, plan.context, precision)
                 .with_z_loss(plan.z_loss)
-                .with_recompute(context.recompute),
+                .with_recompute(context.recompute)
+                .with_flights(n_flights),
             trainable: trainable.clone(),
             mixture: sources.mixture.clone(),
             validation: sources.validation.clone(),
@@ -296,14 +310,30 @@ impl<'a> RankParts<'a> {
         })
     }
 
-    /// The rank's team, if it has only a part of the model, and those that it shares micro-batches with.
-    fn team(&self, all: Box<dyn Comm>) -> Result<(Option<Team>, Box<dyn Comm>)> {
-        if self.context.n_team <= 1 {
-            return Ok((None, all));
+    /// The rank's team and its pipeline, if it has only a part of the model, and those that it shares micro-batches with.
+    fn groups(&self, all: Box<dyn Comm>) -> Result<Groups> {
+        let (context, stages) = (self.context, &self.opened.stages);
+        let n_team = context.n_team;
+        if n_team * stages.len() == 1 {
+            return Ok(Groups { comm: all, team: None, pipe: None });
         }
-        let [all, comm, alike] = comm::teams(all, self.context.n_team)?;
-        Ok((Some(Team { comm, all }), alike))
+        let [all, of_model, comm] = comm::teams(all, n_team * stages.len())?;
+        let [of_model, of_team, of_pipe] = comm::teams(of_model, n_team)?;
+        if stages.len() == 1 {
+            return Ok(Groups { comm, team: Some(Team { comm: of_team, all }), pipe: None });
+        }
+        let pipe = Some(Pipe::new(of_pipe, all, &self.opened.trainable, stages));
+        let team = (n_team > 1).then_some(Team { comm: of_team, all: of_model });
+        Ok(Groups { comm, team, pipe })
     }
+}
+
+/// Whom a rank speaks to.
+struct Groups {
+    /// Those that compute the same with other micro-batches.
+    comm: Box<dyn Comm>,
+    team: Option<Team>,
+    pipe: Option<Pipe>,
 }
 
 /// Runs every rank in a thread, rank 0 with the leader in this one. Returns whether the plan is done, and what has come of

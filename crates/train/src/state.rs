@@ -71,7 +71,7 @@ impl State {
     /// Before the first step, with parameters that are all 0.
     pub(crate) fn empty(layout: &Layout) -> State {
         let n_own = layout.n_own();
-        let n_params = if layout.zero == Zero::Parameters { n_own } else { layout.n };
+        let n_params = if layout.zero == Zero::Parameters { n_own } else { layout.n + layout.n_copied };
         State {
             zero: layout.zero,
             places: layout.places(),

@@ -187,6 +187,16 @@ fn direct(comm: &dyn Comm) {
         comm.send(next, &own).unwrap();
     }
     assert!((0..got.len()).all(|at| got[at] == value(last, at)), "from {last} to {rank}");
+    // All give first, and nobody waits for somebody who waits. What was sent behind it does not overtake it.
+    let longer: std::sync::Arc<[f32]> = own.iter().copied().chain([f32::NAN; 7]).collect();
+    comm.post(next, (longer.clone(), own.len())).unwrap();
+    comm.post(next, (longer, 5)).unwrap();
+    got.fill(0.0);
+    comm.receive(last, &mut got).unwrap();
+    assert!((0..got.len()).all(|at| got[at] == value(last, at)), "given by {last} to {rank}");
+    let mut few = [0.0; 5];
+    comm.receive(last, &mut few).unwrap();
+    assert!((0..5).all(|at| few[at] == value(last, at)), "given by {last} to {rank}");
 }
 
 #[test]

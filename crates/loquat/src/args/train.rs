@@ -163,14 +163,19 @@ pub(crate) struct Distributed {
     pub(crate) zero: u8,
     /// Ranks that compute one model together, each with some of its heads and of its feed-forward columns (tensor parallel): a
     /// power of two that divides --ranks. Losses are those of one rank but for roundings.
-    #[arg(long, value_name = "RANKS", default_value_t = 1, value_parser = tp)]
+    #[arg(long, value_name = "RANKS", default_value_t = 1, value_parser = power_of_two)]
     pub(crate) tp: usize,
+    /// Stages of neighbouring layers, of as much work each, of which ranks form pipelines (1F1B): a power of two that divides
+    /// --ranks, and at most as many as there are layers. The result does not depend on it. With few micro-batches a step
+    /// stages wait for each other: (stages - 1) of (micro-batches of a pipeline + stages - 1).
+    #[arg(long, value_name = "STAGES", default_value_t = 1, value_parser = power_of_two)]
+    pub(crate) pp: usize,
     /// Seconds without any progress after which a rank gives the others up.
     #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     rank_limit: u64,
 }
 
-fn tp(text: &str) -> Result<usize, String> {
+fn power_of_two(text: &str) -> Result<usize, String> {
     let n = text.parse().ok().filter(|n: &usize| n.is_power_of_two());
     n.ok_or_else(|| format!("{text:?} is not a power of two"))
 }

@@ -6,6 +6,7 @@ mod bad_links;
 mod bad_ranks;
 mod diloco;
 mod divided;
+mod pipelines;
 mod teams;
 
 #[cfg(feature = "long")]

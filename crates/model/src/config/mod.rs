@@ -240,6 +240,12 @@ impl Config {
         per_param * matmul_params as f64 + 6.0 * (self.n_layers * self.q_width() * t) as f64
     }
 
+    /// What [`Config::flops_per_token_train`] is made of: one layer's share, and the head's.
+    pub(crate) fn flops_of_layer_and_head(&self, t: usize) -> [f64; 2] {
+        let layer = self.n_layer_matmul_params() + self.q_width() * t;
+        [layer, self.vocab * self.width].map(|n| 6.0 * n as f64)
+    }
+
     fn n_layer_matmul_params(&self) -> usize {
         let n_ff = if self.block().activation.is_gated() { 3 } else { 2 };
         self.width * (2 * self.q_width() + 2 * self.kv_width() + n_ff * self.ff_width)

@@ -2,7 +2,7 @@
 
 use super::TrainModel;
 use super::memory::Shape;
-use crate::Config;
+use crate::{Config, Stage};
 use tensor::Precision;
 
 /// Bytes that [`TrainModel::new`] allocates.
@@ -24,8 +24,18 @@ impl ActivationBytes {
 
 impl TrainModel {
     /// For micro-batches of `b` rows of `t` tokens; `recompute`: see [`TrainModel::with_recompute`].
-    pub fn activation_bytes(config: &Config, [b, t]: [usize; 2], recompute: bool) -> ActivationBytes {
-        let shape = Shape::new(config, [b, t], Precision::F32);
+    pub fn activation_bytes(config: &Config, rows: [usize; 2], recompute: bool) -> ActivationBytes {
+        TrainModel::activation_bytes_of((config, &Stage::whole(config)), rows, (recompute, 1))
+    }
+
+    /// Of a stage of a model, with so many micro-batches in flight.
+    pub fn activation_bytes_of(
+        (config, stage): (&Config, &Stage),
+        [b, t]: [usize; 2],
+        (recompute, n_flights): (bool, usize),
+    ) -> ActivationBytes {
+        let config = &stage.config(config);
+        let shape = Shape::new(config, [b, t], Precision::F32).with_head(stage.is_last());
         let Shape { n, c, f, block, attention, rope, .. } = shape;
         let when = |there: bool, floats: usize| if there { floats } else { 0 };
         let stream = c + when(!block.layer_norm, 1);
@@ -49,7 +59,7 @@ impl TrainModel {
             false => (config.n_layers, 2 * config.n_layers + 1),
         };
         ActivationBytes {
-            layers: 4 * n * (n_layers * layer + n_streams * stream),
+            layers: n_flights * 4 * n * (n_layers * layer + n_streams * stream),
             scratch: 4 * (n * scratch + 2 * c.max(attention.head_width)),
             logits: 4 * chunk * shape.v,
         }
@@ -87,8 +97,8 @@ mod tests {
         let (b, t) = (3, 8);
         let found = TrainModel::activation_bytes(config, [b, t], recompute);
         let model = TrainModel::new(Trainable::new(config), b, t, Precision::F32).with_recompute(recompute);
-        let layers =
-            model.layers.iter().map(layer).sum::<usize>() + model.streams.iter().map(stream).sum::<usize>();
+        let layers = model.flights[0].layers.iter().map(layer).sum::<usize>()
+            + model.flights[0].streams.iter().map(stream).sum::<usize>();
         assert_eq!(found.layers, 4 * layers);
         let Scratch {
             normed_nc,

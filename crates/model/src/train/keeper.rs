@@ -22,6 +22,13 @@ pub struct Kept {
     pub values: Arc<[f32]>,
 }
 
+/// Of a stage of a pipeline (see [`crate::Stage`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Neighbor {
+    Before,
+    Behind,
+}
+
 /// See the module. It has no way to fail: a keeper that cannot go on remembers why, and gives any numbers until the pass is
 /// over.
 pub trait Keeper {
@@ -46,6 +53,22 @@ pub trait Keeper {
 
     /// Where several compute a part of the model each (see [`crate::Division`]): replaces `values` by the sum of all of theirs.
     fn sum(&mut self, _values: &mut [f32]) {}
+
+    /// Where this is a stage of a model (see [`crate::Stage`]): what the neighbour has sent for the same rows: the stream where
+    /// it comes before this one, the stream's gradient where it comes behind.
+    fn receive(&mut self, from: Neighbor, _values: &mut [f32]) {
+        unreachable!("a whole model has no stage {from:?}")
+    }
+
+    fn send(&mut self, to: Neighbor, _values: &[f32]) {
+        unreachable!("a whole model has no stage {to:?}")
+    }
+
+    /// The gradients of the embedding begin with those that it has as the head, on the last stage: of the same rows, in the
+    /// gradients of what lies there behind the flat vector.
+    fn begin_with_head(&mut self, embedding: Range<usize>) {
+        unreachable!("a whole model has its head, and {embedding:?}")
+    }
 }
 
 /// All gradients in one vector.

@@ -15,6 +15,9 @@ use crate::Activation;
 use crate::params::{LayerRanges, NormRange};
 use crate::transformer::Site;
 
+/// Numbers that one task adds.
+const ADD_LEN: usize = 1 << 14;
+
 /// Which sub-layer's norm after it is meant.
 const ATTENTION: usize = 0;
 const FEED_FORWARD: usize = 1;
@@ -27,10 +30,15 @@ impl<'a> Pass<'a> {
         self.attention_forward(l);
         self.add_and_norm(2 * l, &ranges.ff_norm);
         self.feed_forward_forward(l);
-        let next_norm = table.layers.get(l + 1).map_or(&table.final_norm, |next| &next.attention_norm);
         // The norm after this layer is the next one's.
-        self.hold(l + 2);
-        self.add_and_norm(2 * l + 1, next_norm);
+        match table.layers.get(l + 1) {
+            None if !self.has_head() => self.add(2 * l + 1),
+            next => {
+                self.hold(l + 2);
+                let norm = next.map_or(&table.final_norm, |next| &next.attention_norm);
+                self.add_and_norm(2 * l + 1, norm);
+            }
+        }
         self.release(l + 1);
     }
 
@@ -105,6 +113,17 @@ impl<'a> Pass<'a> {
         let (before, after) = self.streams.before_and_after(at);
         let input = Residual { x_nc: &before.x_nc, delta_nc: &self.scratch.delta_nc };
         norm.residual_forward(self.pool, &mut self.scratch.normed_nc, after, input);
+    }
+
+    /// The stream after `streams[at]`, with `scratch.delta_nc` added.
+    fn add(&mut self, at: usize) {
+        let (before, after) = self.streams.before_and_after(at);
+        let delta_nc = &self.scratch.delta_nc;
+        self.pool.run_chunks(&mut after.x_nc, ADD_LEN, |task, sum| {
+            let from = task * ADD_LEN..task * ADD_LEN + sum.len();
+            let terms = before.x_nc[from.clone()].iter().zip(&delta_nc[from]);
+            sum.iter_mut().zip(terms).for_each(|(sum, (x, delta))| *sum = x + delta);
+        });
     }
 
     /// Adds what came through the feed-forward sub-layer to the gradient of the stream.

@@ -111,6 +111,11 @@ impl Shape {
         }
     }
 
+    /// A stage of a pipeline without the head has no logits.
+    pub(super) fn with_head(self, has_head: bool) -> Self {
+        Self { v: if has_head { self.v } else { 0 }, ..self }
+    }
+
     /// Some rows of a `[n, c]` matrix.
     pub(super) fn rows<'a>(&self, x_nc: &'a [f32], rows: Range<usize>) -> Mat<'a> {
         Mat::new(&x_nc[rows.start * self.c..rows.end * self.c], rows.len(), self.c)
@@ -118,8 +123,8 @@ impl Shape {
 
     /// Tokens whose logits exist at the same time.
     fn chunk(&self) -> usize {
-        let rows = CHUNK_ROWS.min(LOGITS_MAX / self.v).max(16);
-        rows.max(LOGITS_CACHED / self.v).min(self.n)
+        let v = self.v.max(1);
+        CHUNK_ROWS.min(LOGITS_MAX / v).max(16).max(LOGITS_CACHED / v).min(self.n)
     }
 
     pub(super) fn chunks(self) -> impl Iterator<Item = Range<usize>> {

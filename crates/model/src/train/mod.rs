@@ -26,6 +26,7 @@ mod matrices;
 mod memory;
 mod norm;
 mod objective;
+mod stage;
 
 use tensor::embedding::{embedding_add, embedding_backward, embedding_forward};
 use tensor::rope::RopeTable;
@@ -36,11 +37,12 @@ pub use batch::MicroBatch;
 pub use budget::ActivationBytes;
 pub use division::Division;
 use keeper::Flat;
-pub use keeper::{Keeper, Kept};
+pub use keeper::{Keeper, Kept, Neighbor};
 use matrices::{Grads, Held, Matrices, MatrixScratch, Values};
 use memory::{Layers, Scratch, Shape, Streams};
 use norm::Norm;
 pub use objective::{LossSum, Objective};
+pub use stage::Stage;
 
 use crate::{Config, Trainable};
 
@@ -52,13 +54,19 @@ pub struct TrainModel {
     shape: Shape,
     /// Angles of layers without and with a window; `None` where positions are learned.
     ropes: [Option<RopeTable>; 2],
-    layers: Layers,
-    streams: Streams,
+    /// Of every micro-batch whose backward pass is still to come: one, but in a pipeline.
+    flights: Vec<Flight>,
     /// Layers are computed again in the backward pass.
     recompute: bool,
     scratch: Scratch,
     matrix_scratch: MatrixScratch,
     z_loss: f32,
+}
+
+/// What a micro-batch's backward pass reads.
+struct Flight {
+    layers: Layers,
+    streams: Streams,
 }
 
 /// Which parameters a pass computes with.
@@ -80,13 +88,11 @@ impl TrainModel {
         assert!(b > 0 && t > 0, "a micro-batch of {b} rows of {t} tokens");
         let block = config.block();
         assert!(block.rotary || t <= config.context_max, "{t} positions of {}", config.context_max);
-        let shape = Shape::new(config, [b, t], precision);
-        let n_layers = config.n_layers;
+        let shape = Shape::new(config, [b, t], precision).with_head(!trainable.table().head.is_empty());
         Self {
             shape,
             ropes: config.rope_tables(t),
-            layers: Layers::new(shape, n_layers, false),
-            streams: Streams::new(shape, n_layers, false),
+            flights: vec![Flight::new(shape, config.n_layers, false)],
             recompute: false,
             scratch: Scratch::new(shape),
             matrix_scratch: MatrixScratch::default(),
@@ -103,9 +109,20 @@ impl TrainModel {
     /// Whether only the input of every layer is kept, and the layer computed again before its backward pass. To be said
     /// before the first pass; it changes no bit.
     pub fn with_recompute(self, recompute: bool) -> Self {
-        let n_layers = self.trainable.config().n_layers;
-        let layers = Layers::new(self.shape, n_layers, recompute);
-        Self { layers, streams: Streams::new(self.shape, n_layers, recompute), recompute, ..self }
+        let n_flights = self.flights.len();
+        Self { recompute, ..self }.with_flights(n_flights)
+    }
+
+    /// Room for so many micro-batches between their forward and their backward pass, where this is a stage of a model. To be
+    /// said before the first pass.
+    ///
+    /// # Panics
+    /// If it is 0.
+    pub fn with_flights(self, n_flights: usize) -> Self {
+        assert!(n_flights > 0, "a micro-batch has room at least");
+        let (shape, n_layers) = (self.shape, self.trainable.config().n_layers);
+        let flight = |_| Flight::new(shape, n_layers, self.recompute);
+        Self { flights: (0..n_flights).map(flight).collect(), ..self }
     }
 
     /// What is trained: the layout of `params` and `dparams`.
@@ -125,7 +142,7 @@ impl TrainModel {
         (batch, objective): (MicroBatch, Objective),
         dparams: &mut [f32],
     ) -> LossSum {
-        assert_eq!(dparams.len(), self.trainable.n_params(), "gradients");
+        assert_eq!(dparams.len(), self.trainable.n_values(), "gradients");
         self.loss_and_grads_to(pool, Some(params), (batch, objective), &mut Flat(dparams))
     }
 
@@ -141,6 +158,39 @@ impl TrainModel {
         keeper: &mut dyn Keeper,
     ) -> LossSum {
         objective::loss_and_grads(self, pool, params, (batch, objective), keeper)
+    }
+
+    /// Of a stage that others come behind: the first half of [`TrainModel::loss_and_grads_to`]. `flight` names the memory in
+    /// which the backward pass finds what it needs.
+    ///
+    /// # Panics
+    /// As [`TrainModel::loss_and_grads_to`], or if the stage is the last, or has no such memory.
+    pub fn forward_to(
+        &mut self,
+        pool: &Pool,
+        params: &[f32],
+        (batch, flight): (MicroBatch, usize),
+        keeper: &mut dyn Keeper,
+    ) {
+        let mut pass = self.pass_of((pool, flight), Params::Trained(Some(params)), batch, keeper);
+        assert!(!pass.has_head(), "the last stage begins its backward pass at once");
+        pass.forward();
+    }
+
+    /// The second half, of a micro-batch whose first was of the same flight.
+    ///
+    /// # Panics
+    /// As [`TrainModel::forward_to`].
+    pub fn backward_to(
+        &mut self,
+        pool: &Pool,
+        params: &[f32],
+        (batch, flight): (MicroBatch, usize),
+        keeper: &mut dyn Keeper,
+    ) {
+        let mut pass = self.pass_of((pool, flight), Params::Trained(Some(params)), batch, keeper);
+        assert!(!pass.has_head(), "the last stage has lost something");
+        pass.backward();
     }
 
     /// The loss alone.
@@ -193,8 +243,18 @@ impl TrainModel {
         batch: MicroBatch<'a>,
         keeper: &'a mut dyn Keeper,
     ) -> Pass<'a> {
-        let Self { trainable, shape, ropes, layers, streams, recompute, scratch, matrix_scratch, z_loss } =
-            self;
+        self.pass_of((pool, 0), params, batch, keeper)
+    }
+
+    fn pass_of<'a>(
+        &'a mut self,
+        (pool, flight): (&'a Pool, usize),
+        params: Params<'a>,
+        batch: MicroBatch<'a>,
+        keeper: &'a mut dyn Keeper,
+    ) -> Pass<'a> {
+        let Self { trainable, shape, ropes, flights, recompute, scratch, matrix_scratch, z_loss } = self;
+        let Flight { layers, streams } = &mut flights[flight];
         let values = trainable.values(params);
         let matrices = Matrices { pool, values, shape: *shape, scratch: matrix_scratch };
         let config = trainable.config();
@@ -215,6 +275,15 @@ impl TrainModel {
     }
 }
 
+impl Flight {
+    fn new(shape: Shape, n_layers: usize, recompute: bool) -> Flight {
+        Flight {
+            layers: Layers::new(shape, n_layers, recompute),
+            streams: Streams::new(shape, n_layers, recompute),
+        }
+    }
+}
+
 impl Trainable {
     fn values<'a>(&'a self, params: Params<'a>) -> Values<'a> {
         let values = |held, changes| Values { table: self.table(), held, changes };
@@ -223,7 +292,7 @@ impl Trainable {
             (Params::Trained(None), None) => values(Held::Units(Vec::new()), None),
             (Params::Trained(None), Some(_)) => panic!("LoRA's parameters are given"),
             (Params::Trained(Some(params)), changes) => {
-                assert_eq!(params.len(), self.n_params(), "parameters");
+                assert_eq!(params.len(), self.n_values(), "parameters");
                 match changes {
                     None => values(Held::All(params), None),
                     Some(lora) => values(of_start("LoRA has a base"), Some((lora, params))),
@@ -283,11 +352,20 @@ impl Pass<'_> {
         self.config.n_layers + 1
     }
 
-    /// Fills the streams and the layers' memory; leaves the last normed rows in `scratch.normed_nc`.
+    /// Whether the layers end with the model's.
+    fn has_head(&self) -> bool {
+        !self.matrices.values.table.head.is_empty()
+    }
+
+    /// Fills the streams and the layers' memory; leaves the last normed rows in `scratch.normed_nc`, or gives the stream to
+    /// the stage behind.
     fn forward(&mut self) {
         self.batch.check(self.shape.n);
         self.hold(0);
-        self.embed();
+        match self.matrices.values.table.embedding.is_empty() {
+            true => self.grads.keeper.receive(Neighbor::Before, &mut self.streams[0].x_nc),
+            false => self.embed(),
+        }
         self.release(0);
         self.hold(1);
         let (pool, values, first) = (self.pool, &self.matrices.values, &mut self.streams[0]);
@@ -295,6 +373,10 @@ impl Pass<'_> {
         norm.forward(pool, &mut self.scratch.normed_nc, first);
         for l in 0..self.config.n_layers {
             self.layer_forward(l);
+        }
+        if !self.has_head() {
+            let last = 2 * self.config.n_layers;
+            self.grads.keeper.send(Neighbor::Behind, &self.streams[last].x_nc);
         }
     }
 
@@ -311,9 +393,13 @@ impl Pass<'_> {
         }
     }
 
-    /// From the gradient of the last normed rows (in `scratch.delta_nc`) to that of all parameters.
+    /// From the gradient of the last normed rows (in `scratch.delta_nc`), or what the stage behind gives, to that of all
+    /// parameters.
     fn backward(&mut self) {
-        self.final_norm_backward();
+        match self.has_head() {
+            true => self.final_norm_backward(),
+            false => self.grads.keeper.receive(Neighbor::Behind, &mut self.scratch.dx_nc),
+        }
         let n_layers = self.config.n_layers;
         for l in (0..n_layers).rev() {
             self.hold(l + 1);
@@ -326,7 +412,10 @@ impl Pass<'_> {
             self.release(l + 1);
             self.complete(l + 1);
         }
-        self.embed_backward();
+        match self.matrices.values.table.embedding.is_empty() {
+            true => self.grads.keeper.send(Neighbor::Before, &self.scratch.dx_nc),
+            false => self.embed_backward(),
+        }
         self.grads.keeper.complete(0);
     }
 
@@ -337,15 +426,19 @@ impl Pass<'_> {
         if let Some(positions) = &table.positions {
             let dpositions = keeper.grads(positions.clone());
             dpositions.fill(0.0);
+            // Other micro-batches may have come since the forward pass.
+            self.batch.positions(self.shape.t, positions_bt);
             embedding_backward(pool, dpositions, dx_nc, positions_bt, c);
         }
         if self.shape.block.scaled_embedding {
             scale(pool, dx_nc, (c as f32).sqrt());
         }
-        let dembedding = keeper.grads(table.embedding.clone());
-        if table.head != table.embedding {
-            dembedding.fill(0.0);
+        match () {
+            () if table.is_head_elsewhere => keeper.begin_with_head(table.embedding.clone()),
+            () if table.head == table.embedding => {}
+            () => keeper.grads(table.embedding.clone()).fill(0.0),
         }
+        let dembedding = keeper.grads(table.embedding.clone());
         embedding_backward(pool, dembedding, dx_nc, self.batch.tokens_bt, c);
     }
 }

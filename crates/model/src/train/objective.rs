@@ -83,6 +83,9 @@ pub(super) fn loss(
         Objective::CrossEntropy => {
             let mut pass = model.pass(pool, Params::Trained(params), batch, keeper);
             pass.forward();
+            if !pass.has_head() {
+                return LossSum::default();
+            }
             pass.token_losses();
             sum_losses(&pass.scratch.losses_n, batch.targets_bt)
         }

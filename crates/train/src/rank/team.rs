@@ -26,7 +26,7 @@ impl Rank<'_> {
     /// by tensor.
     pub(crate) fn weights(&self) -> Result<Option<Weights>> {
         let (all, kind) = (self.all(), WeightKind::F32);
-        if self.team.is_none() && self.layout.zero < Zero::Parameters {
+        if self.team.is_none() && self.pipe.is_none() && self.layout.zero < Zero::Parameters {
             let whole = || self.trainable.to_weights(&self.pool, &self.state.params, kind);
             return Ok((all.rank() == 0).then(whole));
         }
@@ -82,16 +82,27 @@ impl Rank<'_> {
         }
     }
 
-    /// To the ranks of all teams.
+    /// To all ranks.
     pub(super) fn all(&self) -> &dyn Comm {
-        self.team.as_ref().map_or(&*self.comm, |team| &*team.all)
+        let of_teams = || self.team.as_ref().map_or(&*self.comm, |team| &*team.all);
+        self.pipe.as_ref().map_or_else(of_teams, |pipe| &*pipe.all)
+    }
+
+    /// To those that have other parts of the model: of its layers, and other layers.
+    pub(super) fn parts(&self) -> impl Iterator<Item = &dyn Comm> {
+        let (team, pipe) = (self.team.as_ref(), self.pipe.as_ref());
+        team.map(|team| &*team.comm).into_iter().chain(pipe.map(|pipe| &*pipe.comm))
+    }
+
+    /// The sum of what each part of the model has.
+    pub(super) fn sum_over_parts(&self, own: f64) -> Result<f64> {
+        self.parts().try_fold(own, |sum, comm| Ok(comm.all_gather(&[sum])?.iter().sum()))
     }
 
     /// What every rank tells of its part of a checkpoint: those of one place first, and then their places.
     pub(super) fn gather_told(&self) -> Result<Vec<Vec<u8>>> {
         let alike = self.comm.all_gather_bytes(&self.saver.tell())?;
-        let Some(team) = &self.team else { return Ok(alike) };
-        Ok(team.comm.all_gather_bytes(&Saver::told_by_all(&alike))?)
+        self.parts().try_fold(alike, |told, comm| Ok(comm.all_gather_bytes(&Saver::told_by_all(&told))?))
     }
 }
 

@@ -17,6 +17,7 @@ mod diloco;
 mod divided;
 mod methods;
 mod mishaps;
+mod pipelines;
 mod teams;
 
 const STEPS: u64 = 6;
@@ -75,6 +76,7 @@ fn context<'a>(store: &Arc<dyn Store>, run: &str, stop: &'a AtomicBool) -> Conte
         run: run.into(),
         n_ranks: 1,
         n_team: 1,
+        n_stages: 1,
         hosts: Vec::new(),
         after: None,
         zero: Zero::Nothing,

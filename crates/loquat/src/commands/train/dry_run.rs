@@ -7,7 +7,7 @@ use tensor::Pool;
 use train::{Plan, Zero};
 
 use super::cluster::{Cluster, Work};
-use super::memory::{Needs, RanksHere};
+use super::memory::{Needs, Pipelines, RanksHere};
 use super::plan::{self, Planned};
 use crate::args;
 use crate::machine::{bytes_text, count_text, memory_available, process_memory_left};
@@ -98,8 +98,12 @@ fn tell_here(plan: &Plan, needs: &Needs, args: &args::Train) -> Result<()> {
         println!("memory     {:>9} activations with --recompute", bytes_text(needs.recomputed));
     }
     println!(
-        "layout     data parallel on {} rank(s) of this machine{}, each with {}; {}",
+        "layout     data parallel on {} rank(s) of this machine{}{}, each with {}; {}",
         args.ranks,
+        match args.distributed.pp {
+            1 => String::new(),
+            n => format!(", in pipelines of {n} stages"),
+        },
         if args.distributed.tp > 1 {
             format!(", {} of which share a model", args.distributed.tp)
         } else {
@@ -113,14 +117,36 @@ fn tell_here(plan: &Plan, needs: &Needs, args: &args::Train) -> Result<()> {
         },
         if plan.bf16 { "products in bf16, sums and weights in f32" } else { "f32" }
     );
-    if args.ranks > args.distributed.tp {
+    if args.ranks > args.distributed.tp && args.distributed.pp == 1 {
         for stage in 0..=3 {
             let ranks = RanksHere { stage, ..RanksHere::of(args, None) };
             let of_rank = Needs::new(plan, ranks, args.recompute)?.of_rank;
             println!("memory     {:>9} of each rank with --zero {stage}", bytes_text(of_rank));
         }
     }
+    for pipelines in &needs.pipelines {
+        let Pipelines { stages, of_rank, .. } = *pipelines;
+        println!(
+            "memory     {:>9} of the fullest rank with --pp {stages}, whose stages wait {:.0} % of a step",
+            bytes_text(of_rank),
+            100.0 * waits(plan, args.ranks, stages)
+        );
+    }
+    if args.distributed.pp > 1 {
+        println!(
+            "pipeline   stages wait {:.0} % of a step: {} of them, {} micro-batches each",
+            100.0 * waits(plan, args.ranks, args.distributed.pp),
+            args.distributed.pp,
+            plan.micro_batches * args.distributed.pp * args.distributed.tp / args.ranks.max(1)
+        );
+    }
     Ok(())
+}
+
+/// Which part of a step the stages of pipelines wait.
+fn waits(plan: &Plan, n_ranks: usize, n_stages: usize) -> f64 {
+    let n_pipelines = (n_ranks / n_stages).max(1);
+    train::bubble(n_stages, (plan.micro_batches / n_pipelines).max(1))
 }
 
 /// Seconds of a step, and whether they were measured.
@@ -186,9 +212,6 @@ fn tell_cluster(cluster: &Cluster, plan: &Plan, config: &Config) -> Result<()> {
         plan.tokens_per_step() as f64 / layout.step_seconds,
         100.0 * flops / layout.step_seconds / (n as f64 * cluster.tflops * 1e12)
     );
-    println!(
-        "           Only planned: this build trains data-parallel on the ranks of one machine. The numbers are a model's, \
-         not measurements."
-    );
+    println!("           Only planned. The numbers are a model's, not measurements.");
     Ok(())
 }

@@ -1,8 +1,8 @@
 //! What a run takes of memory, by kind, before it takes any.
 
 use anyhow::{Result, bail};
-use model::{TrainModel, Trainable};
-use train::{Method, Plan, Zero};
+use model::{Config, Stage, TrainModel, Trainable};
+use train::{Method, Plan, RankBytes, Zero};
 
 use super::launch::Launched;
 use crate::args;
@@ -20,6 +20,8 @@ pub(super) struct RanksHere {
     pub(super) stage: u8,
     /// So many of them compute one model together.
     pub(super) team: usize,
+    /// They form pipelines of so many stages.
+    pub(super) stages: usize,
 }
 
 /// Bytes by kind, in the order of the list that is shown.
@@ -33,34 +35,129 @@ pub(super) struct Needs {
     /// What the first rank takes, which takes most.
     pub(super) of_rank: u64,
     ranks: RanksHere,
-    /// What would be taken with each stage, of the machine and of a process.
+    /// What would be taken with each stage of ZeRO, of the machine and of a process.
     stages: [[u64; 2]; 4],
+    /// And in pipelines, where there could be some.
+    pub(super) pipelines: Vec<Pipelines>,
+}
+
+/// What would be taken in pipelines.
+pub(super) struct Pipelines {
+    pub(super) stages: usize,
+    /// By the rank that takes most.
+    pub(super) of_rank: u64,
+    /// By the machine and by a process.
+    needs: [u64; 2],
 }
 
 impl RanksHere {
     /// As they were started, or as `args` would start them.
     pub(super) fn of(args: &args::Train, launched: Option<&Launched>) -> RanksHere {
-        let (stage, team) = (args.distributed.zero, args.distributed.tp);
+        let (stage, team, stages) = (args.distributed.zero, args.distributed.tp, args.distributed.pp);
         match launched {
             Some(launched) => {
-                RanksHere { all: launched.n_ranks, of_machine: launched.n_local, of_process: 1, stage, team }
+                let (all, of_machine) = (launched.n_ranks, launched.n_local);
+                RanksHere { all, of_machine, of_process: 1, stage, team, stages }
             }
             None => {
                 let (n, hosts) = (args.ranks, args.distributed.hosts.len().max(1));
                 let of_process = if args.distributed.launch.is_some() { 1 } else { n };
-                RanksHere { all: n, of_machine: n.div_ceil(hosts), of_process, stage, team }
+                RanksHere { all: n, of_machine: n.div_ceil(hosts), of_process, stage, team, stages }
             }
         }
+    }
+}
+
+/// What one rank takes.
+struct OfRank {
+    bytes: RankBytes,
+    /// As they are, and where layers are computed again.
+    activations: [u64; 2],
+    /// Of the first of all, for samples.
+    copy: u64,
+    recompute: bool,
+}
+
+impl OfRank {
+    fn activations(&self) -> u64 {
+        self.activations[usize::from(self.recompute)]
+    }
+
+    fn most(&self) -> u64 {
+        self.bytes.most(self.activations(), self.copy)
+    }
+
+    fn steps(&self) -> u64 {
+        let RankBytes { gradients, travelling, checkpoint, .. } = self.bytes;
+        gradients + travelling + checkpoint + self.copy
+    }
+}
+
+/// A plan on ranks that divide it in some way.
+struct Divided<'a> {
+    plan: &'a Plan,
+    /// What one of a team has, as if the model were smaller.
+    part: Config,
+    stages: Vec<Stage>,
+    ranks: RanksHere,
+    recompute: bool,
+}
+
+impl Divided<'_> {
+    fn new(plan: &Plan, ranks: RanksHere, recompute: bool) -> Result<Divided<'_>> {
+        let part = plan.config()?.part_of(ranks.team)?;
+        let stages = Stage::divide(&part, plan.context, ranks.stages)?;
+        Ok(Divided { plan, part, stages, ranks, recompute })
+    }
+
+    /// What the first `n` ranks take with a stage of ZeRO.
+    fn of(&self, zero: u8, n: usize) -> Result<Vec<OfRank>> {
+        (0..n).map(|rank| self.of_rank(zero, rank)).collect()
+    }
+
+    fn of_rank(&self, zero: u8, rank: usize) -> Result<OfRank> {
+        let RanksHere { team, all, .. } = self.ranks;
+        let (n_stages, part) = (self.stages.len(), &self.part);
+        let (stage, data, n_data) =
+            (rank / team % n_stages, rank / team / n_stages, (all / team / n_stages).max(1));
+        let of = &self.stages[stage];
+        let zero = Zero::of_stage(zero).unwrap_or_default();
+        let n_flights = match of.is_last() {
+            true => 1,
+            false => train::in_flight([stage, n_stages], self.plan.micro_batches / n_data),
+        };
+        let rows = [self.plan.rows, self.plan.context];
+        let activations = [false, true].map(|recompute| {
+            TrainModel::activation_bytes_of((part, of), rows, (recompute, n_flights)).total() as u64
+        });
+        let is_first = rank == 0;
+        Ok(OfRank {
+            bytes: self.plan.rank_bytes(of, [data, n_data], team, zero)?,
+            activations,
+            copy: if is_first { self.plan.copy_bytes()? } else { 0 },
+            recompute: self.recompute,
+        })
     }
 }
 
 impl Needs {
     /// Of the ranks of this machine.
     pub(super) fn new(plan: &Plan, ranks: RanksHere, recompute: bool) -> Result<Needs> {
+        let mut needs = Needs::of(plan, ranks, recompute)?;
+        let is_plain = plan.method == Method::Full && !plan.objective.is_of_pairs() && plan.diloco.is_none();
+        let is_one = ranks.team == 1 && ranks.stages == 1 && is_plain;
+        let n_layers = plan.config()?.n_layers;
+        let of_pipeline = |n: &usize| is_one && *n <= n_layers && ranks.all.is_multiple_of(*n);
+        for stages in (1..usize::BITS).map(|i| 1 << i).take_while(|n| *n <= ranks.all).filter(of_pipeline) {
+            let of = Needs::of(plan, RanksHere { stages, stage: 0, ..ranks }, recompute)?;
+            needs.pipelines.push(Pipelines { stages, of_rank: of.of_rank, needs: of.stages[0] });
+        }
+        Ok(needs)
+    }
+
+    fn of(plan: &Plan, ranks: RanksHere, recompute: bool) -> Result<Needs> {
         let config = plan.config()?;
-        // What one of a team has is as if the model were smaller.
-        let part = config.part_of(ranks.team)?;
-        let n_teams = (ranks.all / ranks.team).max(1);
+        let divided = Divided::new(plan, ranks, recompute)?;
         let changes = match &plan.method {
             Method::Full => None,
             Method::Lora { changes, .. } => Some(changes),
@@ -68,47 +165,49 @@ impl Needs {
         // A model that is trained in full is not kept as it was, unless preferences compare with it.
         let is_kept = plan.start.is_some() && (changes.is_some() || plan.objective.is_of_pairs());
         let n_frozen = if is_kept { config.n_params() } else { 0 };
-        let activations = |recompute| {
-            TrainModel::activation_bytes(&part, [plan.rows, plan.context], recompute).total() as u64
-        };
         let (here, frozen) = (ranks.of_machine as u64, 4 * n_frozen as u64);
-        let copy = plan.copy_bytes()?;
         // Threads share the model that they start from.
         let frozen_here = frozen * here / ranks.of_process.max(1) as u64;
-        let of = |stage: u8, rank: usize| {
-            plan.rank_bytes([rank, n_teams], ranks.team, Zero::of_stage(stage).unwrap_or_default())
-        };
         let mut stages = [[0; 2]; 4];
         for (stage, most) in (0..=3).zip(&mut stages) {
-            let first = of(stage, 0)?.most(activations(recompute), copy);
-            let other = of(stage, n_teams - 1)?.most(activations(recompute), 0);
-            let of = |n: u64| first + (n - 1) * other;
+            if stage == 3 && ranks.stages > 1 {
+                // Parameters of stages are not divided in another way: a run that asks for it is refused.
+                *most = [u64::MAX; 2];
+                continue;
+            }
+            let of_ranks = divided.of(stage, ranks.of_machine.max(ranks.of_process))?;
+            let of = |n: usize| of_ranks.iter().take(n).map(OfRank::most).sum::<u64>();
             *most = [
-                of(here) + frozen_here + here * PROGRAM_BYTES,
-                of(ranks.of_process as u64) + frozen + PROGRAM_BYTES,
+                of(ranks.of_machine) + frozen_here + here * PROGRAM_BYTES,
+                of(ranks.of_process) + frozen + PROGRAM_BYTES,
             ];
         }
-        let (first, other) = (of(ranks.stage, 0)?, of(ranks.stage, n_teams - 1)?);
-        let steps = first.gradients + first.travelling + first.checkpoint + copy;
+        let of_ranks = divided.of(ranks.stage, ranks.of_machine)?;
+        let sum = |part: &dyn Fn(&OfRank) -> u64| of_ranks.iter().map(part).sum::<u64>();
+        let most = of_ranks.iter().map(OfRank::most).max().unwrap_or(0);
         Ok(Needs {
             kinds: vec![
-                ("parameters", first.parameters + (here - 1) * other.parameters),
+                ("parameters", sum(&|of| of.bytes.parameters)),
                 ("the model it starts from", frozen_here),
-                ("gradients", first.gradients + (here - 1) * other.gradients),
-                ("on the way between ranks", first.travelling + (here - 1) * other.travelling),
-                ("optimizer", first.optimizer + (here - 1) * other.optimizer),
-                ("activations", here * activations(recompute)),
-                ("checkpoint being written", first.checkpoint + (here - 1) * other.checkpoint),
-                ("copies for samples and tasks", copy),
-                ("more, for the finished model's file", first.publication.saturating_sub(steps)),
+                ("gradients", sum(&|of| of.bytes.gradients)),
+                ("on the way between ranks", sum(&|of| of.bytes.travelling)),
+                ("optimizer", sum(&|of| of.bytes.optimizer)),
+                ("activations", sum(&OfRank::activations)),
+                ("checkpoint being written", sum(&|of| of.bytes.checkpoint)),
+                ("copies for samples and tasks", sum(&|of| of.copy)),
+                (
+                    "more, for the finished model's file",
+                    sum(&|of| of.bytes.publication.saturating_sub(of.steps())),
+                ),
                 ("the program", here * PROGRAM_BYTES),
             ],
-            recomputed: here * activations(true),
+            recomputed: sum(&|of| of.activations[1]),
             n_trained: Trainable::n_trained(&config, changes)?,
             n_frozen,
-            of_rank: first.most(activations(recompute), copy) + frozen + PROGRAM_BYTES,
+            of_rank: most + frozen + PROGRAM_BYTES,
             ranks,
             stages,
+            pipelines: Vec::new(),
         })
     }
 
@@ -128,7 +227,10 @@ impl Needs {
         let advice = match self.stages.iter().position(fits) {
             Some(stage) if self.ranks.all > 1 => format!("it would fit with --zero {stage}; or "),
             _ if self.ranks.all == 1 => "--zero 3 divides it among several --ranks; or ".to_owned(),
-            _ => String::new(),
+            _ => match self.pipelines.iter().find(|pipelines| fits(&pipelines.needs)) {
+                Some(pipelines) => format!("it would fit with --pp {}; or ", pipelines.stages),
+                None => String::new(),
+            },
         };
         let (need, left) = (self.stages[stage][which], left[which].unwrap_or_default());
         let (need, left) = (bytes_text(need), bytes_text(left));

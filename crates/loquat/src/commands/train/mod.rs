@@ -77,6 +77,7 @@ pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
         run: run.to_owned(),
         n_ranks,
         n_team: args.distributed.tp,
+        n_stages: args.distributed.pp,
         hosts: member.as_ref().map_or(Vec::new(), |member| member.hosts.clone()),
         after: std::env::var(AFTER).ok(),
         zero: zero(args),

@@ -92,7 +92,7 @@ pub(super) fn plan(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<
     plan.check()?;
     // (Processes are told how many there are by who starts them, and the run checks that.)
     if args.ranks > 1 {
-        plan.check_teams(args.ranks, args.distributed.tp)?;
+        plan.check_teams(args.ranks, [args.distributed.tp, args.distributed.pp])?;
     }
     Ok(Planned { plan, weights, files: start.map(|(_, files)| files), task_files, datasets })
 }

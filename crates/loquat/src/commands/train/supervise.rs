@@ -92,7 +92,8 @@ impl Supervisor<'_> {
     fn n_ranks(&self, n_hosts: usize) -> usize {
         let (asked, hosts) = (self.args.ranks, self.args.distributed.hosts.len());
         let possible = if hosts == 0 { asked } else { (asked.div_ceil(hosts) * n_hosts).min(asked) };
-        let n_team = self.args.distributed.tp;
+        // That compute one model together.
+        let n_team = self.args.distributed.tp * self.args.distributed.pp;
         let can_share = |n: usize| match self.wants_nodes {
             true => comm::tree::are_nodes(self.n_parts, n),
             false => n <= self.n_parts,
