@@ -196,7 +196,7 @@ mod tests {
 
     /// A row of a matrix, columns of another, a range behind them.
     fn stripes() -> Stripes {
-        let mut stripes = Stripes::of_ranges(&[5..8]);
+        let mut stripes = Stripes::of_ranges(std::slice::from_ref(&(5..8)));
         stripes.push(Stripe::new(20, 3, [4, 10]));
         stripes.push(Stripe::new(70, 4, [2, 4]));
         stripes

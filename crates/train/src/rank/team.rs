@@ -77,7 +77,8 @@ impl Rank<'_> {
         let mut end = 0;
         move |values: &mut [f32]| {
             end += values.len();
-            kept.cut(std::slice::from_ref(&(end - values.len()..end))).take(&self.state.params, values);
+            let next = end - values.len()..end;
+            kept.cut(std::slice::from_ref(&next)).take(&self.state.params, values);
         }
     }
 
