@@ -117,11 +117,17 @@ fn tell_here(plan: &Plan, needs: &Needs, args: &args::Train) -> Result<()> {
         },
         if plan.bf16 { "products in bf16, sums and weights in f32" } else { "f32" }
     );
-    if args.ranks > args.distributed.tp && args.distributed.pp == 1 {
-        for stage in 0..=3 {
-            let ranks = RanksHere { stage, ..RanksHere::of(args, None) };
-            let of_rank = Needs::new(plan, ranks, args.recompute)?.of_rank;
-            println!("memory     {:>9} of each rank with --zero {stage}", bytes_text(of_rank));
+    for product in needs.products.iter().filter(|_| args.ranks > 1) {
+        println!("memory     {:>9} of each rank with {}", bytes_text(product.of_rank), product.flags());
+    }
+    if args.ranks > 1 && !needs.products.is_empty() {
+        match needs.choice([memory_available(), process_memory_left()]) {
+            Some(product) => println!(
+                "choice     {}: of what fits the ranks send each other least so; {} of each rank",
+                product.flags(),
+                bytes_text(product.of_rank)
+            ),
+            None => println!("choice     nothing fits on {} ranks: take more of them", args.ranks),
         }
     }
     for pipelines in &needs.pipelines {
@@ -159,7 +165,7 @@ fn step_seconds(
     let plan = &planned.plan;
     let flops = plan.config()?.flops_per_token_train(plan.context) * plan.tokens_per_step() as f64;
     let assumed = flops / (SHARE_ASSUMED * peak);
-    let fits = memory_available().is_none_or(|left| needs.total() < left);
+    let fits = needs.check(memory_available(), process_memory_left()).is_ok();
     if !fits || assumed / plan.micro_batches as f64 > TRIAL_SECONDS_MAX {
         return Ok((assumed, false));
     }

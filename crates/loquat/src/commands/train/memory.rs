@@ -39,6 +39,18 @@ pub(super) struct Needs {
     stages: [[u64; 2]; 4],
     /// And in pipelines, where there could be some.
     pub(super) pipelines: Vec<Pipelines>,
+    /// And in teams of other sizes, with each stage of ZeRO.
+    pub(super) products: Vec<Product>,
+}
+
+/// What would be taken in teams of so many ranks, with a stage of ZeRO.
+pub(super) struct Product {
+    pub(super) team: usize,
+    pub(super) zero: u8,
+    /// By the rank that takes most.
+    pub(super) of_rank: u64,
+    /// By the machine and by a process.
+    needs: [u64; 2],
 }
 
 /// What would be taken in pipelines.
@@ -152,7 +164,32 @@ impl Needs {
             let of = Needs::of(plan, RanksHere { stages, stage: 0, ..ranks }, recompute)?;
             needs.pipelines.push(Pipelines { stages, of_rank: of.of_rank, needs: of.stages[0] });
         }
+        needs.products = match is_plain && plan.muon.is_none() && ranks.stages == 1 {
+            true => Needs::products(plan, ranks, recompute)?,
+            false => Vec::new(),
+        };
         Ok(needs)
+    }
+
+    /// Of the same ranks, those first that send each other least: sums of every layer cost more than what ZeRO sends.
+    fn products(plan: &Plan, ranks: RanksHere, recompute: bool) -> Result<Vec<Product>> {
+        let config = plan.config()?;
+        let is_team = |n: &usize| ranks.all.is_multiple_of(*n) && config.part_of(*n).is_ok();
+        let mut products = Vec::new();
+        for team in (0..usize::BITS).map(|i| 1 << i).take_while(|n| *n <= ranks.all).filter(is_team) {
+            let n_zeros = if ranks.all > team { 4 } else { 1 };
+            for zero in 0..n_zeros {
+                let of = Needs::of(plan, RanksHere { team, stage: zero, ..ranks }, recompute)?;
+                let needs = of.stages[usize::from(zero)];
+                products.push(Product { team, zero, of_rank: of.of_rank, needs });
+            }
+        }
+        Ok(products)
+    }
+
+    /// Of all products the one that sends least of those that fit.
+    pub(super) fn choice(&self, left: [Option<u64>; 2]) -> Option<&Product> {
+        self.products.iter().find(|product| fits(&product.needs, left))
     }
 
     fn of(plan: &Plan, ranks: RanksHere, recompute: bool) -> Result<Needs> {
@@ -208,6 +245,7 @@ impl Needs {
             ranks,
             stages,
             pipelines: Vec::new(),
+            products: Vec::new(),
         })
     }
 
@@ -219,17 +257,16 @@ impl Needs {
     pub(super) fn check(&self, machine: Option<u64>, process: Option<u64>) -> Result<()> {
         let stage = usize::from(self.ranks.stage);
         let left = [machine, process];
-        let is_short = |needs: &[u64; 2], which: usize| left[which].is_some_and(|left| needs[which] > left);
-        let Some(which) = [0, 1].into_iter().find(|which| is_short(&self.stages[stage], *which)) else {
-            return Ok(());
-        };
-        let fits = |needs: &[u64; 2]| !is_short(needs, 0) && !is_short(needs, 1);
+        let is_short = |which: &usize| left[*which].is_some_and(|left| self.stages[stage][*which] > left);
+        let Some(which) = [0, 1].into_iter().find(is_short) else { return Ok(()) };
+        let fits = |needs: &[u64; 2]| fits(needs, left);
         let advice = match self.stages.iter().position(fits) {
             Some(stage) if self.ranks.all > 1 => format!("it would fit with --zero {stage}; or "),
             _ if self.ranks.all == 1 => "--zero 3 divides it among several --ranks; or ".to_owned(),
-            _ => match self.pipelines.iter().find(|pipelines| fits(&pipelines.needs)) {
-                Some(pipelines) => format!("it would fit with --pp {}; or ", pipelines.stages),
-                None => String::new(),
+            _ => match (self.pipelines.iter().find(|pipelines| fits(&pipelines.needs)), self.choice(left)) {
+                (Some(pipelines), _) => format!("it would fit with --pp {}; or ", pipelines.stages),
+                (None, Some(product)) => format!("it would fit with {}; or ", product.flags()),
+                (None, None) => String::new(),
             },
         };
         let (need, left) = (self.stages[stage][which], left[which].unwrap_or_default());
@@ -248,4 +285,16 @@ impl Needs {
         let there = self.kinds.iter().filter(|(_, bytes)| *bytes > 0);
         there.map(|(kind, bytes)| format!("{kind} {}", bytes_text(*bytes))).collect::<Vec<_>>().join(", ")
     }
+}
+
+impl Product {
+    pub(super) fn flags(&self) -> String {
+        let Product { team, zero, .. } = *self;
+        if team == 1 { format!("--zero {zero}") } else { format!("--tp {team} --zero {zero}") }
+    }
+}
+
+/// Whether so much of the machine and of a process is left, where that is known.
+fn fits(needs: &[u64; 2], left: [Option<u64>; 2]) -> bool {
+    needs.iter().zip(left).all(|(need, left)| left.is_none_or(|left| *need <= left))
 }

@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use super::{Hosts, Runs, path_with};
 
 /// Of 12.9 million parameters, most of them in layers: 52 MB for a vector of them.
-const LARGE: &str = r#"{"model_type": "llama", "num_hidden_layers": 16, "hidden_size": 256, "num_attention_heads": 4,
+pub(super) const LARGE: &str = r#"{"model_type": "llama", "num_hidden_layers": 16, "hidden_size": 256, "num_attention_heads": 4,
     "num_key_value_heads": 4, "intermediate_size": 704, "vocab_size": 512, "rms_norm_eps": 1e-5,
     "tie_word_embeddings": true, "max_position_embeddings": 32}"#;
 

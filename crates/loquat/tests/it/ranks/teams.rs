@@ -73,3 +73,22 @@ fn a_killed_team_goes_on_in_another_layout() {
     assert!(first >= 5, "it goes on from a checkpoint: {told}");
     assert_near(&whole[first..first + 20], &went_on[..20]);
 }
+
+/// What every product of teams and ZeRO takes is told, and the one chosen that sends least of those that fit: here all do.
+#[test]
+fn the_planner_chooses_a_product_that_fits() {
+    let Some(runs) = Runs::prepared() else { return };
+    std::fs::write(runs.home.path().join("config.json"), super::divided::LARGE).unwrap();
+    let extra = "--dry-run --launch mpi --ranks 4";
+    let told = runs.must_run("large", 3, extra);
+    let of_rank = |flags: &str| -> f64 {
+        let line = told.lines().find(|line| line.ends_with(&format!(" of each rank with {flags}")));
+        let line = line.unwrap_or_else(|| panic!("nothing of {flags}: {told}"));
+        assert!(line.contains(" MB "), "{line}");
+        line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() * 1e6
+    };
+    let [zero, three, both] = ["--zero 0", "--zero 3", "--tp 2 --zero 3"].map(of_rank);
+    let [two, four] = ["--tp 2 --zero 0", "--tp 4 --zero 0"].map(of_rank);
+    assert!(three < zero && two < zero && four < two && both < two, "{told}");
+    assert!(told.contains("choice     --zero 0"), "all of it fits: {told}");
+}
