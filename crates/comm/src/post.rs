@@ -404,7 +404,7 @@ impl Post {
         if self.posted.progress.elapsed() < self.limit {
             return Ok(true);
         }
-        let missing = vec![first.peer];
+        let missing = vec![self.numbers[first.peer]];
         Err(self.timed_out("post", missing))
     }
 
