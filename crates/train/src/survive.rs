@@ -2,7 +2,7 @@
 //!
 //! That takes ranks that each have the whole state. What is lost is the step that was under way: of the ranks that are left
 //! some may have finished it and some not, and never differ by more, since no step ends without a word from all. Those that
-//! are behind get the state of one that is not. As many go on as can share a step's micro-batches evenly; the others are
+//! are behind get the state of one that is not. As many go on as can each sum a node of the step's micro-batches; the others are
 //! spare, and take the place of the next ones that are lost.
 
 use comm::{Comm, CommError, MpiComm};
@@ -91,7 +91,9 @@ fn regroup(plan: &Plan, comm: &mut MpiComm, kept: &mut Kept) -> Result<Option<us
     comm.regroup()?;
     let all = tell(comm, &Told::of(kept))?;
     kept.ended = all.iter().find_map(|told| told.ended);
-    let n_ranks = (1..=all.len()).rev().find(|n| plan.check_ranks(*n).is_ok()).unwrap_or(1);
+    // Other numbers of ranks divide what the optimizer remembers (`Layout`).
+    let keep_all = |n: &usize| comm::tree::are_nodes(plan.parts(), *n);
+    let n_ranks = (1..=all.len()).rev().find(keep_all).unwrap_or(1);
     let Some(newest) = all.iter().filter_map(|told| told.step).max() else { return Ok(None) };
     if kept.ended.is_none() {
         bring(comm, (&all[..], newest, n_ranks), kept)?;

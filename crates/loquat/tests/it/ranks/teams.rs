@@ -52,7 +52,8 @@ fn what_four_processes_write_one_two_and_three_read() {
         std::fs::remove_dir_all(newest).unwrap();
         let went_on = losses(&runs.must_run(&run, 12, then));
         let first = one.len() - went_on.len();
-        assert!(first == 5 || first == 10, "{run} goes on from step {first}");
+        // One that was due while another was written comes later.
+        assert!((5..12).contains(&first), "{run} goes on from step {first}");
         assert_near(&one[first..], &went_on);
     }
 }
