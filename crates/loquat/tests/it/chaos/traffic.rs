@@ -18,7 +18,7 @@ pub(super) struct Asked {
     pub(super) at: Instant,
     /// Of the gateway.
     pub(super) address: String,
-    took: Duration,
+    pub(super) took: Duration,
     end: End,
 }
 

@@ -90,7 +90,11 @@ impl Verdict<'_> {
         let end = self.asked.last().unwrap().at;
         for (i, (at, fault)) in self.faults.iter().enumerate() {
             let until = self.faults.get(i + 1).map_or(end, |(next, _)| *next);
-            let after = || self.asked.iter().filter(|one| one.at >= *at && one.at < until);
+            // One that was under way when the next fault came is that one's.
+            let failed = || {
+                let failed = self.asked.iter().filter(|one| !one.is_whole());
+                failed.filter(|one| (*at..until).contains(&(one.at + one.took)))
+            };
             if until.duration_since(*at) < RECOVERED_MAX + WINDOW {
                 continue;
             }
@@ -100,7 +104,7 @@ impl Verdict<'_> {
             let is_well = |k: &usize| slowness[*k..].iter().take(2).all(|p99| *p99 <= self.bound);
             let well = (0..slowness.len()).find(is_well);
             let mut failures = BTreeMap::<&str, usize>::new();
-            for one in after().filter(|one| !one.is_whole()) {
+            for one in failed() {
                 *failures.entry(&one.address).or_default() += 1;
             }
             let n_failed: usize = failures.values().sum();
@@ -113,8 +117,7 @@ impl Verdict<'_> {
             if well.is_none_or(|k| k as u32 * WINDOW > RECOVERED_MAX) {
                 wrong.push(format!("{fault:?}: too late as before: {slowness:?}"));
             }
-            let late: Vec<_> =
-                after().filter(|one| one.at > *at + RECOVERED_MAX && !one.is_whole()).collect();
+            let late: Vec<_> = failed().filter(|one| one.at > *at + RECOVERED_MAX).collect();
             if !late.is_empty() {
                 wrong.push(format!("{fault:?}: failures long after it: {late:?}"));
             }
@@ -127,7 +130,7 @@ impl Verdict<'_> {
                 Fault::Replica | Fault::Host => n_failed <= 2 * CLIENTS,
             };
             if !is_right {
-                let all: Vec<_> = after().filter(|one| !one.is_whole()).collect();
+                let all: Vec<_> = failed().collect();
                 wrong.push(format!("{fault:?} reached whom it should not: {all:?}"));
             }
         }
