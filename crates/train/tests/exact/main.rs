@@ -119,6 +119,20 @@ fn carry_out_as(
     (outcome.unwrap(), events)
 }
 
+/// Until a step, with no checkpoint that fails.
+fn carry_out_until(context: &Context, stop: &AtomicBool, until: Option<u64>) -> Outcome {
+    let outcome = train::run(context, &mut |event| {
+        if matches!(event, Event::Step(s) if Some(s.step) == until) {
+            stop.store(true, Ordering::Relaxed);
+        }
+        assert!(
+            !matches!(event, Event::CheckpointFailed { .. } | Event::CheckpointRefused { .. }),
+            "{event:?}"
+        );
+    });
+    outcome.unwrap()
+}
+
 /// The published weights, and the losses that the metrics log holds.
 fn results(store: &Arc<dyn Store>, run: &str) -> (Vec<u8>, Vec<(u64, u64)>) {
     let weights = Bundle::open(store, "models/tiny").unwrap().unwrap().read("model.safetensors").unwrap();

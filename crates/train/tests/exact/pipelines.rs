@@ -1,12 +1,12 @@
 //! Ranks that form pipelines: the bytes of one rank, on any number of stages and pipelines, stopped and resumed or not.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use store::Store;
 use train::{Context, Diloco, Event, Muon, Outcome, Plan, Zero};
 
-use crate::{context, prepared, results, whole_run};
+use crate::{carry_out_until, context, prepared, results, whole_run};
 
 /// So many ranks, in pipelines of so many stages, until a step.
 #[derive(Clone, Copy)]
@@ -41,16 +41,7 @@ fn carry_out(store: &Arc<dyn Store>, run: &str, layout: Layout) -> Outcome {
     let recompute = n_ranks == 8;
     let of_model = Context { n_stages, n_team, zero, ..context(store, run, &stop) };
     let context = Context { n_ranks, recompute, n_threads: n_ranks, ..of_model };
-    let outcome = train::run(&context, &mut |event| {
-        if matches!(event, Event::Step(s) if Some(s.step) == until) {
-            stop.store(true, Ordering::Relaxed);
-        }
-        assert!(
-            !matches!(event, Event::CheckpointFailed { .. } | Event::CheckpointRefused { .. }),
-            "{event:?}"
-        );
-    });
-    outcome.unwrap()
+    carry_out_until(&context, &stop, until)
 }
 
 /// Weights and losses.

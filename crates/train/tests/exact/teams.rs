@@ -2,12 +2,12 @@
 //! of teams and whatever these divide, and checkpoints that any layout goes on from.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use store::{Bundle, Store};
-use train::{Context, Diloco, Error, Event, Muon, Outcome, Plan, Zero};
+use train::{Context, Diloco, Error, Muon, Outcome, Plan, Zero};
 
-use crate::{context, prepared, results, whole_run};
+use crate::{carry_out_until, context, prepared, results, whole_run};
 
 /// Of the losses of one rank; sums of four parts are rounded otherwise than one.
 const BOUND: f64 = 1e-4;
@@ -34,16 +34,7 @@ fn carry_out(store: &Arc<dyn Store>, run: &str, layout: &Layout) -> Outcome {
     let stop = AtomicBool::new(false);
     let Layout { n_ranks, n_team, zero, until } = *layout;
     let context = Context { n_ranks, n_team, zero, n_threads: n_ranks, ..context(store, run, &stop) };
-    let outcome = train::run(&context, &mut |event| {
-        if matches!(event, Event::Step(s) if Some(s.step) == until) {
-            stop.store(true, Ordering::Relaxed);
-        }
-        assert!(
-            !matches!(event, Event::CheckpointFailed { .. } | Event::CheckpointRefused { .. }),
-            "{event:?}"
-        );
-    });
-    outcome.unwrap()
+    carry_out_until(&context, &stop, until)
 }
 
 fn run_on(store: &Arc<dyn Store>, plan: &Plan, run: &str, layouts: &[Layout]) -> (Vec<u8>, Vec<(u64, u64)>) {

@@ -37,6 +37,16 @@ fn teams_of_processes_give_the_bytes_of_teams_of_threads() {
     }
 }
 
+#[test]
+fn teams_on_three_hosts_give_the_bytes_of_teams_of_threads() {
+    let (Some(runs), Some(hosts)) = (Runs::prepared(), Hosts::up("t")) else { return };
+    let layout = "--ranks 4 --tp 2 --zero 3";
+    runs.must_run("threads", 8, layout);
+    let status = hosts.command(&runs, "hosts", 8, layout).stdout(Stdio::null()).status().unwrap();
+    assert!(status.success(), "{status}");
+    assert!(runs.weights("hosts") == runs.weights("threads"), "two teams on 3 hosts");
+}
+
 /// A checkpoint of four processes, ZeRO 3 in teams of two: 1, 2 and 3 go on from it.
 #[test]
 fn what_four_processes_write_one_two_and_three_read() {
