@@ -139,6 +139,8 @@ pub enum Refusal {
     },
     /// Not as things are.
     Conflict(String),
+    /// Not now: what keeps the cluster's state cannot be written or reached. A sentence for clients, and the cause.
+    Unavailable(&'static str, Cause),
     Failed(Cause),
 }
 
@@ -191,6 +193,7 @@ impl From<Refusal> for ApiError {
                 ApiError::Invalid { param: param.unwrap_or_else(|| "body".to_owned()), message }
             }
             Refusal::Conflict(why) => ApiError::Conflict(sentence(&why)),
+            Refusal::Unavailable(why, cause) => ApiError::StateDown { why, detail: chain(cause.as_ref()) },
             Refusal::Failed(cause) => ApiError::internal(chain(cause.as_ref())),
         }
     }
