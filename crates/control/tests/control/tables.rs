@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use control::{
-    Ask, Control, Error, JobSpec, JobState, ModelKind, NodeLoad, NodeSpec, Project, Quota, Replica, Role,
-    Tables, Vacant,
+    Ask, Control, Error, JobSpec, ModelKind, NodeLoad, NodeSpec, Project, Quota, Replica, Role, Tables,
+    Vacant,
 };
 
 use crate::postgres::Postgres;
@@ -60,7 +60,7 @@ fn check(original: &Control, restored: &Control, key: &str) {
     // A machine of another id takes its name.
     let node = NodeSpec { name: "n1".to_owned(), machine: "y".to_owned(), cores: 4, ..NodeSpec::default() };
     restored.put_node(&node, &NodeLoad::default()).unwrap();
-    // Numbers go on, also after a row that was deleted before.
+    // Numbers go on.
     let last = original.list_jobs(1).unwrap()[0].id;
     assert!(restored.submit(&shell("new", "true", 0)).unwrap().job.id.0 > last.0);
 }
@@ -135,5 +135,5 @@ fn tables_that_cannot_be_are_refused_and_leave_nothing() {
         assert!(error.contains("cookies"), "{error}");
         Vacant::server(&url).unwrap();
     }
-    assert_eq!(original.list_jobs(9).unwrap().iter().filter(|job| job.state == JobState::Pending).count(), 1);
+    assert_eq!(original.tables().unwrap().to_json(), json.as_bytes(), "reading changes nothing");
 }
