@@ -8,6 +8,7 @@ mod diloco;
 mod divided;
 mod lost;
 mod pipelines;
+mod pods;
 mod teams;
 
 #[cfg(feature = "long")]
