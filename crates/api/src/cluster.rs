@@ -191,14 +191,9 @@ impl From<Refusal> for ApiError {
                 ApiError::Invalid { param: param.unwrap_or_else(|| "body".to_owned()), message }
             }
             Refusal::Conflict(why) => ApiError::Conflict(sentence(&why)),
-            Refusal::Failed(cause) => ApiError::internal(chain(cause.as_ref())),
+            Refusal::Failed(cause) => ApiError::internal(telemetry::chain(cause.as_ref())),
         }
     }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// Errors are written to be parts of sentences; clients read whole ones.
