@@ -41,6 +41,10 @@ pub enum Error {
         "database {database} has schema version {found}, written by a newer version of loquat; this one knows up to {known}"
     )]
     NewerSchema { database: String, found: i64, known: i64 },
+    #[error("the tables of the backup cannot be read: {why}")]
+    Tables { why: String },
+    #[error("database {database} is there already; a backup is restored into a new one")]
+    NotVacant { database: String },
     #[error("cannot bring database {database} to schema version {to}")]
     Migrate {
         database: String,
