@@ -24,6 +24,7 @@ use axum::Json;
 use axum::extract::{Extension, Path, Request, State};
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use telemetry::chain;
 
 use crate::body;
 use crate::error::{ApiError, Result};
@@ -197,11 +198,6 @@ impl From<Refusal> for ApiError {
             Refusal::Failed(cause) => ApiError::internal(chain(cause.as_ref())),
         }
     }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// Errors are written to be parts of sentences; clients read whole ones.

@@ -127,6 +127,8 @@ pub enum Error {
     },
     #[error("Slurm's {program} refuses: {why}")]
     Slurm { program: String, why: String },
+    #[error("Slurm does not answer its {program}: {why}")]
+    SlurmAway { program: String, why: String },
     #[error("Kubernetes refuses to {doing} {path}: {why}")]
     Kubernetes { doing: &'static str, path: String, why: String },
     #[error("Kubernetes cannot {doing} {path} now: {why}")]
@@ -156,7 +158,10 @@ pub enum Error {
 impl Error {
     /// Whether what starts processes is only not there at present: no job's fault, and not to be held against it.
     pub(crate) fn is_of_the_launcher(&self) -> bool {
-        matches!(self, Self::KubernetesBusy { .. } | Self::KubernetesUnreachable { .. })
+        matches!(
+            self,
+            Self::SlurmAway { .. } | Self::KubernetesBusy { .. } | Self::KubernetesUnreachable { .. }
+        )
     }
 
     /// The failure of a statement, sorted by what a person would do about it.

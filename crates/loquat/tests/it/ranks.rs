@@ -9,6 +9,8 @@ mod divided;
 mod lost;
 mod pipelines;
 mod pods;
+#[cfg(feature = "long")]
+mod slurm;
 mod teams;
 
 #[cfg(feature = "long")]
