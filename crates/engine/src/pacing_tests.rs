@@ -15,10 +15,10 @@ use crate::step_cost::StepWork;
 const BLOCK_TOKENS: usize = 16;
 const VOCAB: usize = 16;
 /// What two cores take for SmolLM2-135M: reading the weights, once a step; each token's way through them; for each row the
-/// keys and values before its end, 3 ms at 8,192 positions; and what each token sees of them, 2 ms there.
+/// keys and values before its end, 5 ms at 8,192 positions; and what each token sees of them, 2 ms there.
 const STEP_SECONDS: f64 = 5e-3;
 const TOKEN_SECONDS: f64 = 0.8e-3;
-const READ_SECONDS: f64 = 0.37e-6;
+const READ_SECONDS: f64 = 0.6e-6;
 const PAIR_SECONDS: f64 = 0.26e-6;
 /// One step in so many is held up by something else, for so long.
 const HELD_UP_EVERY: f64 = 300.0;
@@ -151,9 +151,9 @@ fn a_long_prompt_does_not_stall_running_streams() {
             time / alone(8000),
             time
         );
-        assert!(p99 < 2.95 * median, "seed {seed}: p99 {p99:.4} s, median without it {median:.4} s");
+        assert!(p99 < 3.0 * median, "seed {seed}: p99 {p99:.4} s, median without it {median:.4} s");
         // The prompt gets a good part of the machine all the same.
-        assert!(time < 2.8 * alone(8000), "seed {seed}: {time} s, alone {} s", alone(8000));
+        assert!(time < 3.2 * alone(8000), "seed {seed}: {time} s, alone {} s", alone(8000));
     }
 }
 
@@ -171,7 +171,6 @@ fn a_burst_of_prompts_is_read_at_nearly_full_speed() {
         burst.iter().for_each(|&id| machine.run_until_first_token(id));
         let mut first: Vec<_> = burst.iter().map(|id| machine.tokens_at[id][0] - arrival).collect();
         first.sort_by(f64::total_cmp);
-        eprintln!("median {:.2} and last {:.2} of alone", first[16] / alone, first[31] / alone);
         assert!(first[16] < 0.7 * alone, "median {:.2} s of {alone:.2} s", first[16]);
         assert!(first[31] < 1.35 * alone, "last {:.2} s of {alone:.2} s", first[31]);
     }

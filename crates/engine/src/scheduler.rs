@@ -62,8 +62,6 @@ pub(crate) struct Plan {
     pub(crate) rows: Vec<PlanRow>,
     /// The first rows: sequences that had one token to go.
     pub(crate) n_decodes: usize,
-    /// Sequences that have more than their next token to compute.
-    pub(crate) n_prompts: usize,
     /// To be done before anything is computed, in this order.
     pub(crate) copies: Vec<BlockCopy>,
     pub(crate) admitted: Vec<Admission>,
@@ -228,9 +226,8 @@ impl Scheduler {
         if plan.preempted.len() == n_gone {
             prompts.extend(self.admit(ready, &mut plan));
         }
-        plan.n_prompts = prompts.len();
         let n_read = plan.rows.iter().map(|row| row.start + 1).sum();
-        let crowd = Crowd { n_decodes: plan.n_decodes, n_prompts: plan.n_prompts, n_read };
+        let crowd = Crowd { n_decodes: plan.n_decodes, n_prompts: prompts.len(), n_read };
         let n_draft = self.plan_drafts(&mut plan);
         let mut budget = Budget {
             n_tokens: self.limits.max_batch_tokens - plan.n_decodes - n_draft,

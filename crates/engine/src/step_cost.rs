@@ -7,8 +7,6 @@ use crate::scheduler::Plan;
 pub struct StepWork {
     /// Sequences that get their next token.
     pub n_decodes: usize,
-    /// Sequences that have more than their next token to compute, whether the step holds some of them or not.
-    pub n_prompts: usize,
     /// Tokens of prompts, and guesses.
     pub n_prompt_tokens: usize,
     /// Positions whose keys and values are read, of all sequences together.
@@ -19,8 +17,7 @@ pub struct StepWork {
 
 impl StepWork {
     pub(crate) fn of(plan: &Plan) -> StepWork {
-        let mut work =
-            StepWork { n_decodes: plan.n_decodes, n_prompts: plan.n_prompts, ..StepWork::default() };
+        let mut work = StepWork { n_decodes: plan.n_decodes, ..StepWork::default() };
         let mut n_tokens = 0;
         for row in &plan.rows {
             n_tokens += row.n_tokens;

@@ -111,7 +111,7 @@ fn attend_spans<S: Simd, E: Cached>(
 const TOGETHER: usize = 3;
 
 /// See [`Span::ahead`].
-const AHEAD: usize = 4;
+const AHEAD: usize = 8;
 
 /// One span of a sequence.
 struct Span<'a, E> {
@@ -126,7 +126,8 @@ struct Span<'a, E> {
 impl<E: Cached> Span<'_, E> {
     /// The matrix that is read [`AHEAD`] matrices after number `i`: the keys of the span's blocks are read first, then
     /// their values, then the keys of the next span. Memory is asked for that much before it is used: the hardware's own
-    /// guesses end with a matrix, and 4 of 2 KiB are some 500 cycles of work for three queries, a trip to memory.
+    /// guesses end with a matrix, and 8 of 2 KiB are some 1,000 cycles of work for three queries, more than a trip to
+    /// memory. It is asked for to L2: L1 has places for few lines that are on their way, and would wait for one.
     #[inline(always)]
     fn ahead(&self, i: usize) -> &[E] {
         let (n, i) = (self.blocks.len(), i + AHEAD);
@@ -402,7 +403,7 @@ unsafe fn whole_blocks<S: Simd, E: Cached, const R: usize, const C: usize>(
         for pair in 0..n_blocks * PAIRS {
             let (b, k) = (pair / PAIRS, pair % PAIRS * 2);
             for r in 0..R {
-                s.prefetch(ahead[b][r].wrapping_add(k * width).cast());
+                s.prefetch_l2(ahead[b][r].wrapping_add(k * width).cast());
             }
             acc = row::<S, E, R, C, SPAN, false>(s, acc, rows[b], (k, width), w.add(2 * pair));
             acc = row::<S, E, R, C, SPAN, true>(s, acc, rows[b], (k, width), w.add(2 * pair + 1));
@@ -428,7 +429,7 @@ unsafe fn chains<S: Simd, E: Cached, const R: usize, const C: usize, const XK: u
     unsafe {
         for k in (0..n & !1).step_by(2) {
             for r in 0..R {
-                s.prefetch(ahead[r].wrapping_add(k * width).cast());
+                s.prefetch_l2(ahead[r].wrapping_add(k * width).cast());
             }
             acc = row::<S, E, R, C, XJ, false>(s, acc, rows, (k, width), x.add(k * XK));
             acc = row::<S, E, R, C, XJ, true>(s, acc, rows, (k, width), x.add((k + 1) * XK));
