@@ -24,6 +24,7 @@ use axum::Json;
 use axum::extract::{Extension, Path, Request, State};
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use telemetry::chain;
 
 use crate::body;
 use crate::error::{ApiError, Result};
@@ -139,6 +140,8 @@ pub enum Refusal {
     },
     /// Not as things are.
     Conflict(String),
+    /// Not now: what keeps the cluster's state cannot be written or reached. A sentence for clients, and the cause.
+    Unavailable(&'static str, Cause),
     Failed(Cause),
 }
 
@@ -191,14 +194,10 @@ impl From<Refusal> for ApiError {
                 ApiError::Invalid { param: param.unwrap_or_else(|| "body".to_owned()), message }
             }
             Refusal::Conflict(why) => ApiError::Conflict(sentence(&why)),
+            Refusal::Unavailable(why, cause) => ApiError::StateDown { why, detail: chain(cause.as_ref()) },
             Refusal::Failed(cause) => ApiError::internal(chain(cause.as_ref())),
         }
     }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// Errors are written to be parts of sentences; clients read whole ones.

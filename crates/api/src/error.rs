@@ -64,6 +64,8 @@ pub enum ApiError {
     Draining,
     #[error("The model is not available at the moment.")]
     EngineDown(String),
+    #[error("{why} Nothing was changed; models are served as before. Try again later.")]
+    StateDown { why: &'static str, detail: String },
     #[error("The server had an error while processing the request.")]
     Internal(String),
 }
@@ -96,7 +98,7 @@ impl ApiError {
             ContentType(_) | ContentEncoding(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Host(_) => StatusCode::MISDIRECTED_REQUEST,
             QueueFull { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Draining | EngineDown(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Draining | EngineDown(_) | StateDown { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -123,6 +125,7 @@ impl ApiError {
             Conflict(_) => Some("conflict"),
             QueueFull { .. } => Some("rate_limit_exceeded"),
             Draining | EngineDown(_) => Some("server_is_overloaded"),
+            StateDown { .. } => Some("state_unavailable"),
             _ => None,
         }
     }
@@ -139,7 +142,9 @@ impl ApiError {
     fn retry_after(&self) -> Option<Duration> {
         match self {
             ApiError::QueueFull { retry_after } => Some(*retry_after),
-            ApiError::Draining | ApiError::EngineDown(_) => Some(Duration::from_secs(5)),
+            ApiError::Draining | ApiError::EngineDown(_) | ApiError::StateDown { .. } => {
+                Some(Duration::from_secs(5))
+            }
             _ => None,
         }
     }
@@ -158,6 +163,9 @@ impl ApiError {
     pub(crate) fn log(&self) {
         match self {
             ApiError::Internal(detail) => tracing::error!(detail, "the request failed"),
+            ApiError::StateDown { detail, .. } => {
+                tracing::error!(detail, "the cluster's state is not available")
+            }
             ApiError::EngineDown(detail) => tracing::error!(detail, "the engine is not available"),
             _ => tracing::debug!(error = %self, status = self.status().as_u16(), "the request was refused"),
         }
@@ -187,7 +195,10 @@ impl ApiError {
     /// What the SDKs should do where the status alone would mislead them: a body that came too slowly will again.
     fn should_retry(&self) -> Option<bool> {
         match self {
-            ApiError::QueueFull { .. } | ApiError::Draining | ApiError::EngineDown(_) => Some(true),
+            ApiError::QueueFull { .. }
+            | ApiError::Draining
+            | ApiError::EngineDown(_)
+            | ApiError::StateDown { .. } => Some(true),
             ApiError::BodyTimeout(_) => Some(false),
             _ => None,
         }

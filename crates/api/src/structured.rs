@@ -26,14 +26,12 @@ pub(crate) fn read(fields: Fields) -> Result<Option<Structure>> {
         ("guided_json", read_schema(fields, "guided_json", "guided_json")?),
         ("guided_regex", read_text(fields, "guided_regex")?.map(Source::Regex)),
         ("guided_choice", read_choice(fields, "guided_choice", "guided_choice")?),
-        ("guided_grammar", read_text(fields, "guided_grammar")?.map(Source::Lark)),
+        ("guided_grammar", read_text(fields, "guided_grammar")?.map(Source::from_grammar)),
         // llama.cpp's.
         ("json_schema", read_schema(fields, "json_schema", "json_schema")?),
+        // Its clients send an empty one for none.
+        ("grammar", read_text(fields, "grammar")?.filter(|text| !text.is_empty()).map(Source::from_grammar)),
     ];
-    if fields.get("grammar").is_some() {
-        let why = "GBNF is not supported; `structured_outputs.grammar` takes a grammar in Lark's syntax";
-        return Err(ApiError::invalid("grammar", why));
-    }
     let mut found =
         found.into_iter().filter_map(|(param, source)| Some(Structure { source: source?, param }));
     let first = found.next();
@@ -74,7 +72,7 @@ fn read_structured_outputs(fields: Fields) -> Result<Option<Source>> {
         read_schema(options, "json", PARAM)?,
         options.text("regex").map_err(inside)?.map(|text| Source::Regex(text.into())),
         read_choice(options, "choice", PARAM)?,
-        options.text("grammar").map_err(inside)?.map(|text| Source::Lark(text.into())),
+        options.text("grammar").map_err(inside)?.map(|text| Source::from_grammar(text.into())),
         any_object.then_some(Source::JsonObject),
     ];
     let mut found = found.into_iter().flatten();

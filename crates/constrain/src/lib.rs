@@ -7,10 +7,12 @@
 //! What it is not: it draws no tokens, and it does not know how a client spells what it wants (`api` does).
 //!
 //! Where to start: [`Grammars::compile`] in `grammars.rs`; `vocabulary.rs` is the tokenizer as a tree of bytes, `state.rs`
-//! one output's way through a grammar, `source.rs` what can be asked for and how much of it.
+//! one output's way through a grammar, `source.rs` what can be asked for and how much of it, `gbnf/` llama.cpp's grammars in
+//! llguidance's words.
 #![forbid(unsafe_code)]
 
 mod cache;
+mod gbnf;
 mod grammars;
 mod source;
 mod state;

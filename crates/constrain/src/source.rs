@@ -3,7 +3,7 @@
 use llguidance::api::TopLevelGrammar;
 use serde_json::{Value, json};
 
-use crate::CompileError;
+use crate::{CompileError, gbnf};
 
 /// Bytes of a schema or grammar. OpenAI takes 120,000 characters of names and values in a schema.
 const TEXT_BYTES_MAX: usize = 256 << 10;
@@ -34,9 +34,16 @@ pub enum Source {
     Choice(Vec<String>),
     /// A grammar in the Lark dialect of llguidance.
     Lark(String),
+    /// A grammar as llama.cpp reads it.
+    Gbnf(String),
 }
 
 impl Source {
+    /// A grammar in the language that its first rule is written in.
+    pub fn from_grammar(text: String) -> Source {
+        if gbnf::is_gbnf(&text) { Source::Gbnf(text) } else { Source::Lark(text) }
+    }
+
     /// Two descriptions with one key are the same. The order of a schema's properties counts: outputs follow it.
     pub(crate) fn key(&self) -> String {
         match self {
@@ -45,6 +52,7 @@ impl Source {
             Source::Regex(regex) => format!("regex {regex}"),
             Source::Choice(choices) => format!("choice {}", Value::from(choices.as_slice())),
             Source::Lark(grammar) => format!("lark {grammar}"),
+            Source::Gbnf(grammar) => format!("gbnf {grammar}"),
         }
     }
 
@@ -72,6 +80,10 @@ impl Source {
                     ));
                 }
                 Ok(TopLevelGrammar::from_lark(grammar.clone()))
+            }
+            Source::Gbnf(grammar) => {
+                bound(grammar.len(), TEXT_BYTES_MAX, "bytes")?;
+                Ok(TopLevelGrammar::from_lark(gbnf::to_lark(grammar)?))
             }
         }
     }

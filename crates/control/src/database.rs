@@ -10,9 +10,19 @@ use crate::clock::{Clock, UnixMs};
 use crate::error::{Error, Result};
 use crate::keys::{Asks, KeyCache};
 use crate::sql::{Fault, Transaction};
+use crate::tables::Tables;
 
 mod postgres;
 mod sqlite;
+mod tls;
+
+/// What errors say that a restore does.
+const RESTORING: &str = "restore a backup";
+
+/// The schema version that this program writes.
+pub(crate) fn schema_known() -> i64 {
+    i64::try_from(sqlite::MIGRATIONS.len()).expect("a handful of migrations")
+}
 
 /// The state of the cluster. Clones share one connection; calls are short and may come from any thread, but they block:
 /// not from an async one.
@@ -48,6 +58,15 @@ enum Access {
 pub(crate) enum Stop {
     Statement(Fault),
     Refused(Error),
+}
+
+impl Stop {
+    fn into_error(self, database: &str, doing: &'static str) -> Error {
+        match self {
+            Self::Refused(error) => error,
+            Self::Statement(fault) => Error::of_statement(database, doing, fault),
+        }
+    }
 }
 
 impl From<Fault> for Stop {
@@ -134,6 +153,23 @@ impl Control {
         self.cluster_value("replica_key")
     }
 
+    /// What names the store that goes with this database, if one was claimed.
+    pub fn store(&self) -> Result<Option<String>> {
+        self.read("read which store is the cluster's", |transaction| Ok(store_of(transaction)?))
+    }
+
+    /// Makes `store` name the store that goes with this database, unless one does already; returns the one that does.
+    pub fn claim_store(&self, store: &str) -> Result<String> {
+        self.write("claim a store", |transaction| {
+            if let Some(found) = store_of(transaction)? {
+                return Ok(found);
+            }
+            let sql = "INSERT INTO cluster (name, value) VALUES ('store', ?1)";
+            transaction.execute(sql, crate::sql::values![store])?;
+            Ok(store.to_owned())
+        })
+    }
+
     fn cluster_value(&self, name: &str) -> Result<String> {
         self.read("read what is true of the cluster", |transaction| {
             let row =
@@ -174,8 +210,7 @@ impl Control {
             Ok(value)
         });
         outcome.map_err(|phase| match phase {
-            Phase::Work(Stop::Refused(error)) => error,
-            Phase::Work(Stop::Statement(fault)) => Error::of_statement(&self.0.name, doing, fault),
+            Phase::Work(stop) => stop.into_error(&self.0.name, doing),
             // The server answered: it is there, but busy, or refuses us.
             Phase::Begin(fault) if fault.is_an_answer() => Error::of_statement(&self.0.name, doing, fault),
             Phase::Begin(source) => Error::Unreachable { database: self.0.name.clone(), doing, source },
@@ -203,6 +238,45 @@ impl Control {
             .unwrap_or_else(PoisonError::into_inner);
         *guard
     }
+}
+
+/// A database that is not there yet, or holds nothing: what a backup is restored into.
+pub struct Vacant(Place);
+
+enum Place {
+    Sqlite(std::path::PathBuf),
+    Postgres(Box<postgres::Server>),
+}
+
+impl Vacant {
+    /// The file at `path`, which must not be there.
+    pub fn file(path: &Path) -> Result<Self> {
+        match path.try_exists() {
+            Ok(false) => Ok(Self(Place::Sqlite(path.to_owned()))),
+            Ok(true) => Err(Error::NotVacant { database: path.display().to_string() }),
+            Err(source) => Err(Error::CreateDatabase { path: path.to_owned(), source }),
+        }
+    }
+
+    /// A database on a PostgreSQL server, where our schema must be empty or missing.
+    pub fn server(url: &str) -> Result<Self> {
+        let mut server = postgres::Server::reach(url)?;
+        server.check_vacant()?;
+        Ok(Self(Place::Postgres(Box::new(server))))
+    }
+
+    /// Makes it hold `tables`, whole or not at all, with everything ended that was under way when they were read.
+    pub fn restore(mut self, tables: &Tables) -> Result<()> {
+        match &mut self.0 {
+            Place::Sqlite(path) => sqlite::restore(path, tables),
+            Place::Postgres(server) => server.restore(tables),
+        }
+    }
+}
+
+fn store_of(transaction: &mut Transaction) -> Result<Option<String>, Fault> {
+    let row = transaction.row("SELECT value FROM cluster WHERE name = 'store'", &[])?;
+    row.map(|row| Ok(row.text(0)?.to_owned())).transpose()
 }
 
 impl Link {

@@ -41,6 +41,10 @@ pub enum Error {
         "database {database} has schema version {found}, written by a newer version of loquat; this one knows up to {known}"
     )]
     NewerSchema { database: String, found: i64, known: i64 },
+    #[error("the tables of the backup cannot be read: {why}")]
+    Tables { why: String },
+    #[error("database {database} is there already; a backup is restored into a new one")]
+    NotVacant { database: String },
     #[error("cannot bring database {database} to schema version {to}")]
     Migrate {
         database: String,
@@ -123,6 +127,8 @@ pub enum Error {
     },
     #[error("Slurm's {program} refuses: {why}")]
     Slurm { program: String, why: String },
+    #[error("Slurm does not answer its {program}: {why}")]
+    SlurmAway { program: String, why: String },
     #[error("Kubernetes refuses to {doing} {path}: {why}")]
     Kubernetes { doing: &'static str, path: String, why: String },
     #[error("Kubernetes cannot {doing} {path} now: {why}")]
@@ -152,7 +158,10 @@ pub enum Error {
 impl Error {
     /// Whether what starts processes is only not there at present: no job's fault, and not to be held against it.
     pub(crate) fn is_of_the_launcher(&self) -> bool {
-        matches!(self, Self::KubernetesBusy { .. } | Self::KubernetesUnreachable { .. })
+        matches!(
+            self,
+            Self::SlurmAway { .. } | Self::KubernetesBusy { .. } | Self::KubernetesUnreachable { .. }
+        )
     }
 
     /// The failure of a statement, sorted by what a person would do about it.

@@ -11,7 +11,7 @@
 //! processes, `slurm.rs` batch jobs, `kubernetes.rs` Jobs; `database.rs` opens, checks and migrates the file; `keys.rs`, `models.rs`, `jobs.rs` and `leases.rs` are
 //! one table each, `deployments.rs` two; `nodes.rs` says who looks after what, `place.rs` what starts
 //! where and is pure. `rollout.rs` decides about the replicas of a model,
-//! `promotion.rs` how a model comes to be live; both are pure, too.
+//! `promotion.rs` how a model comes to be live; both are pure, too. `tables.rs` is all of it as plain data, for backups.
 //!
 //! Exit codes of a job: 0 is success, [`EXIT_INTERRUPTED`] (75) means "stopped cleanly, run me again to go on", everything
 //! else is a failure and counts against the job's `max_restarts`.
@@ -43,9 +43,10 @@ mod rollout;
 mod room;
 mod slurm;
 mod sql;
+mod tables;
 
 pub use clock::{Clock, UnixMs};
-pub use database::Control;
+pub use database::{Control, Vacant};
 pub use deployments::{Ask, Canary, Deployment, REPLICAS_MAX, Replica, is_address};
 pub use error::{Error, Result};
 pub use job::{Desired, Ending, Job, JobId, JobSpec, JobState, Needs, PRIORITY_MAX, Submitted};
@@ -70,3 +71,4 @@ pub use reconciler::{Reconciler, ReconcilerOptions, Shutdown};
 pub use rollout::{Running, Step, rollout};
 pub use slurm::{SlurmLauncher, SlurmOptions};
 pub use sql::Fault;
+pub use tables::Tables;

@@ -69,6 +69,13 @@ impl Room {
             .map(|((name, _), _)| name)
     }
 
+    /// How often `asked` is here.
+    fn holds(&self, asked: &Room) -> i64 {
+        let pairs = self.fields().into_iter().zip(asked.fields());
+        let of_each = pairs.filter(|(_, (_, asked))| *asked > 0).map(|((_, here), (_, asked))| here / asked);
+        of_each.min().unwrap_or(UNBOUNDED)
+    }
+
     /// The sum of each field's share of `whole`.
     pub(crate) fn share_of(&self, whole: &Room) -> f64 {
         let pairs = self.fields().into_iter().zip(whole.fields());
@@ -87,10 +94,6 @@ pub(crate) fn amount(bytes: u64) -> i64 {
 /// Refuses what could never run, with the most that could. Without any node nothing is known, and nothing refused.
 pub(crate) fn check_exists(spec: &JobSpec, nodes: &[Node], projects: &[Project]) -> Result<()> {
     let rooms: Vec<Room> = nodes.iter().map(|node| node.spec.room()).collect();
-    let beyond = |field, asked: i64, at_most: i64, whose: &str| {
-        let (asked, at_most) = (asked.unsigned_abs(), at_most.max(0).unsigned_abs());
-        Err(Error::Beyond { field, asked, at_most, whose: whose.to_owned() })
-    };
     let n_ranks = spec.needs.n_ranks();
     if let Some(project) = projects.iter().find(|project| project.name == spec.project) {
         let (quota, asked) = (project.quota.room(), Room::asked(spec, n_ranks));
@@ -102,23 +105,7 @@ pub(crate) fn check_exists(spec: &JobSpec, nodes: &[Node], projects: &[Project])
     if rooms.is_empty() {
         return Ok(());
     }
-    let one = Room { jobs: 0, ..Room::asked(spec, 1) };
-    if rooms.iter().all(|room| room.lacks(&one).is_some()) {
-        for (field, asked) in one.fields() {
-            // The most of this field on nodes that have enough of the others.
-            let others = without(&one, field);
-            let fitting = rooms.iter().filter(|room| room.lacks(&others).is_none());
-            let most = fitting.filter_map(|room| field_of(Some(field), room)).map(|(_, most)| most).max();
-            if let Some(most) = most.filter(|most| *most < asked) {
-                return beyond(field, asked, most, "a node that has the rest");
-            }
-        }
-        // Too much of several fields at once: the first that no node has.
-        let most = rooms.iter().fold(Room::default(), |most, room| most.map(room, i64::max));
-        let field = field_of(most.lacks(&one), &one).unwrap_or(("cores", one.cores));
-        let at_most = field_of(Some(field.0), &most).map_or(0, |(_, most)| most);
-        return beyond(field.0, field.1, at_most, "any node");
-    }
+    check_one_fits(spec, &rooms)?;
     let fits = |n_ranks: u32| {
         (1..=n_ranks).filter(|n| n_ranks.is_multiple_of(*n)).any(|n_nodes| {
             let each = Room { jobs: 0, ..Room::asked(spec, n_ranks / n_nodes) };
@@ -129,6 +116,44 @@ pub(crate) fn check_exists(spec: &JobSpec, nodes: &[Node], projects: &[Project])
         Some(most) if most == n_ranks => Ok(()),
         most => beyond("ranks", n_ranks.into(), most.unwrap_or(0).into(), "the cluster"),
     }
+}
+
+/// The same where ranks need not be divided evenly.
+pub(crate) fn check_fits(spec: &JobSpec, rooms: &[Room]) -> Result<()> {
+    if rooms.is_empty() {
+        return Ok(());
+    }
+    check_one_fits(spec, rooms)?;
+    let one = Room { jobs: 0, ..Room::asked(spec, 1) };
+    let (n_ranks, most) = (spec.needs.n_ranks().into(), rooms.iter().map(|room| room.holds(&one)).sum());
+    if most < n_ranks { beyond("ranks", n_ranks, most, "the cluster") } else { Ok(()) }
+}
+
+/// One rank fits somewhere.
+fn check_one_fits(spec: &JobSpec, rooms: &[Room]) -> Result<()> {
+    let one = Room { jobs: 0, ..Room::asked(spec, 1) };
+    if rooms.iter().any(|room| room.lacks(&one).is_none()) {
+        return Ok(());
+    }
+    for (field, asked) in one.fields() {
+        // The most of this field on nodes that have enough of the others.
+        let others = without(&one, field);
+        let fitting = rooms.iter().filter(|room| room.lacks(&others).is_none());
+        let most = fitting.filter_map(|room| field_of(Some(field), room)).map(|(_, most)| most).max();
+        if let Some(most) = most.filter(|most| *most < asked) {
+            return beyond(field, asked, most, "a node that has the rest");
+        }
+    }
+    // Too much of several fields at once: the first that no node has.
+    let most = rooms.iter().fold(Room::default(), |most, room| most.map(room, i64::max));
+    let field = field_of(most.lacks(&one), &one).unwrap_or(("cores", one.cores));
+    let at_most = field_of(Some(field.0), &most).map_or(0, |(_, most)| most);
+    beyond(field.0, field.1, at_most, "any node")
+}
+
+fn beyond(field: &'static str, asked: i64, at_most: i64, whose: &str) -> Result<()> {
+    let (asked, at_most) = (asked.unsigned_abs(), at_most.max(0).unsigned_abs());
+    Err(Error::Beyond { field, asked, at_most, whose: whose.to_owned() })
 }
 
 fn field_of(name: Option<&'static str>, room: &Room) -> Option<(&'static str, i64)> {

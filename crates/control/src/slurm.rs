@@ -3,6 +3,9 @@
 //! The gate is Slurm's: a job is submitted on hold, recorded, and released. One that is still on hold when somebody looks
 //! was left by a controller that died in between; it is cancelled and counts as lost. Slurm's own requeueing is turned
 //! off: the reconciler knows how often a job may run again.
+//!
+//! What a job needs is asked of Slurm for each rank as for a task, and where there are several the job's process, on the
+//! first of their nodes, is told the others' names and the command that runs something there.
 
 use std::collections::HashMap;
 use std::fs;
@@ -12,13 +15,26 @@ use std::process::{Command, Output, Stdio};
 
 use crate::database::random_hex;
 use crate::error::{Error, Result};
-use crate::job::{Ending, Job, JobId};
+use crate::job::{Ending, Job, JobId, Needs};
 use crate::launcher::{Launcher, Observed, Prepared, StopHow};
 use crate::log;
 use crate::process::{MARK_VARIABLE, ProcessRef};
+use crate::room::{Room, check_fits};
 
 /// Begins the comment of every job of ours; the attempt's mark follows.
 const COMMENT: &str = "loquat:";
+
+/// What its commands say when its controller does not answer.
+const AWAY: [&str; 4] =
+    ["contact slurm controller", "Socket timed out", "Connection refused", "Zero Bytes were transmitted"];
+
+/// What the process of a job with several ranks is told: their nodes, and what runs a command on one of them. What runs
+/// there has the job's environment, which is not the default where the job has nobody's.
+const TELL_HOSTS: &str = r#"unset SLURM_EXPORT_ENV
+LOQUAT_HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ,)
+export LOQUAT_HOSTS="${LOQUAT_HOSTS%,}"
+export LOQUAT_REMOTE_SHELL='srun --overlap --nodes=1 --ntasks=1 --input=none --nodelist'
+"#;
 
 /// Which Slurm, and how jobs are submitted to it.
 #[derive(Clone, Debug, Default)]
@@ -106,12 +122,21 @@ impl SlurmLauncher {
     }
 
     /// The job's script. Everything that came from a user is quoted; `exec` lets signals reach the program itself.
+    /// What each of Slurm's nodes has, whatever it does at the moment. Slurm takes jobs that fit none, and lets them wait.
+    fn rooms(&self) -> Result<Vec<Room>> {
+        let nodes = output(self.options.command("scontrol").args(["--oneliner", "show", "nodes"]))?;
+        Ok(nodes.lines().filter_map(room_of).collect())
+    }
+
     fn script(&self, job: &Job, mark: &str) -> String {
         let mut script = String::from("#!/bin/sh\n");
         let env = self.env.iter().map(|(name, value)| (*name, value.as_str()));
         let env = env.chain(job.spec.env.iter().map(|(name, value)| (name.as_str(), value.as_str())));
         for (name, value) in env.chain([(MARK_VARIABLE, mark)]) {
             script.push_str(&format!("export {}={}\n", name, quoted(value)));
+        }
+        if job.spec.needs.n_ranks() > 1 {
+            script.push_str(TELL_HOSTS);
         }
         let words =
             [self.program.to_string_lossy().into_owned()].into_iter().chain(job.spec.args.iter().cloned());
@@ -121,8 +146,23 @@ impl SlurmLauncher {
     }
 }
 
+/// What is needed, in the words of `sbatch`. Memory goes with cores, because a task's own cannot be asked for.
+fn asked(needs: &Needs) -> Vec<String> {
+    let cores = needs.cores.max(1);
+    let mut asked = vec![format!("--ntasks={}", needs.n_ranks()), format!("--cpus-per-task={cores}")];
+    if needs.memory_bytes > 0 {
+        let mib_of_core = needs.memory_bytes.div_ceil(u64::from(cores)).div_ceil(1 << 20);
+        asked.push(format!("--mem-per-cpu={mib_of_core}M"));
+    }
+    if needs.accelerators > 0 {
+        asked.push(format!("--gpus-per-task={}", needs.accelerators));
+    }
+    asked
+}
+
 impl Launcher for SlurmLauncher {
     fn prepare(&mut self, job: &Job) -> Result<Prepared> {
+        check_fits(&job.spec, &self.rooms()?)?;
         let mark = random_hex::<16>()?;
         let log_path = self.log_path(job.id);
         let header = format!("== {} ({}), attempt {}: on Slurm", job.id, job.spec.name, job.n_starts + 1);
@@ -134,6 +174,8 @@ impl Launcher for SlurmLauncher {
             .arg(format!("--comment={COMMENT}{mark}"))
             .arg(format!("--output={}", log_path.display()))
             .arg(format!("--chdir={}", self.log_dir.display()))
+            .args(asked(&job.spec.needs))
+            // Last, so that whoever runs this cluster has the last word.
             .args(&self.options.sbatch);
         let answer = feed(&mut command, &self.script(job, &mark))?;
         // The number, and the cluster's name behind a semicolon where there are several.
@@ -190,6 +232,26 @@ impl Launcher for SlurmLauncher {
     fn tick(&mut self) {}
 }
 
+/// What a node has, as `scontrol show nodes` tells it: memory in MiB, `Gres=gpu:a100:4(S:0-1),fpga:1`.
+fn room_of(line: &str) -> Option<Room> {
+    let number = |name: &str| field(line, name)?.parse::<i64>().ok();
+    let gpus_of = |gres: &str| {
+        let gpu = gres.strip_prefix("gpu:")?.split('(').next()?;
+        gpu.rsplit(':').next()?.parse::<i64>().ok()
+    };
+    Some(Room {
+        cores: number("CPUTot")?,
+        memory_bytes: number("RealMemory")?.saturating_mul(1 << 20),
+        accelerators: field(line, "Gres").unwrap_or_default().split(',').filter_map(gpus_of).sum(),
+        ..Room::UNBOUNDED
+    })
+}
+
+/// The word after `name=`.
+fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    text.split_ascii_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
+}
+
 /// A job as `scontrol show job` has it.
 #[derive(Debug, PartialEq, Eq)]
 struct Shown {
@@ -202,16 +264,13 @@ struct Shown {
 
 impl Shown {
     fn parse(text: &str) -> Option<Shown> {
-        let field = |name: &str| {
-            let mut words = text.split_ascii_whitespace();
-            words.find_map(|word| word.strip_prefix(name)?.strip_prefix('=')).map(str::to_owned)
-        };
-        let (code, signal) = field("ExitCode")?.split_once(':').map(|(c, s)| (c.parse(), s.parse()))?;
+        let word = |name: &str| field(text, name).map(str::to_owned);
+        let (code, signal) = field(text, "ExitCode")?.split_once(':').map(|(c, s)| (c.parse(), s.parse()))?;
         Some(Shown {
-            state: field("JobState")?,
-            reason: field("Reason").unwrap_or_default(),
+            state: word("JobState")?,
+            reason: word("Reason").unwrap_or_default(),
             exit: (code.ok()?, signal.ok()?),
-            comment: field("Comment").unwrap_or_default(),
+            comment: word("Comment").unwrap_or_default(),
         })
     }
 
@@ -241,7 +300,11 @@ fn quoted(word: &str) -> String {
 }
 
 fn refused(program: &str, why: &str) -> Error {
-    Error::Slurm { program: program.to_owned(), why: why.trim().chars().take(300).collect() }
+    let (program, why) = (program.to_owned(), why.trim().chars().take(300).collect::<String>());
+    match AWAY.iter().any(|words| why.contains(words)) {
+        true => Error::SlurmAway { program, why },
+        false => Error::Slurm { program, why },
+    }
 }
 
 fn run(command: &mut Command) -> Result<Output> {
@@ -283,6 +346,16 @@ mod tests {
              ExitCode={exit} Comment=loquat:ab TRES=cpu=1\n"
         );
         Shown::parse(&line).unwrap()
+    }
+
+    #[test]
+    fn what_nodes_have_is_read() {
+        let line = "NodeName=n1 Arch=x86_64 CPUAlloc=0 CPUTot=64 CPULoad=0.1 Gres=gpu:a100:4(S:0-1),fpga:2,gpu:1 \
+                    RealMemory=1000 AllocMem=0 FreeMem=5 State=DOWN";
+        let room = room_of(line).unwrap();
+        assert_eq!((room.cores, room.memory_bytes, room.accelerators), (64, 1000 << 20, 5));
+        assert_eq!(room_of("No nodes in the system"), None);
+        assert_eq!(room_of("CPUTot=4 RealMemory=1 Gres=(null)").unwrap().accelerators, 0);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::error::Error as StdError;
 
 use postgres::types::{IsNull, ToSql, Type, private::BytesMut};
 use rusqlite::types::{ToSqlOutput, ValueRef};
+use serde::{Deserialize, Serialize};
 
 /// A value on its way into a statement.
 #[derive(Clone, Copy, Debug)]
@@ -91,13 +92,45 @@ impl ToSql for Value<'_> {
     postgres::types::to_sql_checked!();
 }
 
-/// A value that came out of a query.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A value that came out of a query; in JSON null, a number, a text or `{"hex": "..."}`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(untagged)]
 pub(crate) enum Cell {
     Null,
     Int(i64),
     Text(String),
+    #[serde(with = "hexadecimal")]
     Bytes(Vec<u8>),
+}
+
+/// Bytes as an object with one text.
+mod hexadecimal {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Hex {
+        hex: String,
+    }
+
+    pub(super) fn serialize<S: Serializer>(bytes: &[u8], to: S) -> Result<S::Ok, S::Error> {
+        Hex { hex: hex::encode(bytes) }.serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<u8>, D::Error> {
+        hex::decode(Hex::deserialize(from)?.hex).map_err(de::Error::custom)
+    }
+}
+
+impl<'a> From<&'a Cell> for Value<'a> {
+    fn from(cell: &'a Cell) -> Self {
+        match cell {
+            Cell::Null => Self::Null,
+            Cell::Int(value) => Self::Int(*value),
+            Cell::Text(value) => Self::Text(value),
+            Cell::Bytes(value) => Self::Bytes(value),
+        }
+    }
 }
 
 /// One row of an answer.
@@ -105,6 +138,10 @@ pub(crate) enum Cell {
 pub(crate) struct Row(Vec<Cell>);
 
 impl Row {
+    pub(crate) fn into_cells(self) -> Vec<Cell> {
+        self.0
+    }
+
     pub(crate) fn int(&self, column: usize) -> Result<i64, Fault> {
         self.int_or_null(column)?.ok_or_else(|| Fault::row(column, "NULL where a number must be"))
     }
@@ -242,7 +279,6 @@ impl Transaction<'_> {
     }
 
     /// Several statements without values.
-    #[cfg(test)]
     pub(crate) fn batch(&mut self, sql: &str) -> Result<(), Fault> {
         match self {
             Self::Sqlite(transaction) => Ok(transaction.execute_batch(sql)?),

@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Parser, Subcommand};
 use tools::KvName;
 
-pub(crate) use cluster::{JobCommand, KeyCommand, NeedFlags, NodeCommand, Offer, ProjectCommand, RoleName};
+pub(crate) use cluster::{
+    Backup, JobCommand, KeyCommand, NeedFlags, NodeCommand, Offer, ProjectCommand, Restore, RoleName,
+};
 pub(crate) use serve::{Guess, Serve, spelled_out};
 pub(crate) use train::{DataChoice, DecayName, Method, OnLoss, Train};
 
@@ -102,6 +104,12 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: KeyCommand,
     },
+    /// Copy the cluster while it runs: the database, and every object of the store. Content that is there already is not
+    /// copied again, so one that was interrupted goes on, and the next one is quick. Logs of jobs stay where they are.
+    Backup(Backup),
+    /// Bring a backup back into an empty home, store and database (SQLite or PostgreSQL, whichever it came from), each
+    /// byte checked. What ran goes on from its last checkpoint; end what is left of the old cluster first.
+    Restore(Restore),
     /// What this machine can do, measured, and whether everything is in order.
     Doctor,
 }

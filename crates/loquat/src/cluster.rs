@@ -308,8 +308,17 @@ fn refusal(error: Error) -> Refusal {
         | Error::NodeAlive { .. }
         | Error::NoTrial { .. }
         | Error::TooMany { .. } => Refusal::Conflict(why),
+        Error::Unreachable { .. } => unavailable("The cluster's database cannot be reached.", error),
+        Error::Busy { .. } => unavailable("The cluster's database is busy.", error),
+        Error::DiskFull { .. } => unavailable("The disk of the cluster's database is full.", error),
+        Error::ReadOnly { .. } => unavailable("The cluster's database can only be read.", error),
         other => Refusal::Failed(other.into()),
     }
+}
+
+/// Where the database is stands in the log; clients need not know.
+fn unavailable(why: &'static str, error: Error) -> Refusal {
+    Refusal::Unavailable(why, error.into())
 }
 
 /// As [`refusal`], where also files were looked for.

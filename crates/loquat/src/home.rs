@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::args::Offer;
-use anyhow::{Context, Result, ensure};
-use control::{Control, NodeSpec};
+use anyhow::{Context, Result, bail, ensure};
+use control::{Control, NodeSpec, Vacant};
 
 use store::{ObjectName, Put, S3Options, Store};
 
@@ -17,6 +17,12 @@ pub(crate) struct Home {
     path: PathBuf,
     store_url: Option<String>,
     database_url: Option<String>,
+}
+
+/// Where the cluster's state is.
+enum Database<'a> {
+    Server(&'a str),
+    File(PathBuf),
 }
 
 impl Home {
@@ -38,18 +44,48 @@ impl Home {
             Some(url) => url.clone(),
             None => self.path.join("store").display().to_string(),
         };
-        store::open_with(&url, &s3_options()).with_context(|| format!("cannot open the store {url}"))
+        self.store_at(&url)
+    }
+
+    /// A store elsewhere.
+    pub(crate) fn store_at(&self, url: &str) -> Result<Arc<dyn Store>> {
+        store::open_with(url, &s3_options()).with_context(|| format!("cannot open the store {url}"))
     }
 
     /// The cluster's state: `--database`, or a file of the home's own.
     pub(crate) fn control(&self) -> Result<Control> {
-        Ok(match &self.database_url {
-            Some(url) if url.starts_with("postgres://") || url.starts_with("postgresql://") => {
-                Control::connect(url)?
-            }
-            Some(path) => Control::open(Path::new(path))?,
-            None => Control::open(&self.path.join("loquat.db"))?,
+        Ok(match self.database() {
+            Database::Server(url) => Control::connect(url)?,
+            Database::File(path) => Control::open(&path)?,
         })
+    }
+
+    /// Whether there is one to open: opening makes the file where it is missing.
+    pub(crate) fn has_database(&self) -> Result<bool> {
+        match self.database() {
+            Database::Server(_) => Ok(true),
+            Database::File(path) => {
+                path.try_exists().with_context(|| format!("cannot look for {}", path.display()))
+            }
+        }
+    }
+
+    /// The place of the cluster's state, which must be empty.
+    pub(crate) fn vacant(&self) -> Result<Vacant> {
+        Ok(match self.database() {
+            Database::Server(url) => Vacant::server(url)?,
+            Database::File(path) => Vacant::file(&path)?,
+        })
+    }
+
+    fn database(&self) -> Database<'_> {
+        match &self.database_url {
+            Some(url) if url.starts_with("postgres://") || url.starts_with("postgresql://") => {
+                Database::Server(url)
+            }
+            Some(path) => Database::File(path.into()),
+            None => Database::File(self.path.join("loquat.db")),
+        }
     }
 
     /// This machine, with what it gives to jobs.
@@ -68,16 +104,21 @@ impl Home {
         }
     }
 
-    /// Refuses a store that belongs to another cluster than the database does: two clusters would publish over each
-    /// other. A home's own store and database were made together and cannot differ.
+    /// Refuses a store that belongs to another cluster than the database does, and a second store beside the database's own:
+    /// two clusters would publish over each other, and two stores would each hold a part. A home's own store and database
+    /// were made together and cannot differ.
     pub(crate) fn check_cluster(&self, control: &Control, store: &dyn Store) -> Result<()> {
         if self.store_url.is_none() && self.database_url.is_none() {
             return Ok(());
         }
         let (name, own) = (ObjectName::parse("cluster.json")?, control.cluster_id()?);
-        let marker = serde_json::json!({ "cluster": own }).to_string();
-        if store.put_if_absent(&name, marker.as_bytes())? == Put::Created {
-            return Ok(());
+        if store.head(&name)?.is_none() {
+            if let Some(claimed) = control.store()? {
+                bail!("{}", other_store(control, store, &claimed));
+            }
+            let marker = serde_json::json!({ "cluster": own, "store": crate::random_hex(16)? }).to_string();
+            // Whoever was faster: it is read below.
+            let (Put::Created | Put::Exists) = store.put_if_absent(&name, marker.as_bytes())?;
         }
         let found: serde_json::Value = serde_json::from_slice(&store.get(&name)?)
             .with_context(|| format!("{name} in {} is no JSON", store.url()))?;
@@ -89,6 +130,10 @@ impl Home {
             found["cluster"].as_str().unwrap_or("unnamed"),
             control.name()
         );
+        // Stores that were marked before they had names of their own are called as their cluster.
+        let id = found["store"].as_str().unwrap_or(&own);
+        let claimed = control.claim_store(&format!("{id} {}", store.url()))?;
+        ensure!(claimed.split(' ').next() == Some(id), "{}", other_store(control, store, &claimed));
         Ok(())
     }
 
@@ -121,6 +166,15 @@ impl Home {
         let bucket = S3_VARIABLES.iter().filter_map(|name| Some((*name, std::env::var(name).ok()?)));
         database.into_iter().chain(bucket).collect()
     }
+}
+
+fn other_store(control: &Control, store: &dyn Store, claimed: &str) -> String {
+    let theirs = claimed.split_once(' ').map_or("another", |(_, url)| url);
+    format!(
+        "the database {} goes with the store {theirs} and not with {}; to move there, copy all objects, cluster.json too",
+        control.name(),
+        store.url()
+    )
 }
 
 /// The variables that every S3 client knows.

@@ -73,6 +73,8 @@ fn run(loquat: &Loquat) -> Result<ExitCode> {
         Command::Project { command } => commands::project::run(&home, command),
         Command::Promote { command } => commands::promote::run(&home, command),
         Command::Key { command } => commands::key::run(&home, command),
+        Command::Backup(args) => commands::backup::backup(&home, args),
+        Command::Restore(args) => commands::backup::restore(&home, args),
         Command::Doctor => commands::doctor::run(&home),
     }
 }

@@ -137,7 +137,10 @@ fn launcher(
         }
         RunsOn::Slurm(sbatch) => {
             let options = SlurmOptions { conf: None, sbatch: sbatch.clone() };
-            let launcher = SlurmLauncher::new(&program, &logs, options)?.with_env(home.as_env());
+            // Slurm's jobs have no environment of their own. Programs are where they are here.
+            let path = std::env::var("PATH").ok().map(|path| ("PATH", path));
+            let launcher =
+                SlurmLauncher::new(&program, &logs, options)?.with_env(home.as_env()).with_env(path);
             Ok((Box::new(launcher), None))
         }
         // What must not stand in a manifest comes from a Secret there.

@@ -360,12 +360,12 @@ fn file_name_refusal(file: &str) -> Option<&'static str> {
     }
 }
 
-fn object_name(prefix: &ObjectName, entry: &FileEntry) -> Result<ObjectName> {
+pub(crate) fn object_name(prefix: &ObjectName, entry: &FileEntry) -> Result<ObjectName> {
     prefix.join(&format!("{}-{}", entry.sha256, entry.name))
 }
 
 /// `<64 hex digits>-<file>`, directly under the prefix.
-fn is_bundle_file(rest: &str) -> bool {
+pub(crate) fn is_bundle_file(rest: &str) -> bool {
     let is_digit = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
     !rest.contains('/')
         && rest.split_once('-').is_some_and(|(sha256, _)| sha256.len() == 64 && sha256.bytes().all(is_digit))
@@ -377,7 +377,7 @@ fn manifest_json(manifest: &Manifest) -> Vec<u8> {
     bytes
 }
 
-fn parse_manifest(store: &dyn Store, name: &ObjectName, bytes: &[u8]) -> Result<Manifest> {
+pub(crate) fn parse_manifest(store: &dyn Store, name: &ObjectName, bytes: &[u8]) -> Result<Manifest> {
     #[derive(Deserialize)]
     struct Version {
         format_version: u32,

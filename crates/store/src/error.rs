@@ -70,4 +70,20 @@ pub enum Error {
     NoFile { bundle: String, store: String, file: String },
     #[error("file name {file:?} for bundle {bundle} refused: {reason}")]
     FileName { bundle: String, file: String, reason: &'static str },
+    #[error("{store} is no backup: {why}")]
+    NotBackup { store: String, why: String },
+    #[error("{store} is a backup of another cluster ({of}) and not of this one ({own}); take another place")]
+    OtherBackup { store: String, of: String, own: String },
+    #[error("the backup {backup} and the store {store} lie one in the other")]
+    BackupInside { backup: String, store: String },
+    #[error("{store} changes faster than it is copied")]
+    Unsettled { store: String },
+    #[error("there is a snapshot {name} in {store} already")]
+    SnapshotTaken { name: ObjectName, store: String },
+    #[error("{store} has no snapshot {id:?}")]
+    NoSnapshot { id: String, store: String },
+    #[error("the store {store} is not empty: it holds {name}, which is not of this snapshot")]
+    NotEmpty { store: String, name: ObjectName },
+    #[error("{name} cannot be restored from {backup}: {why}")]
+    BrokenBackup { name: ObjectName, backup: String, why: String },
 }

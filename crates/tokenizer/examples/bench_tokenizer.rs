@@ -6,6 +6,7 @@
 use std::error::Error;
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use serde_json::Value;
@@ -61,13 +62,9 @@ fn bench(
         encode_all(&fresh, documents);
         Ok(start)
     })?;
-    let (first, second) = documents.split_at(documents.len() / 2);
     let encode_2_s = fastest(|| {
         let start = Instant::now();
-        std::thread::scope(|scope| {
-            scope.spawn(|| encode_all(&tokenizer, first));
-            encode_all(&tokenizer, second);
-        });
+        encode_together(&tokenizer, documents, 2);
         Ok(start)
     })?;
     println!("\n{vocab_size} ids, {:.2} bytes a token", n_bytes as f64 / ids.iter().flatten().count() as f64);
@@ -122,6 +119,20 @@ fn encode_all(tokenizer: &Tokenizer, documents: &[String]) {
     for text in documents {
         std::hint::black_box(tokenizer.encode(text));
     }
+}
+
+/// Each thread takes the next document, as a dataset is made: their lengths differ.
+fn encode_together(tokenizer: &Tokenizer, documents: &[String], n_threads: usize) {
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..n_threads {
+            scope.spawn(|| {
+                while let Some(text) = documents.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    std::hint::black_box(tokenizer.encode(text));
+                }
+            });
+        }
+    });
 }
 
 /// Seconds of the fastest of some rounds: what the machine's other users disturbed least. A round may prepare before it

@@ -11,6 +11,8 @@ use crate::client::post;
 use crate::fake;
 
 const CHAT: &str = "/v1/chat/completions";
+/// `ab` or `c`.
+const GBNF: &str = "root ::= both | \"c\" # either\nboth ::= \"a\" [b]";
 const TEXT: &str = "/v1/completions";
 
 fn server() -> Router {
@@ -106,6 +108,12 @@ async fn every_spelling_is_understood() {
         (json!({"structured_outputs": {"grammar": "start: \"a\" \"b\" | \"c\""}}), &|text| {
             ["ab", "c"].contains(&text)
         }),
+        // llama-server's own, and what its clients send for none.
+        (json!({"grammar": GBNF}), &|text| ["ab", "c"].contains(&text)),
+        (json!({"grammar": "start: \"a\" \"b\" | \"c\""}), &|text| ["ab", "c"].contains(&text)),
+        (json!({"guided_grammar": GBNF}), &|text| ["ab", "c"].contains(&text)),
+        (json!({"structured_outputs": {"grammar": GBNF}}), &|text| ["ab", "c"].contains(&text)),
+        (json!({"grammar": "", "guided_choice": ["rain"]}), &|text| text == "rain"),
     ] {
         for path in [CHAT, TEXT] {
             let body = ask(&server, path, more.clone()).await;
@@ -153,7 +161,10 @@ async fn bad_descriptions_are_refused_by_name() {
         (json!({"guided_choice": vec!["a"; 10_000]}), "guided_choice"),
         (json!({"guided_grammar": "start: nothing"}), "guided_grammar"),
         (json!({"guided_grammar": format!("start: {}", "(".repeat(50_000))}), "guided_grammar"),
-        (json!({"grammar": "root ::= \"a\""}), "grammar"),
+        (json!({"grammar": "root ::= thing"}), "grammar"),
+        (json!({"grammar": "root ::= root \"a\" | \"b\""}), "grammar"),
+        (json!({"grammar": 5}), "grammar"),
+        (json!({"grammar": GBNF, "guided_choice": ["a"]}), "grammar"),
         (json!({"guided_regex": "a", "guided_choice": ["a"]}), "guided_choice"),
         (json!({"guided_regex": "a", "response_format": {"type": "json_object"}}), "guided_regex"),
         // These compile, and cannot be followed.

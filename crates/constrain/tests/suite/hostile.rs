@@ -18,6 +18,10 @@ fn lark(text: impl Into<String>) -> Source {
     Source::Lark(text.into())
 }
 
+fn gbnf(text: impl Into<String>) -> Source {
+    Source::Gbnf(text.into())
+}
+
 /// Compiles, goes a few tokens in, and returns the refusal, if it is one.
 fn outcome(model: &Model, source: &Source) -> Option<String> {
     let start = Instant::now();
@@ -57,6 +61,9 @@ fn what_means_nothing_is_refused() {
         lark("A: A \"b\"\nstart: A"),
         lark(format!("start: {}\"a\"{}", "(".repeat(50_000), ")".repeat(50_000))),
         lark("x".repeat(1 << 20)),
+        gbnf("root ::= root \"a\" | \"a\""),
+        gbnf(format!("root ::= {}\"a\"{}", "(".repeat(50_000), ")".repeat(50_000))),
+        gbnf("root ::= \"a\" # ".to_owned() + &"x".repeat(1 << 20)),
         Source::JsonSchema(json!({"type": "king"})),
         Source::JsonSchema(json!({"type": "string", "pattern": "("})),
         Source::JsonSchema(json!({"$ref": "#/$defs/missing"})),
@@ -86,6 +93,12 @@ fn what_is_heavy_is_bounded() {
     let model = Model::new();
     let chain = |n: usize| (0..n).map(|i| format!("r{i}: r{} \"a\"\n", i + 1)).collect::<String>();
     let terminals = |n: usize| (0..n).map(|i| format!("T{i}: T{} \"a\"\n", i + 1)).collect::<String>();
+    let gbnf_chain = |n: usize, sign: &str| {
+        (0..n).map(|i| format!("r{i} ::= r{}{sign} \"a\"\n", i + 1)).collect::<String>()
+    };
+    let gbnf_doubled = |n: usize| {
+        (0..n).map(|i| format!("r{i} ::= r{} r{} | \"(\" r0 \")\"\n", i + 1, i + 1)).collect::<String>()
+    };
     let nested =
         (0..100).fold(json!({"type": "string"}), |inner, _| json!({"type": "array", "items": inner}));
     let either = (0..12).fold(json!({"type": "string"}), |inner, i| {
@@ -111,6 +124,14 @@ fn what_is_heavy_is_bounded() {
         lark("start: a start | start a |\na: \"x\" |"),
         lark(format!("start: r0\n{}r20000: \"b\"", chain(20_000))),
         lark(format!("start: T0\n{}T9000: \"b\"", terminals(9_000))),
+        gbnf(format!("root ::= r0\n{}r2000 ::= \"b\"", gbnf_chain(2_000, ""))),
+        gbnf(format!("root ::= r0\n{}r2000 ::= \"b\" root?", gbnf_chain(2_000, "?"))),
+        gbnf("root ::= (((\"a\"{9999}){9999}){9999}){9999}"),
+        gbnf("root ::= (((\"a\" root? \"b\"){9999}){9999}){9999}"),
+        gbnf("root ::= (\"a\"? \"a\"? root? \"a\"*){0,9999}".replace("root?", "(\"b\" root)?")),
+        gbnf(format!("root ::= r0\n{}r40 ::= \"b\"", gbnf_doubled(40))),
+        gbnf(format!("root ::= {}", "\"a\"? ".repeat(30_000))),
+        gbnf(format!("root ::= \"x\" root \"y\" | {}", "[a-z]* ".repeat(9_000))),
         lark(format!("start: {}", "\"a\"? ".repeat(30_000))),
         Source::JsonSchema(nested),
         Source::JsonSchema(either),

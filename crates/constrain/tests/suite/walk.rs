@@ -45,6 +45,30 @@ impl Model {
     }
 }
 
+impl Model {
+    /// Whether this text can be said to its end. At every step the longest token that is allowed and goes on with the text
+    /// is taken: in a text that fits, what is left behind any of them fits, too.
+    pub(crate) fn says(&self, constraint: &dyn Constraint, text: &str) -> bool {
+        let mut constraint = constraint.fork();
+        let mut rest = text.as_bytes();
+        while !rest.is_empty() {
+            let fits = |id: &u32| {
+                let bytes = self.tokenizer.token_bytes(*id);
+                !bytes.is_empty() && *id != self.end && rest.starts_with(bytes)
+            };
+            let allowed = ids_of(constraint.allowed()).into_iter().filter(fits);
+            let Some(id) = allowed.max_by_key(|id| self.tokenizer.token_bytes(*id).len()) else {
+                return false;
+            };
+            rest = &rest[self.tokenizer.token_bytes(id).len()..];
+            if constraint.commit(id).expect("an allowed id is taken") == Continuation::Complete {
+                return rest.is_empty();
+            }
+        }
+        ids_of(constraint.allowed()).contains(&self.end)
+    }
+}
+
 fn trained() -> Tokenizer {
     let text = include_str!("../../../../fixtures/text/1790_george_washington_n.txt");
     let trained = BpeTrainer::new(700).train([text], &mut |_| {});
@@ -57,10 +81,10 @@ pub(crate) fn ids_of(bits: &[u32]) -> Vec<u32> {
 }
 
 /// SplitMix64.
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn below(&mut self, n: usize) -> usize {
+    pub(crate) fn below(&mut self, n: usize) -> usize {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

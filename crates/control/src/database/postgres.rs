@@ -2,11 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use postgres::{Client, Config, NoTls};
+use postgres::{Client, Config};
+use tokio_postgres_rustls::MakeRustlsConnect;
 
-use super::Access;
+use super::tls::Asked;
+use super::{Access, RESTORING, Stop};
 use crate::error::{Error, Result};
 use crate::sql::{Fault, Prepared, Transaction};
+use crate::tables::{self, Tables};
 
 /// As [`super::sqlite::MIGRATIONS`], in PostgreSQL's words; version for version the same tables.
 pub(super) const MIGRATIONS: &[&str] = &[
@@ -40,6 +43,7 @@ const ONE_WRITER: &str = "SELECT pg_advisory_xact_lock(1282371956)";
 pub(super) struct Server {
     pub(super) name: String,
     config: Config,
+    tls: MakeRustlsConnect,
     live: Option<Live>,
     /// Until when nobody tries again, and why.
     failed: Option<(Instant, String)>,
@@ -57,6 +61,14 @@ impl Server {
     }
 
     pub(super) fn open_at(url: &str, migrations: &[&str]) -> Result<Self> {
+        let mut server = Self::reach(url)?;
+        server.migrate(migrations)?;
+        Ok(server)
+    }
+
+    /// Connects, and looks at nothing.
+    pub(super) fn reach(url: &str) -> Result<Self> {
+        let (url, tls) = Asked::of_url(url)?;
         let mut config: Config = url.parse().map_err(|source: postgres::Error| Error::DatabaseUrl {
             // Whatever it is, it may hold a password.
             why: Fault::from(source).to_string(),
@@ -64,11 +76,45 @@ impl Server {
         let options = format!("{} {BOUNDS}", config.get_options().unwrap_or_default());
         config.options(options.trim()).connect_timeout(CONNECT_TIMEOUT).tcp_user_timeout(SILENCE_MAX);
         config.keepalives_idle(SILENCE_MAX).application_name("loquat");
-        let mut server = Self { name: name(&config), config, live: None, failed: None };
+        config.ssl_mode(tls.mode());
+        let tls = tls.connector()?;
+        let mut server = Self { name: name(&config), config, tls, live: None, failed: None };
         let database = server.name.clone();
         server.ensure().map_err(|source| Error::OpenDatabase { database, source })?;
-        server.migrate(migrations)?;
         Ok(server)
+    }
+
+    /// Refuses a database that holds anything but what migrations put there.
+    pub(super) fn check_vacant(&mut self) -> Result<()> {
+        let database = self.name.clone();
+        let vacant = self.begin(Access::Read).and_then(|mut transaction| tables::is_vacant(&mut transaction));
+        match vacant.map_err(|fault| Error::of_statement(&database, RESTORING, fault))? {
+            true => Ok(()),
+            false => Err(Error::NotVacant { database }),
+        }
+    }
+
+    /// Puts these rows into a schema of their own version and brings it up to date: all in one transaction.
+    pub(super) fn restore(&mut self, tables: &Tables) -> Result<()> {
+        let database = self.name.clone();
+        let restored = self.begin(Access::Write).map_err(Stop::from).and_then(|mut transaction| {
+            if !tables::is_vacant(&mut transaction)? {
+                return Err(Error::NotVacant { database: database.clone() }.into());
+            }
+            // What is there is of this program's version and not of the rows'.
+            transaction.batch("DROP SCHEMA IF EXISTS loquat CASCADE; CREATE SCHEMA loquat")?;
+            let version = usize::try_from(tables.schema_version).unwrap_or(usize::MAX).min(MIGRATIONS.len());
+            let (before, after) = MIGRATIONS.split_at(version);
+            transaction.batch(&before.concat())?;
+            tables::write(&mut transaction, tables)?;
+            transaction.batch(&after.concat())?;
+            tables::settle(&mut transaction)?;
+            let version =
+                format!("CREATE TABLE schema_version AS SELECT {}::bigint AS version", MIGRATIONS.len());
+            transaction.batch(&version)?;
+            Ok(transaction.commit()?)
+        });
+        restored.map_err(|stop| stop.into_error(&database, RESTORING))
     }
 
     /// A transaction on a connection that was seen to work. What fails here has changed nothing.
@@ -109,7 +155,7 @@ impl Server {
         {
             return Err(Fault::TriedJustNow(why.clone()));
         }
-        match self.config.connect(NoTls) {
+        match self.config.connect(self.tls.clone()) {
             Ok(client) => {
                 self.failed = None;
                 self.live = Some(Live { client, prepared: Prepared::new() });

@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use rusqlite::{Connection, TransactionBehavior};
 
-use super::random_hex;
+use super::{RESTORING, Stop, random_hex};
 use crate::error::{Error, Result};
-use crate::sql::Fault;
+use crate::sql::{Fault, Transaction};
+use crate::tables::{self, Tables};
 
 /// Every schema this program has ever written, oldest first; applying the first `v` gives schema version `v`.
 /// An entry is never changed once released: a change is a new entry.
@@ -33,7 +34,8 @@ pub(super) fn open(path: &Path) -> Result<Connection> {
     let failed = |source| Error::CreateDatabase { path: path.to_owned(), source };
     if !path.try_exists().map_err(failed)? {
         refuse_orphaned_wal(path)?;
-        create(path)?;
+        // When another process was faster, its file stays and ours is dropped.
+        create(path, |connection| migrate(path, connection, MIGRATIONS))?;
     }
     if fs::metadata(path).map_err(failed)?.len() == 0 {
         // We create the file whole, so an empty one has lost what it held.
@@ -72,9 +74,36 @@ fn refuse_orphaned_wal(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Makes a complete, migrated database under another name and links it to `path`, so that no one ever sees half of one.
-/// When another process was faster, its file stays and ours is dropped.
-fn create(path: &Path) -> Result<()> {
+/// Makes a database that holds these rows and is brought up to date.
+pub(super) fn restore(path: &Path, tables: &Tables) -> Result<()> {
+    refuse_orphaned_wal(path)?;
+    let ours = create(path, |connection| {
+        let version = usize::try_from(tables.schema_version).unwrap_or(usize::MAX).min(MIGRATIONS.len());
+        migrate(path, connection, &MIGRATIONS[..version])?;
+        write(path, connection, |transaction| tables::write(transaction, tables))?;
+        migrate(path, connection, MIGRATIONS)?;
+        write(path, connection, tables::settle)
+    })?;
+    if ours { Ok(()) } else { Err(Error::NotVacant { database: text(path) }) }
+}
+
+fn write(
+    path: &Path,
+    connection: &mut Connection,
+    work: impl FnOnce(&mut Transaction) -> Result<(), Stop>,
+) -> Result<()> {
+    let begun = connection.transaction_with_behavior(TransactionBehavior::Immediate);
+    let written = begun.map_err(|source| Stop::from(Fault::from(source))).and_then(|transaction| {
+        let mut transaction = Transaction::Sqlite(transaction);
+        work(&mut transaction)?;
+        Ok(transaction.commit()?)
+    });
+    written.map_err(|stop| stop.into_error(&text(path), RESTORING))
+}
+
+/// Makes a complete database under another name and links it to `path`, so that no one ever sees half of one. `false` when
+/// another was there, which stays.
+fn create(path: &Path, fill: impl FnOnce(&mut Connection) -> Result<()>) -> Result<bool> {
     let failed = |source| Error::CreateDatabase { path: path.to_owned(), source };
     let name = path
         .file_name()
@@ -89,21 +118,22 @@ fn create(path: &Path) -> Result<()> {
     let draft = directory.join(draft_name);
     // Asks for the file itself first, for an error that says why: SQLite only says "unable to open".
     fs::File::create_new(&draft).map_err(failed)?;
-    let made = fill(path, &draft).and_then(|()| match fs::hard_link(&draft, path) {
-        Err(source) if source.kind() != io::ErrorKind::AlreadyExists => Err(failed(source)),
-        _ => Ok(()),
+    let made = make(path, &draft, fill).and_then(|()| match fs::hard_link(&draft, path) {
+        Err(source) if source.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        linked => linked.map(|()| true).map_err(failed),
     });
     let removed = fs::remove_file(&draft);
-    made?;
+    let made = made?;
     removed.map_err(failed)?;
-    fs::File::open(directory).and_then(|directory| directory.sync_all()).map_err(failed)
+    fs::File::open(directory).and_then(|directory| directory.sync_all()).map_err(failed)?;
+    Ok(made)
 }
 
-fn fill(path: &Path, draft: &Path) -> Result<()> {
+fn make(path: &Path, draft: &Path, fill: impl FnOnce(&mut Connection) -> Result<()>) -> Result<()> {
     let failed = |source| opening_failed(path, source);
     let mut connection = Connection::open(draft).map_err(failed)?;
     connection.pragma_update(None, "synchronous", "FULL").map_err(failed)?;
-    migrate(path, &mut connection, MIGRATIONS)?;
+    fill(&mut connection)?;
     connection.close().map_err(|(_, source)| failed(source))
 }
 

@@ -46,7 +46,12 @@ fn every_earlier_schema_is_brought_up_to_date_with_its_rows() {
         migrate(&path, &mut connection, &MIGRATIONS[..version]).unwrap();
         let rows = ROWS_OF_VERSION[version - 1].replace("{hash}", "zeroblob(32)");
         connection.execute_batch(&rows).unwrap();
+        let tables =
+            crate::tables::read(&mut Transaction::Sqlite(connection.transaction().unwrap())).unwrap();
         drop(connection);
+        let restored = directory.path().join("restored.db");
+        Vacant::file(&restored).unwrap().restore(&backup(&tables, version)).unwrap();
+        check_restored(&Control::open(&restored).unwrap());
         check_rows(&Control::open(&path).unwrap());
     }
 }
@@ -60,8 +65,19 @@ fn every_earlier_schema_of_postgresql_is_brought_up_to_date_with_its_rows() {
         drop(postgres::Server::open_at(&url, &postgres::MIGRATIONS[..version]).unwrap());
         let rows = ROWS_OF_VERSION[version - 1].replace("{hash}", "decode(repeat('00', 32), 'hex')");
         raw(&url, &rows);
+        let mut old = postgres::Server::reach(&url).unwrap();
+        let tables = crate::tables::read(&mut old.begin(Access::Read).unwrap()).unwrap();
+        let restored = server.new_database();
+        Vacant::server(&restored).unwrap().restore(&backup(&tables, version)).unwrap();
+        check_restored(&Control::connect(&restored).unwrap());
         check_rows(&Control::connect(&url).unwrap());
     }
+}
+
+/// As it comes out of a backup that a program of this schema version took.
+fn backup(tables: &Tables, version: usize) -> Tables {
+    assert_eq!(tables.schema_version, i64::try_from(version).unwrap());
+    Tables::from_json(&tables.to_json()).unwrap()
 }
 
 /// Statements past [`Control`], as another program would send them.
@@ -71,11 +87,24 @@ fn raw(url: &str, sql: &str) {
 }
 
 fn check_rows(control: &Control) {
+    let job = &control.list_jobs(9).unwrap()[0];
+    assert_eq!(job.state, JobState::Running);
+    assert_eq!(job.process.as_ref().unwrap().start_ticks, 9);
+    check_rows_but(control, 42);
+}
+
+/// What ran is over in a database that was restored, and no token of before is given again.
+fn check_restored(control: &Control) {
+    let job = &control.list_jobs(9).unwrap()[0];
+    assert_eq!((job.state, &job.process), (JobState::Interrupted, &None));
+    check_rows_but(control, (1 << 32) + 42);
+}
+
+fn check_rows_but(control: &Control, token: i64) {
     assert_eq!(control.list_keys().unwrap()[0].name, "old");
     assert_eq!(control.get_model("sotu").unwrap().unwrap().kind, ModelKind::Base);
     let job = &control.list_jobs(9).unwrap()[0];
-    assert_eq!((job.state, job.n_starts), (JobState::Running, 1));
-    assert_eq!(job.process.as_ref().unwrap().start_ticks, 9);
+    assert_eq!((job.n_starts, job.spec.max_restarts), (1, 1));
     assert_eq!((job.spec.project.as_str(), job.waiting_at.0, job.placed.len()), ("default", 8, 0));
     assert_eq!(control.list_keys().unwrap()[0].role, crate::keys::Role::Member);
     for node in control.list_nodes().unwrap() {
@@ -85,7 +114,7 @@ fn check_rows(control: &Control) {
         );
     }
     let lease = control.acquire("reconciler", "b", Duration::from_secs(1));
-    assert_eq!(lease.unwrap().unwrap().token, 42);
+    assert_eq!(lease.unwrap().unwrap().token, token);
     assert_eq!(control.cluster_id().unwrap().len(), 32);
     assert_eq!(control.replica_key().unwrap().len(), 64);
 }

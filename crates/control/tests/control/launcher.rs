@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use control::{
-    Control, Ending, Job, JobId, JobSpec, JobState, Launcher, LocalLauncher, Observed, Policy, Reconciler,
-    ReconcilerOptions, Shutdown, SlurmLauncher, SlurmOptions, StopHow,
+    Control, Ending, Job, JobId, JobSpec, JobState, Launcher, LocalLauncher, Needs, Observed, Policy,
+    Reconciler, ReconcilerOptions, Shutdown, SlurmLauncher, SlurmOptions, StopHow,
 };
 use telemetry::Metrics;
 
@@ -370,6 +370,7 @@ macro_rules! launcher_suite {
             $(eprintln!("case {}", stringify!($case));
             $case(&Place::on(On::Slurm(&slurm)));)*
             a_job_on_hold_that_nobody_released_is_lost(&slurm);
+            needs_are_asked_of_slurm(&slurm);
         }
 
         #[test]
@@ -410,4 +411,30 @@ fn a_job_on_hold_that_nobody_released_is_lost(slurm: &Slurm) {
     other.process.as_mut().unwrap().mark = "another".to_owned();
     assert_eq!(launcher.poll(&other).unwrap(), Observed::Ended(Ending::Lost));
     launcher.stop(&prepared.process, StopHow::Kill).unwrap();
+}
+
+/// Three ranks of two cores get room on two nodes of four, and their process learns where. Who asks for too much is told so.
+fn needs_are_asked_of_slurm(slurm: &Slurm) {
+    let place = Place::on(On::Slurm(slurm));
+    let told = place.path("told");
+    let text = format!(
+        "{{ echo $SLURM_NTASKS $SLURM_CPUS_PER_TASK $SLURM_MEM_PER_CPU $LOQUAT_HOSTS; \
+         $LOQUAT_REMOTE_SHELL n2 /bin/sh -c 'echo on $SLURMD_NODENAME'; }} | tr '\\n' ' ' > {0}.new; \
+         echo >> {0}.new; mv {0}.new {0}",
+        told.display()
+    );
+    let mut gang = shell("gang", &text, 0);
+    gang.needs = Needs { cores: 2, memory_bytes: 200 << 20, accelerators: 0, ranks: 3 };
+    let asks = |name: &str, needs| JobSpec { needs, ..shell(name, "true", 0) };
+    let greedy = asks("greedy", Needs { cores: 1000, ..Needs::default() });
+    let crowd = asks("crowd", Needs { cores: 3, ranks: 4, ..Needs::default() });
+    let [gang, greedy, crowd] = [gang, greedy, crowd].map(|spec| place.submit(&spec));
+    let reconciler = place.reconciler();
+    place.wait_state(gang, JobState::Succeeded);
+    assert_eq!(place.wait_line("told"), "3 2 100 n1,n2 on n2 ");
+    for (id, words) in [(greedy, "cores"), (crowd, "ranks")] {
+        let why = place.wait_state(id, JobState::Failed).message.unwrap_or_default();
+        assert!(why.contains(words) && why.contains(if id == greedy { "4" } else { "3" }), "{why}");
+    }
+    reconciler.stop(Shutdown::Leave);
 }

@@ -14,6 +14,7 @@ mod outage;
 mod postgres;
 mod promotions;
 mod slurm;
+mod tables;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};

@@ -139,7 +139,7 @@ impl Slurm {
         let node = |(i, name): (usize, &&str)| {
             let address = &hosts[i].address;
             format!(
-                "NodeName={name} NodeHostname={host} NodeAddr={address} Port={} CPUs={cpus}\n",
+                "NodeName={name} NodeHostname={host} NodeAddr={address} Port={} CPUs={cpus} RealMemory=4000\n",
                 port(i + 1)
             )
         };
@@ -150,7 +150,7 @@ impl Slurm {
              ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nJobAcctGatherType=jobacct_gather/none\n\
              AccountingStorageType=accounting_storage/none\nMpiDefault=none\nReturnToService=2\nSlurmdTimeout=5\n\
              KillWait=2\nMinJobAge=300\nSchedulerParameters=batch_sched_delay=1,sched_interval=2\n\
-             SelectType=select/cons_tres\nSelectTypeParameters=CR_Core\nStateSaveLocation={dir}/state\n\
+             SelectType=select/cons_tres\nSelectTypeParameters=CR_Core_Memory\nDefMemPerCPU=100\nStateSaveLocation={dir}/state\n\
              SlurmdSpoolDir={dir}/spool/%n\nSlurmctldPidFile={dir}/ctld.pid\nSlurmdPidFile={dir}/slurmd.%n.pid\n\
              SlurmctldLogFile={dir}/log/ctld\nSlurmdLogFile={dir}/log/%n\nSlurmdParameters=config_overrides\n\
              TmpFS={dir}/tmp\n{nodes}PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n",

@@ -3,18 +3,21 @@
 use std::fs;
 use std::io::Write;
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 const PASSWORD: &str = "only-for-this-test";
+const TLS_FILES: [&str; 2] = ["server.crt", "server.key"];
 
 pub(crate) struct Postgres {
     directory: tempfile::TempDir,
     bin: PathBuf,
     address: String,
     port: u16,
+    is_tls: bool,
     process: Option<Child>,
     n_databases: AtomicU32,
 }
@@ -27,6 +30,11 @@ impl Postgres {
 
     /// On an address of this machine, for everybody in its network of 256.
     pub(crate) fn start_at(address: &str) -> Option<Postgres> {
+        Self::start_with(address, None)
+    }
+
+    /// With a certificate and its key, in PEM, it speaks TLS to who wants it.
+    pub(crate) fn start_with(address: &str, tls: Option<[String; 2]>) -> Option<Postgres> {
         let Some(bin) = bin() else {
             eprintln!("SKIPPED: there is no PostgreSQL here (./test installs it)");
             return None;
@@ -35,8 +43,14 @@ impl Postgres {
         let port = TcpListener::bind((address, 0)).unwrap().local_addr().unwrap().port();
         let password = directory.path().join("password");
         fs::write(&password, PASSWORD).unwrap();
+        let is_tls = tls.is_some();
+        for (name, text) in TLS_FILES.iter().zip(tls.into_iter().flatten()) {
+            let path = directory.path().join(name);
+            fs::write(&path, text).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        }
         let (address, n_databases) = (address.to_owned(), AtomicU32::new(0));
-        let mut server = Postgres { directory, bin, address, port, process: None, n_databases };
+        let mut server = Postgres { directory, bin, address, port, is_tls, process: None, n_databases };
         if is_root() {
             let owned = Command::new("chown").args(["-R", "postgres"]).arg(server.directory.path()).status();
             assert!(owned.unwrap().success());
@@ -75,7 +89,14 @@ impl Postgres {
 
     fn spawn(&self) -> Child {
         let port = self.port.to_string();
-        self.command("postgres")
+        let mut command = self.command("postgres");
+        if self.is_tls {
+            let [certificate, key] =
+                TLS_FILES.map(|name| self.directory.path().join(name).display().to_string());
+            command.args(["-c", "ssl=on", "-c", &format!("ssl_cert_file={certificate}")]);
+            command.args(["-c", &format!("ssl_key_file={key}")]);
+        }
+        command
             .arg("-D")
             .arg(self.data())
             .arg("-k")

@@ -162,3 +162,30 @@ pub(crate) enum KeyCommand {
         id: i64,
     },
 }
+
+#[derive(Args)]
+pub(crate) struct Backup {
+    /// Where backups are kept: a directory or s3://bucket/prefix. Whoever reads it can do what the cluster can: guard it as
+    /// the database.
+    #[arg(value_name = "DESTINATION")]
+    pub(crate) destination: String,
+    /// Show the snapshots that are there, and take none.
+    #[arg(long, conflicts_with = "keep")]
+    pub(crate) list: bool,
+    /// Afterwards leave the newest N snapshots and remove what only older ones need.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) keep: Option<u32>,
+}
+
+#[derive(Args)]
+pub(crate) struct Restore {
+    /// Where the backups are: a directory or s3://bucket/prefix.
+    #[arg(value_name = "SOURCE")]
+    pub(crate) source: String,
+    /// Another snapshot than the newest; `loquat backup SOURCE --list` shows them.
+    #[arg(long, value_name = "ID")]
+    pub(crate) snapshot: Option<String>,
+    /// Read all of it and bring nothing back.
+    #[arg(long)]
+    pub(crate) check: bool,
+}

@@ -153,8 +153,14 @@ pub(crate) struct Distributed {
     /// With --launch: machines to start ranks on, separated by commas. Those that do not answer are left out.
     #[arg(long, value_name = "NAMES", value_delimiter = ',', requires = "launch", env = "LOQUAT_HOSTS")]
     pub(crate) hosts: Vec<String>,
-    /// With --hosts: the program that runs a command on a machine, called as ssh is.
-    #[arg(long, value_name = "PROGRAM", default_value = "ssh", requires = "launch")]
+    /// With --hosts: what runs a command on a machine, called as ssh is; may have options of its own.
+    #[arg(
+        long,
+        value_name = "PROGRAM",
+        default_value = "ssh",
+        requires = "launch",
+        env = "LOQUAT_REMOTE_SHELL"
+    )]
     pub(crate) remote_shell: String,
     /// With --launch: an option for mpirun; may be given often. --mpirun-option="--mca btl tcp,self"
     #[arg(long, value_name = "OPTION", requires = "launch", allow_hyphen_values = true)]

@@ -1,5 +1,6 @@
 //! One file a subcommand.
 
+pub(crate) mod backup;
 pub(crate) mod bench;
 pub(crate) mod chat;
 pub(crate) mod data;

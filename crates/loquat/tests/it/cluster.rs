@@ -53,10 +53,24 @@ fn two_gateways_over_one_postgresql_share_keys_and_a_foreign_store_is_refused() 
     assert!(!refused.status.success() && text.contains("belongs to another cluster"), "{text}");
     assert!(!text.contains("only-for-this-test"), "a password in an error: {text}");
 
+    // A second store beside this database.
+    let elsewhere = tempfile::tempdir().unwrap();
+    let mut apart = over(homes[1].path(), &database);
+    let refused = apart.arg("--store").arg(elsewhere.path()).args(["up", "--port", "0"]).output().unwrap();
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        !refused.status.success() && text.contains("goes with the store") && text.contains(&store_url),
+        "{text}"
+    );
+    assert!(!elsewhere.path().join("cluster.json").exists(), "the wrong store was marked");
+
     // Without the database serving goes on and changes are refused, by name.
     server.kill_9();
     for client in &clients {
         assert_eq!(client.with_key(&key).get("/v1/models").0, 200);
+        let (status, text) = client.post("/v1/jobs", &json!({"name": "j", "args": ["doctor"]}));
+        assert!(status == 503 && text.contains("database cannot be reached"), "{status} {text}");
+        assert!(!text.contains("127.0.0.1"), "where it is stands in the log: {text}");
     }
     let refused = over(homes[0].path(), &database).args(["key", "create", "k"]).output().unwrap();
     let text = String::from_utf8_lossy(&refused.stderr).into_owned();

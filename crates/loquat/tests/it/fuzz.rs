@@ -9,6 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use constrain::{Grammars, Source};
 use model::{Config, gguf};
 use serde_json::json;
 use tokenizer::{ChatTemplate, GgufVocab, Tokenizer};
@@ -211,6 +212,41 @@ fn damaged_directories_are_read_or_refused() {
         let Ok(config) = Config::from_json(bytes) else { return };
         config.check().unwrap();
         read_directory(&model);
+    });
+}
+
+#[test]
+fn damaged_grammars_are_compiled_or_refused() {
+    let tokenizer = Tokenizer::from_json(&tiny::tokenizer_json()).unwrap();
+    let grammars = Grammars::new(&tokenizer, tokenizer.vocab_size(), &[0]);
+    let corpus = [
+        "root ::= value\nvalue ::= \"[\" (value (\",\" value)*)? \"]\" | text\ntext ::= \"'\" [^'\\x00-\\x1f]{0,9} \"'\"\n",
+        "root ::= (sum \"\\n\")+ # lines\nsum ::= part ([-+*/] part)*\npart ::= [0-9]+ | \"(\" sum \")\"\n",
+        "root ::= \"\\u00e9\\U0001F600\" . [\\]a-] end\nend ::= ([ \\t] end)?\n",
+    ];
+    let words = [
+        "root",
+        "::=",
+        "(",
+        ")*",
+        "{9999,}",
+        "{0,3}",
+        "[^a-z]",
+        "\"\\xff\"",
+        " | ",
+        "#",
+        "value",
+        "end?",
+        ".",
+    ];
+    fuzz("grammar", corpus.map(|text| text.as_bytes().to_vec()).into(), &words, |bytes| {
+        let Ok(text) = std::str::from_utf8(bytes) else { return };
+        // What it says in Lark must be Lark.
+        if let Err(why) = grammars.compile(&Source::Gbnf(text.into())) {
+            let why = why.to_string();
+            let ours = ["line ", "a grammar needs", "too ", "no possible", "limit"];
+            assert!(ours.iter().any(|known| why.contains(known)), "{why}");
+        }
     });
 }
 

@@ -13,6 +13,7 @@ use model::{BLOCK_TOKENS, Conversion, KvType, Scratch, StepInput, Transformer, g
 use serde_json::{Value, json};
 use tensor::Pool;
 use tensor::packed::WeightKind;
+use tokenizer::{BpeTrainer, Tokenizer};
 
 use crate::support::{PATIENCE, chat_model, root, succeed};
 
@@ -88,10 +89,92 @@ fn transformers_reads_our_directories() {
     succeed(dir.path(), &["model", "export", chat.to_str().unwrap(), out.to_str().unwrap()]);
     let text = "What is 12 + 34? Grüße 🙂<|im_end|>\n  done";
     let read = |name: &str| std::fs::read(out.join(name)).unwrap();
-    let tokenizer =
-        tokenizer::Tokenizer::from_json_with_config(&read("tokenizer.json"), &read("tokenizer_config.json"));
+    let tokenizer = Tokenizer::from_json_with_config(&read("tokenizer.json"), &read("tokenizer_config.json"));
     let ids = check(&out, Some(text), 2e-3);
     assert_eq!(ids, json!(tokenizer.unwrap().encode_special(text)));
+}
+
+/// Text files under `dir`, also packed ones, in a fixed order.
+fn text_files(dir: &Path) -> Vec<PathBuf> {
+    let is_text = |path: &Path| {
+        let name = path.to_str().unwrap().trim_end_matches(".gz");
+        [".txt", ".json", ".jsonl", ".csv"].iter().any(|end| name.ends_with(end))
+    };
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(text_files(&path));
+        } else if is_text(&path) {
+            found.push(path);
+        }
+    }
+    found.sort();
+    found
+}
+
+/// Ids of each line as `tokenizers` of Hugging Face gives them, [`u32::MAX`] after each.
+fn peer_ids(python: &Path, tokenizer: &Path, text: &str, dir: &Path) -> Vec<u32> {
+    let (input, out) = (dir.join("text"), dir.join("ids"));
+    std::fs::write(&input, text).unwrap();
+    let output = Command::new(python)
+        .arg("tests/peer_ids.py")
+        .args([tokenizer, &out])
+        .stdin(File::open(&input).unwrap())
+        .current_dir(root())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let bytes = std::fs::read(&out).unwrap();
+    bytes.chunks_exact(4).map(|id| u32::from_le_bytes(id.try_into().unwrap())).collect()
+}
+
+/// The same ids as Hugging Face on every corpus at hand, with a published vocabulary and with one of our own.
+#[test]
+fn ids_are_those_of_hugging_face() {
+    let Some(python) = peer("LOQUAT_PEERS_PYTHON", "var/venv-peers/bin/python") else { return };
+    let data = root().join("../shared/data");
+    if !data.exists() {
+        return eprintln!("SKIPPED: {} is missing", data.display());
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let texts: Vec<(PathBuf, String)> = text_files(&data)
+        .into_iter()
+        .map(|path| {
+            let packed = path.extension().is_some_and(|extension| extension == "gz");
+            let text = if packed { unpack(&path) } else { std::fs::read_to_string(&path).unwrap() };
+            (path, text)
+        })
+        .collect();
+    assert!(texts.len() > 10, "{} texts", texts.len());
+    let trained = BpeTrainer::new(32_768).train(texts.iter().map(|(_, text)| text), &mut |_| {}).unwrap();
+    let mut vocabularies = vec![dir.path().join("trained.json")];
+    std::fs::write(&vocabularies[0], trained.to_json()).unwrap();
+    if let Some(chat) = chat_model() {
+        let out = dir.path().join("smollm2");
+        succeed(dir.path(), &["model", "export", chat.to_str().unwrap(), out.to_str().unwrap()]);
+        vocabularies.push(out.join("tokenizer.json"));
+    }
+    for vocabulary in vocabularies {
+        let tokenizer = Tokenizer::from_json(&std::fs::read(&vocabulary).unwrap()).unwrap();
+        let mut n_ids = 0;
+        for (path, text) in &texts {
+            let theirs = peer_ids(&python, &vocabulary, text, dir.path());
+            n_ids += theirs.len();
+            let mut theirs = theirs.split(|&id| id == u32::MAX);
+            for (n, line) in text.split('\n').enumerate() {
+                let ours = tokenizer.encode_special(line);
+                assert_eq!(Some(&ours[..]), theirs.next(), "{}, line {}: {line}", path.display(), n + 1);
+            }
+            assert_eq!(theirs.map(<[u32]>::len).sum::<usize>(), 0, "{}", path.display());
+        }
+        let n_bytes: usize = texts.iter().map(|(_, text)| text.len()).sum();
+        eprintln!(
+            "{}: {n_ids} ids of {n_bytes} bytes in {} files are the same",
+            vocabulary.display(),
+            texts.len()
+        );
+    }
 }
 
 /// A llama-server over one file.

@@ -8,6 +8,8 @@ mod diloco;
 mod divided;
 mod lost;
 mod pipelines;
+#[cfg(feature = "long")]
+mod slurm;
 mod teams;
 
 #[cfg(feature = "long")]

@@ -73,6 +73,13 @@ fn a_chat_goes_over_tls_all_the_way_to_a_replica() {
         std::thread::sleep(Duration::from_millis(100));
     };
     assert!(listed.contains("https://127.0.0.1:"), "{listed}");
+    // The replica knows its gateways and nobody else, whatever they may do elsewhere.
+    let base = listed.split('"').find(|text| text.starts_with("https://")).unwrap().to_owned();
+    for key in [client.key.as_str(), "", "sk-loquat-wrong", "wrong.tenant"] {
+        let stranger = Client { base: base.clone(), key: key.to_owned() };
+        let (status, text) = ask(&agent, &stranger, "/v1/models", None);
+        assert_eq!(status, 401, "{key}: {text}");
+    }
     let chat = json!({"model": "m", "messages": [{"role": "user", "content": "hello"}], "stream": true, "max_tokens": 8});
     let (status, text) = ask(&agent, &client, "/v1/chat/completions", Some(&chat));
     assert!(

@@ -1,5 +1,6 @@
 //! One suite for every store, and what each promises beyond it.
 
+mod backup;
 mod bundle;
 mod child;
 mod local;

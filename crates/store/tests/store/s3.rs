@@ -17,6 +17,8 @@ fn s3_keeps_the_contract() {
     prefixes_are_apart(&options);
     bundles_work(&store);
     a_wrong_key_is_refused(&options);
+    let place = |prefix: &str| open_with(&format!("s3://bucket/{prefix}"), &options).unwrap();
+    crate::backup::there_and_back(&place("from"), &place("backup"), &place("target"));
 }
 
 fn prefixes_are_apart(options: &S3Options) {

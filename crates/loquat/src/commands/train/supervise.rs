@@ -170,8 +170,9 @@ impl Supervisor<'_> {
     }
 
     fn remote(&self, host: &str) -> Result<Child> {
-        let mut command = Command::new(&self.args.distributed.remote_shell);
-        command.args([host, "true"]).stdin(Stdio::null()).process_group(0);
+        let mut words = self.args.distributed.remote_shell.split_whitespace();
+        let mut command = Command::new(words.next().context("--remote-shell is empty")?);
+        command.args(words).args([host, "true"]).stdin(Stdio::null()).process_group(0);
         command.spawn().with_context(|| format!("cannot start {}", self.args.distributed.remote_shell))
     }
 
@@ -233,6 +234,8 @@ impl Supervisor<'_> {
         command.env("PRTE_ALLOW_RUN_AS_ROOT", "1").env("PRTE_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
         command.arg(std::env::current_exe().context("cannot find this program")?);
         command.args(super::launch::words(std::env::args().skip(1), OWN));
+        // A rank that is told of them as well would want to be a supervisor.
+        command.env_remove("LOQUAT_HOSTS").env_remove("LOQUAT_REMOTE_SHELL");
         // Ctrl-C is for the supervisor, which tells the ranks to save.
         command.stdin(Stdio::null()).process_group(0);
         Ok(command)
