@@ -130,9 +130,10 @@ impl<'a> RankParts<'a> {
         let Opened { plan, sources, trainable, checkpoints, .. } = opened;
         let (rank, part) = (comm.rank(), opened.part(comm.rank()));
         let layout = opened.layout(context, rank);
-        let stored = part.stored(&layout.owned(layout.rank));
+        let owned = layout.owned(layout.rank);
+        let stored = [part.stored(&owned), part.stored(&layout.squared(&owned))];
         let how = (plan.checkpoint.keep, context.threads_of_a_rank());
-        let saver = Saver::new(checkpoints.clone(), writers.clone(), (rank, &stored), how);
+        let saver = Saver::new(checkpoints.clone(), writers.clone(), (rank, [&stored[0], &stored[1]]), how);
         let Loaded { state, workers } = loaded;
         let computed = part.trainable.clone();
         let step = state.step;

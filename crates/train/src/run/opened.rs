@@ -7,7 +7,8 @@ use tensor::Buf;
 
 use super::{Context, check_division};
 use crate::checkpoint::{Checkpoints, Loaded, Reader};
-use crate::layout::{Layout, Zero};
+use crate::layout::{Layout, Zero, between};
+use crate::optimizer::of_muon;
 use crate::part::{self, Part};
 use crate::plans::stored_plan;
 use crate::rank::{check_pipeline, team};
@@ -47,6 +48,7 @@ impl Opened {
             plan_sha256,
             n_params: trainable.n_params(),
             n_workers: plan.diloco.map_or(0, |diloco| diloco.workers),
+            squared: between(&of_muon(&plan, trainable.specs()), trainable.n_params()),
         };
         let stages = Stage::divide(trainable.config(), plan.context, context.n_stages)?;
         let parts = Part::all(&trainable, context.n_team, &stages)?;
@@ -63,7 +65,8 @@ impl Opened {
         let n_parts = self.parts.len();
         let alike = [rank / n_parts, context.n_ranks / n_parts];
         let Part { trainable, first, .. } = self.part(rank);
-        Layout::behind(*first, trainable, (context.zero, alike), self.plan.micro_batches)
+        let layout = Layout::behind(*first, trainable, (context.zero, alike), self.plan.micro_batches);
+        layout.with_muon(&of_muon(&self.plan, trainable.specs()))
     }
 
     /// What every rank stores of the whole model's vectors.
