@@ -135,13 +135,16 @@ fn create(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<()> {
     let mut planned = plan::plan(home, args, pool)?;
     check_memory(&planned.plan, args)?;
     if let (None, Some(minutes)) = (args.steps, args.minutes) {
-        let seconds =
-            plan::step_seconds(&planned.plan, planned.weights.take(), pool, (TRIALS, args.recompute))?;
+        let of = (planned.weights.take(), planned.teacher.as_ref().map(|(weights, _)| weights.clone()));
+        let seconds = plan::step_seconds(&planned.plan, of, pool, (TRIALS, args.recompute))?;
         plan::set_steps(&mut planned.plan, args, plan::steps_in(minutes, seconds)?)?;
     }
     let store = home.store()?;
     if planned.plan.tasks.is_some() {
         train::keep_tasks(&store, args.run_name(), &planned.task_files)?;
+    }
+    if let Some((_, files)) = &planned.teacher {
+        train::keep_teacher(&store, args.run_name(), files)?;
     }
     Ok(train::create(&store, args.run_name(), &planned.plan, planned.files.as_ref())?)
 }
