@@ -66,12 +66,13 @@ impl<'a> Checked<'a> {
 
 impl Read for Checked<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.given == self.chunk.len() && !self.checked {
-            if let Err(error) = self.fill() {
-                let text = error.to_string();
-                self.failed = Some(error);
-                return Err(io::Error::other(text));
-            }
+        if self.given == self.chunk.len()
+            && !self.checked
+            && let Err(error) = self.fill()
+        {
+            let text = error.to_string();
+            self.failed = Some(error);
+            return Err(io::Error::other(text));
         }
         let n = buffer.len().min(self.chunk.len() - self.given);
         buffer[..n].copy_from_slice(&self.chunk[self.given..self.given + n]);
