@@ -43,7 +43,8 @@ pub use params::{ParamSpec, ParamTable};
 pub use step::{BlockCopy, StepInput, StepRow};
 pub use stripes::{Stripe, Stripes};
 pub use train::{
-    ActivationBytes, Division, Keeper, Kept, LossSum, MicroBatch, Neighbor, Objective, Stage, TrainModel,
+    ActivationBytes, Division, Keeper, Kept, LossSum, MicroBatch, Neighbor, Objective, Stage, Teacher,
+    TrainModel,
 };
 pub use trainable::{Files, Trainable};
 pub use transformer::{BLOCK_TOKENS, KvCache, KvType, Transformer};

@@ -8,8 +8,9 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use tensor::matmul::changed;
 use tensor::rows::scale;
-use tensor::{Accumulate, Buf, Mat, Pool, Precision, matmul};
+use tensor::{Buf, Mat, Pool};
 
 use crate::adapter::{ADAPTER_CONFIG_FILE, ADAPTER_TENSORS_FILE, PREFIX, RANK_MAX};
 use crate::names::Part;
@@ -167,13 +168,14 @@ impl LoraTable {
 }
 
 impl LowRank {
-    /// Adds s·B·A to the rows of W that begin at `w`. `scaled` is kept between calls.
-    pub(crate) fn add_to(
+    /// `out = W + s·B·A`, of the rows of this change. `scaled` is kept between calls. Rounded to f32 alone: what is learned in
+    /// small steps must not be lost before the sum.
+    pub(crate) fn change(
         &self,
         pool: &Pool,
         values: &[f32],
-        (w, s): (&mut [f32], f32),
-        scaled: &mut Buf<f32>,
+        (out, w): (&mut [f32], &[f32]),
+        (s, scaled): (f32, &mut Buf<f32>),
     ) {
         let rank = self.b.len() / self.n_out;
         let n_in = self.a.len() / rank;
@@ -182,9 +184,7 @@ impl LowRank {
         scaled.copy_from_slice(&values[self.a.clone()]);
         scale(pool, scaled, s);
         let (b, a) = (Mat::new(&values[self.b.clone()], self.n_out, rank), Mat::new(&*scaled, rank, n_in));
-        let w = &mut w[..self.n_out * n_in];
-        // Rounded to f32 alone: what is learned in small steps must not be lost before the sum.
-        matmul(pool, w, b, a, Precision::F32, Accumulate::Add);
+        changed(pool, out, w, [b, a]);
     }
 }
 

@@ -169,8 +169,10 @@ impl Trainable {
             for site in Site::ALL {
                 let range = &layer.linears[site as usize];
                 for change in lora.at(l, site).iter().flat_map(|site| &site.changes) {
-                    let w = &mut merged[range.weight.clone()][change.first * range.n_in..];
-                    change.add_to(pool, params, (w, lora.scale()), &mut scaled);
+                    let first = range.weight.start + change.first * range.n_in;
+                    let rows = first..first + change.n_out * range.n_in;
+                    let of = (&mut merged[rows.clone()], &start[rows]);
+                    change.change(pool, params, of, (lora.scale(), &mut scaled));
                 }
             }
         }

@@ -27,6 +27,14 @@ impl Level {
         self.min(features().level)
     }
 
+    /// f32 in a register.
+    pub fn lanes(self) -> usize {
+        match self {
+            Level::Scalar | Level::Avx2 => 8,
+            Level::Scalar16 | Level::Avx512 => 16,
+        }
+    }
+
     /// Every level this machine can run, slowest first. For tests.
     pub fn all_available() -> Vec<Level> {
         let all = [Level::Scalar, Level::Scalar16, Level::Avx2, Level::Avx512];

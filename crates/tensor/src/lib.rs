@@ -30,6 +30,7 @@ pub mod attention;
 pub mod buf;
 pub mod cpu;
 pub mod cross_entropy;
+pub mod distill;
 pub mod embedding;
 pub mod gelu;
 pub mod head_norm;

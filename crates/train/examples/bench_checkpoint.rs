@@ -71,6 +71,7 @@ fn plan(store: &Arc<dyn Store>, steps: u64) -> Result<Plan, Box<dyn std::error::
         start: None,
         method: Method::Full,
         objective: Objective::CrossEntropy,
+        teacher: None,
         context: 256,
         rows: 16,
         micro_batches: 1,

@@ -4,6 +4,7 @@ use model::{Stage, Trainable};
 
 use crate::exchange::{UNDER_WAY_DIVIDED_MAX, UNDER_WAY_MAX};
 use crate::layout::{Layout, Zero};
+use crate::optimizer::of_muon;
 use crate::{Method, Plan, Result};
 
 /// Bytes of one rank besides activations.
@@ -54,11 +55,21 @@ impl Plan {
                 (std::iter::once(0..n).collect(), n)
             }
         };
-        let layout = Layout::of_units(units, n, (zero, [data, n_data]), self.micro_batches);
+        // All low-rank changes are matrices.
+        let matrices = match &self.method {
+            Method::Full => of_muon(self, of_stage.specs()),
+            Method::Lora { .. } if self.muon.is_some() => std::iter::once(0..n).collect(),
+            Method::Lora { .. } => Vec::new(),
+        };
+        let layout =
+            Layout::of_units(units, n, (zero, [data, n_data]), self.micro_batches).with_muon(&matrices);
+        let squared = 4 * layout.n_squared() as u64;
         let is_published = self.publish.is_some() && stage.is_first();
         let bytes = layout.bytes(4 * config.n_params(), is_published).with_neighbors(&of_stage, self, stage);
         Ok(match self.diloco {
-            Some(diloco) => bytes.with_workers(4 * n as u64, diloco.workers.div_ceil(n_data) as u64),
+            Some(diloco) => {
+                bytes.with_workers([4 * n as u64, squared], diloco.workers.div_ceil(n_data) as u64)
+            }
             None => bytes,
         })
     }
@@ -82,10 +93,10 @@ impl RankBytes {
 
     /// With workers that have parameters and means of their own, besides the run's parameters and its outer momentum. A
     /// vector at a time is written of a checkpoint; all gradients travel at once, where they meet.
-    fn with_workers(self, vector: u64, workers: u64) -> RankBytes {
+    fn with_workers(self, [vector, squared]: [u64; 2], workers: u64) -> RankBytes {
         RankBytes {
             parameters: (1 + workers) * vector,
-            optimizer: (1 + 2 * workers) * vector,
+            optimizer: (1 + workers) * vector + workers * squared,
             travelling: 2 * vector,
             checkpoint: vector,
             ..self
@@ -98,14 +109,15 @@ impl Layout {
         let (n, n_own, zero) = (self.n, self.n_own(), self.zero);
         let n_params = if zero == Zero::Parameters { n_own } else { n };
         let n_grads = if zero >= Zero::Gradients { n_own } else { n };
-        let n_written = if zero == Zero::Nothing && self.rank > 0 { 0 } else { 3 * n_own };
+        let n_squared = self.n_squared();
+        let n_written = if zero == Zero::Nothing && self.rank > 0 { 0 } else { 2 * n_own + n_squared };
         // The model as tensors, and as a file; where it is not divided what was trained is there as well.
         let published = if self.rank == 0 && is_published { 2 * model_bytes } else { 0 };
         let bytes = |n: usize| 4 * n as u64;
         RankBytes {
             parameters: bytes(n_params),
             gradients: bytes(self.n_sums() * n_grads),
-            optimizer: bytes(2 * n_own),
+            optimizer: bytes(n_own + n_squared),
             travelling: bytes(self.n_travelling()),
             checkpoint: bytes(n_written),
             publication: published as u64,
@@ -159,6 +171,18 @@ mod tests {
         let trainable = Trainable::new(&model::Config::from_json(json.as_bytes()).unwrap());
         let n = trainable.n_params();
         Layout::of_units(trainable.units(), n, (zero, [0, n_ranks]), 4 * n_ranks).bytes(4 * n, true)
+    }
+
+    #[test]
+    fn matrices_of_muon_have_no_mean_of_squares() {
+        let (n, matrices) = (1000, [10..300, 400..900]);
+        let of = |matrices: &[std::ops::Range<usize>]| {
+            let units = vec![0..500, 500..n];
+            Layout::of_units(units, n, (Zero::Nothing, [0, 1]), 4).with_muon(matrices).bytes(4 * n, false)
+        };
+        let (plain, muon) = (of(&[]), of(&matrices));
+        assert_eq!((plain.optimizer, muon.optimizer), (8000, 4000 + 4 * 210));
+        assert_eq!((plain.checkpoint, muon.checkpoint), (12_000, 8000 + 4 * 210));
     }
 
     #[test]

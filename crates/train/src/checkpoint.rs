@@ -3,14 +3,15 @@
 //!
 //! Files are flat vectors in little-endian f32, parameters in the order of the model's table. Where ranks divide the state or
 //! compute a part of the model each writes what it owns, into files of its own, and nobody ever has all of it; the manifest
-//! says which stripes of the whole model's vectors lie where. Whoever reads takes what it needs, from the files that have
+//! says which stripes of the whole model's vectors lie where. (What Muon updates has no mean of squares: builds before this wrote
+//! zeros for it, which are read over.) Whoever reads takes what it needs, from the files that have
 //! some of it, so any number of ranks can, whatever they divide. (A file is read whole: its checksum is.)
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use data::chain;
-use model::Stripes;
+use model::{Stripe, Stripes};
 use serde::{Deserialize, Serialize};
 use store::{Bundle, BundleWriter, FileEntry, Store};
 use tensor::Buf;
@@ -58,6 +59,8 @@ pub(crate) struct Checkpoints {
     pub(crate) n_params: usize,
     /// Of DiLoCo; 0 without it.
     pub(crate) n_workers: usize,
+    /// What of the whole model's vector has means of squares.
+    pub(crate) squared: Vec<Range<usize>>,
 }
 
 /// Who reads a checkpoint.
@@ -166,13 +169,15 @@ impl Checkpoints {
             return self.load_round((step, &bundle), &meta, reader).map(Some);
         }
         let mut state = State::empty(reader.layout);
-        let [kept, owned] = [state.params_kept(), state.owned()].map(|ranges| reader.stripes.cut(&ranges));
-        let [kept, owned] = [Sought::new(&kept), Sought::new(&owned)];
+        let squared = state.squared.iter().map(|place| place.at.clone()).collect();
+        let [kept, owned, squared] = [state.params_kept(), state.owned(), squared]
+            .map(|ranges| Sought::new(&reader.stripes.cut(&ranges)));
         let vectors = [&mut state.params, &mut state.adam_m, &mut state.adam_v];
-        for ((vector, sought), values) in VECTORS.iter().zip([&kept, &owned, &owned]).zip(vectors) {
+        for ((vector, sought), values) in VECTORS.iter().zip([&kept, &owned, &squared]).zip(vectors) {
             for (writer, written) in meta.parts.iter().enumerate() {
                 let file = file_name(vector, writer, meta.parts.len());
-                self.read((step, &bundle, &file), written, (sought, values))?;
+                let written = self.written((&bundle, &file), vector, written);
+                self.read((step, &bundle, &file), &written, (sought, values))?;
             }
         }
         (state.step, state.tokens, state.elapsed_seconds) = (step, meta.tokens, meta.elapsed_seconds);
@@ -210,6 +215,22 @@ impl Checkpoints {
 
     pub(crate) fn refused(&self, step: u64, what: String) -> Error {
         Error::Checkpoint { prefix: self.prefix(step), what }
+    }
+
+    /// What lies in a file of a vector of a rank that stores these stripes.
+    fn written(&self, (bundle, file): (&Bundle, &str), vector: &str, stored: &Stripes) -> Stripes {
+        let size = bundle.manifest().files.iter().find(|entry| entry.name == file).map(|entry| entry.bytes);
+        if vector != VECTORS[2] || size == Some(4 * stored.len() as u64) {
+            return stored.clone();
+        }
+        let mut squared = Stripes::default();
+        for range in &self.squared {
+            stored
+                .inside(range)
+                .runs()
+                .for_each(|run| squared.push(Stripe::new(run.start, run.len(), [1, 0])));
+        }
+        squared
     }
 
     /// Puts what is sought of a rank's file where it belongs.

@@ -65,6 +65,14 @@ pub enum Error {
     )]
     StartChanged { run: String },
     #[error(
+        "the run {run} has no teacher to learn from, or another than its plan names; start a run of another name"
+    )]
+    TeacherChanged { run: String },
+    #[error(
+        "the teacher has {teacher} token ids where the model has {model}: they must have the same vocabulary"
+    )]
+    TeacherVocabulary { teacher: usize, model: usize },
+    #[error(
         "the run {run} lacks the task {name}, or has another than its plan names; start a run of another name"
     )]
     TaskChanged { run: String, name: String },

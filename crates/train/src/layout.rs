@@ -47,6 +47,8 @@ pub(crate) struct Layout {
     /// Parameters that lie behind it: of an embedding that another stage trains.
     pub(crate) n_copied: usize,
     pub(crate) units: Vec<Unit>,
+    /// What of the flat vector AdamW updates, with a mean of squared gradients: all, but matrices of Muon.
+    squared: Vec<Range<usize>>,
     /// Of every rank, what it owns of the flat vector.
     pub(crate) all: Shards,
     /// Micro-batches of a step.
@@ -148,7 +150,13 @@ impl Layout {
         let units = units.into_iter().zip(&buckets).map(unit).collect();
         let zero = zero_of(zero, n_ranks, n_micro_batches);
         let n_turns = n_micro_batches.div_ceil(n_ranks);
-        Layout { zero, rank, n_ranks, n, n_copied: 0, units, all, n_micro_batches, n_turns }
+        let squared = std::iter::once(0..n).collect();
+        Layout { zero, rank, n_ranks, n, n_copied: 0, units, squared, all, n_micro_batches, n_turns }
+    }
+
+    /// Where Muon updates these matrices, which are in order.
+    pub(crate) fn with_muon(self, matrices: &[Range<usize>]) -> Layout {
+        Layout { squared: between(matrices, self.n), ..self }
     }
 
     /// The nodes of the tree over all micro-batches that ranks compute in a turn, where gradients are divided.
@@ -209,6 +217,20 @@ impl Layout {
         places(&self.owned(self.rank))
     }
 
+    /// Of these ranges what has a mean of squared gradients.
+    pub(crate) fn squared(&self, ranges: &[Range<usize>]) -> Vec<Range<usize>> {
+        let cut = |range: &Range<usize>| {
+            let both = self.squared.iter().map(|s| s.start.max(range.start)..s.end.min(range.end));
+            both.filter(|both| !both.is_empty()).collect::<Vec<_>>()
+        };
+        ranges.iter().flat_map(cut).collect()
+    }
+
+    /// How many numbers of what this rank updates have one.
+    pub(crate) fn n_squared(&self) -> usize {
+        self.squared(&self.owned(self.rank)).iter().map(|range| range.len()).sum()
+    }
+
     /// How many numbers this rank updates.
     pub(crate) fn n_own(&self) -> usize {
         if self.zero == Zero::Nothing { self.n } else { self.all.len_of(self.rank) }
@@ -237,6 +259,19 @@ fn zero_of(asked: Zero, n_ranks: usize, n_micro_batches: usize) -> Zero {
         () if !tree::are_nodes(n_micro_batches, n_ranks) => asked.max(Zero::Gradients),
         () => asked,
     }
+}
+
+/// What of `0..n` lies between matrices, which are in order.
+pub(crate) fn between(matrices: &[Range<usize>], n: usize) -> Vec<Range<usize>> {
+    let mut ranges = Vec::new();
+    let mut at = 0;
+    for matrix in matrices.iter().cloned().chain(std::iter::once(n..n)) {
+        if at < matrix.start {
+            ranges.push(at..matrix.start);
+        }
+        at = matrix.end;
+    }
+    ranges
 }
 
 /// Ranges, one behind the other.

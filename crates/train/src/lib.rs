@@ -53,10 +53,10 @@ pub use metrics_log::read_metrics;
 pub use pipeline::{bubble, in_flight};
 pub use plan::{
     AdamW, CheckpointPolicy, DataPart, Evaluate, Guard, Method, Muon, PLAN_VERSION, Plan, Sample, Start,
-    TaskFile, Tasks,
+    TaskFile, Tasks, Teacher,
 };
 pub use plans::{create, plan_sha256, read_plan};
 pub use run::{Context, Outcome, run, run_rank};
 pub use schedule::{Decay, Schedule};
-pub use start::start_files;
+pub use start::{keep_teacher, start_files};
 pub use tasks::keep_tasks;

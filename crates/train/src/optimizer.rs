@@ -9,7 +9,7 @@ use tensor::muon::{Muon, MuonScratch, muon};
 use tensor::{Pool, Precision};
 
 use crate::Plan;
-use crate::layout::Place;
+use crate::layout::{Place, between};
 use crate::plan;
 use crate::state::{Snapshot, State};
 
@@ -48,16 +48,10 @@ impl Optimizer {
         decayed: &[Range<usize>],
         precision: Precision,
     ) -> Optimizer {
-        let is_hidden = |spec: &&ParamSpec| {
-            plan.muon.is_some() && spec.dims.len() == 2 && !TABLES.iter().any(|part| spec.name.contains(part))
-        };
-        let matrices: Vec<_> = specs
-            .iter()
-            .filter(is_hidden)
-            .map(|spec| (spec.range.clone(), [spec.dims[0], spec.dims[1]]))
-            .collect();
+        let matrices: Vec<_> =
+            hidden(plan, specs).map(|spec| (spec.range.clone(), [spec.dims[0], spec.dims[1]])).collect();
         let n_params = specs.last().map_or(0, |spec| spec.range.end);
-        let plain = between(&matrices, n_params).into_iter().map(|range| {
+        let plain = between(&of_muon(plan, specs), n_params).into_iter().map(|range| {
             let decayed = within(&range, decayed);
             (range, decayed)
         });
@@ -92,13 +86,11 @@ impl Optimizer {
                     state.copy_to(pool, before, &part);
                 }
                 let (at, of_grads) = (state.params_at(&part), state.grads_at(&part));
+                let squared = state.squared_at(&part.at);
                 let State { params, adam_m, adam_v, .. } = &mut *state;
                 let decayed = within(&(part.at.start - range.start..part.at.end - range.start), decayed);
-                let state = AdamWState {
-                    params: &mut params[at],
-                    m: &mut adam_m[part.own.clone()],
-                    v: &mut adam_v[part.own],
-                };
+                let state =
+                    AdamWState { params: &mut params[at], m: &mut adam_m[part.own], v: &mut adam_v[squared] };
                 tensor::adamw::adamw(pool, state, &grads[of_grads], &decayed, &adamw);
             }
         }
@@ -122,6 +114,18 @@ impl Optimizer {
     }
 }
 
+/// The tensors that Muon trains, if the plan has it.
+fn hidden<'a>(plan: &Plan, specs: &'a [ParamSpec]) -> impl Iterator<Item = &'a ParamSpec> {
+    let has_muon = plan.muon.is_some();
+    let is_table = |spec: &ParamSpec| TABLES.iter().any(|part| spec.name.contains(part));
+    specs.iter().filter(move |spec| has_muon && spec.dims.len() == 2 && !is_table(spec))
+}
+
+/// Where they lie.
+pub(crate) fn of_muon(plan: &Plan, specs: &[ParamSpec]) -> Vec<Range<usize>> {
+    hidden(plan, specs).map(|spec| spec.range.clone()).collect()
+}
+
 /// What of an owned place lies in `range`, in parts that are to be copied at once.
 fn parts(place: &Place, range: &Range<usize>, is_copied: bool) -> Vec<Place> {
     let mine = range.start.max(place.at.start)..range.end.min(place.at.end);
@@ -132,19 +136,6 @@ fn parts(place: &Place, range: &Range<usize>, is_copied: bool) -> Vec<Place> {
         Place { own: own..own + at.len(), at }
     };
     mine.clone().step_by(len.max(1)).map(part).collect()
-}
-
-/// What of `0..n` lies between the matrices, which are in order.
-fn between(matrices: &[(Range<usize>, [usize; 2])], n: usize) -> Vec<Range<usize>> {
-    let mut ranges = Vec::new();
-    let mut at = 0;
-    for start_end in matrices.iter().map(|(range, _)| range.clone()).chain(std::iter::once(n..n)) {
-        if at < start_end.start {
-            ranges.push(at..start_end.start);
-        }
-        at = start_end.end;
-    }
-    ranges
 }
 
 /// The parts of `decayed` inside of `range`, counted from its start.
@@ -161,6 +152,8 @@ mod tests {
     use crate::guard::Health;
     use crate::layout::Zero;
 
+    const MATRIX: usize = 12;
+
     fn state(n: usize) -> State {
         let vector = |salt: usize| {
             let mut values = Buf::zeroed(n);
@@ -170,9 +163,11 @@ mod tests {
         State {
             zero: Zero::Nothing,
             places: vec![Place { at: 0..n, own: 0..n }],
+            // Without the matrix of Muon at the end.
+            squared: vec![Place { at: 0..n - MATRIX, own: 0..n - MATRIX }],
             params: vector(1),
             adam_m: vector(2),
-            adam_v: vector(3),
+            adam_v: Buf::from_slice(&vector(3)[..n - MATRIX]),
             step: 4,
             tokens: 5,
             elapsed_seconds: 6.0,
@@ -184,7 +179,7 @@ mod tests {
     fn what_was_before_an_update_is_copied_and_changes_nothing() {
         // Several parts, a border of decay inside of one, and a matrix for Muon.
         let n = 2 * COPIED_AT_ONCE + 777;
-        let matrix = n - 12..n;
+        let matrix = n - MATRIX..n;
         let optimizer = || Optimizer {
             adamw: plan::AdamW { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 },
             lr_peak: 0.1,
@@ -192,7 +187,7 @@ mod tests {
             precision: Precision::F32,
             plain: vec![
                 (0..10, vec![]),
-                (10..n - 12, vec![100..COPIED_AT_ONCE, COPIED_AT_ONCE + 5..COPIED_AT_ONCE + 500]),
+                (10..n - MATRIX, vec![100..COPIED_AT_ONCE, COPIED_AT_ONCE + 5..COPIED_AT_ONCE + 500]),
             ],
             matrices: vec![(matrix.clone(), [3, 4])],
             scratch: MuonScratch::default(),
@@ -201,7 +196,7 @@ mod tests {
         let (grads, rate) = (start.adam_m.clone(), Rate { lr_share: 0.5, grad_scale: 0.25 });
         let [mut plain, mut copied] = [start.clone(), start.clone()];
         optimizer().update(&pool, &mut plain, (&grads, rate), None);
-        let mut before = Snapshot::new(start.places.clone());
+        let mut before = Snapshot::new([start.places.clone(), start.squared.clone()]);
         start.count_to(&mut before);
         optimizer().update(&pool, &mut copied, (&grads, rate), Some(&mut before));
         let vectors = |s: &State| [&s.params, &s.adam_m, &s.adam_v].map(|v| v.to_vec());
@@ -211,7 +206,7 @@ mod tests {
         assert_eq!((before.step, before.tokens, before.elapsed_seconds), (4, 5, 6.0));
         // Of which not all is stored from here.
         let ranges = [2..7, COPIED_AT_ONCE - 3..2 * COPIED_AT_ONCE + 9];
-        let mut some = Snapshot::new(crate::layout::places(&ranges));
+        let mut some = Snapshot::new([(); 2].map(|()| crate::layout::places(&ranges)));
         optimizer().update(&pool, &mut start.clone(), (&grads, rate), Some(&mut some));
         let stored = |values: &Vec<f32>| -> Vec<f32> {
             ranges.iter().flat_map(|range| &values[range.clone()]).copied().collect()
@@ -221,7 +216,7 @@ mod tests {
 
     #[test]
     fn ranges_are_cut_around_matrices() {
-        let matrices = [(3..5, [1, 2]), (5..9, [2, 2]), (12..20, [2, 4])];
+        let matrices = [3..5, 5..9, 12..20];
         assert_eq!(between(&matrices, 25), [0..3, 9..12, 20..25]);
         assert_eq!(between(&matrices[..2], 12), [0..3, 9..12]);
         assert_eq!(between(&[], 4).first(), Some(&(0..4)));

@@ -45,6 +45,9 @@ pub struct Plan {
     /// What is minimized.
     #[serde(default, skip_serializing_if = "is_cross_entropy")]
     pub objective: Objective,
+    /// Whom the model learns from besides the data, where the objective is that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<Teacher>,
     /// t, tokens in a row.
     pub context: usize,
     /// b, rows in a micro-batch: what one rank computes at once.
@@ -126,6 +129,27 @@ pub struct Start {
     pub model: String,
     /// The sha256 of its tensors' file.
     pub sha256: String,
+}
+
+/// A model whose probabilities are learned. Its files are kept in the run, see [`crate::keep_teacher`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Teacher {
+    /// What it is called.
+    pub model: String,
+    /// The sha256 of its tensors' file.
+    pub sha256: String,
+    /// Its shape: a Hugging Face `config.json`.
+    pub config: serde_json::Value,
+}
+
+impl Teacher {
+    /// Its shape, checked.
+    pub fn config(&self) -> Result<Config> {
+        let config = Config::from_json(self.config.to_string().as_bytes())?;
+        config.check_trainable()?;
+        Ok(config)
+    }
 }
 
 /// What of a model is trained.
@@ -318,10 +342,43 @@ impl Plan {
     fn check_method(&self) -> Result<()> {
         let has_start = self.start.is_some();
         check(has_start || self.method.is_full(), "method", "changes a model: name one to start from")?;
-        let Objective::Dpo { beta } = self.objective else { return Ok(()) };
-        check(has_start, "objective", "compares with a model: name one to start from")?;
-        check(beta > 0.0 && beta <= 100.0, "objective.dpo.beta", "must be more than 0 and at most 100")?;
-        check(self.rows.is_multiple_of(2), "rows", "must be even: preferences are pairs of rows")
+        let is_taught = matches!(self.objective, Objective::Distill { .. });
+        check(
+            self.teacher.is_some() == is_taught,
+            "teacher",
+            "must be named for distillation, and only then",
+        )?;
+        match self.objective {
+            Objective::CrossEntropy => Ok(()),
+            Objective::Dpo { beta } => {
+                check(has_start, "objective", "compares with a model: name one to start from")?;
+                let is_beta = beta > 0.0 && beta <= 100.0;
+                check(is_beta, "objective.dpo.beta", "must be more than 0 and at most 100")?;
+                check(self.rows.is_multiple_of(2), "rows", "must be even: preferences are pairs of rows")
+            }
+            Objective::Distill { weight, temperature } => {
+                let is_share = weight > 0.0 && weight <= 1.0;
+                check(is_share, "objective.distill.weight", "must be more than 0 and at most 1")?;
+                let is_temperature = (0.1..=100.0).contains(&temperature);
+                check(is_temperature, "objective.distill.temperature", "must be 0.1 to 100")?;
+                self.teacher.as_ref().map_or(Ok(()), |teacher| self.check_teacher(teacher))
+            }
+        }
+    }
+
+    fn check_teacher(&self, teacher: &Teacher) -> Result<()> {
+        let (teacher, config) = (teacher.config()?, self.config()?);
+        if teacher.vocab != config.vocab {
+            return Err(Error::TeacherVocabulary { teacher: teacher.vocab, model: config.vocab });
+        }
+        check(self.context <= teacher.context_max, "context", "must not exceed what the teacher sees at once")
+    }
+
+    /// Operations of a token, forward and backward, and what the teacher computes of it; `of_model` are those of what is
+    /// trained.
+    pub fn flops_per_token(&self, of_model: f64) -> Result<f64> {
+        let Some(teacher) = &self.teacher else { return Ok(of_model) };
+        Ok(of_model + teacher.config()?.flops_per_token_train(self.context) / 3.0)
     }
 
     /// Parts of a step that ranks share: workers where there are some, or else micro-batches.

@@ -9,31 +9,30 @@ use std::sync::atomic::AtomicBool;
 
 use comm::{Comm, Record};
 use data::{Dataset, chain};
-use model::{Stage, Stripes, TrainModel, Trainable, Weights};
+use model::{Stripes, Teacher, TrainModel, Trainable, Weights};
 use serde::{Deserialize, Serialize};
 use store::{ObjectName, Store};
-use tensor::{Buf, Pool, Precision};
+use tensor::{Pool, Precision};
 
-use crate::checkpoint::{Checkpoints, Loaded, Reader};
+use crate::checkpoint::Loaded;
 use crate::exchange::Memory;
 use crate::layout::{Layout, Zero};
 use crate::metrics_log::MetricsLog;
 use crate::optimizer::Optimizer;
-use crate::part::{self, Part};
 use crate::pipeline::in_flight;
-use crate::plans::stored_plan;
 use crate::publish::{Trained, publish};
-use crate::rank::team::{self, Team};
-use crate::rank::{Lead, Links, Pipe, Rank, Rounds, check_pipeline};
+use crate::rank::team::Team;
+use crate::rank::{Lead, Links, Pipe, Rank, Rounds};
 use crate::sample::Sampler;
 use crate::saver::Saver;
-use crate::sources::Sources;
-use crate::state::State;
 use crate::tasks::Asker;
 use crate::tensorboard::TensorBoard;
-use crate::{Curve, Error, Event, Plan, Result, Started, read_metrics, start};
+use crate::{Curve, Error, Event, Plan, Result, Started, read_metrics};
 
+mod opened;
 mod processes;
+
+use opened::Opened;
 
 pub use processes::run_rank;
 
@@ -84,105 +83,6 @@ pub enum Outcome {
     Interrupted,
 }
 
-/// What every rank needs of a run.
-struct Opened {
-    plan: Plan,
-    sources: Sources,
-    trainable: Trainable,
-    /// Of a pipeline.
-    stages: Vec<Stage>,
-    /// Of ranks that compute one model together, stage by stage and by their place in their team: what they compute.
-    parts: Vec<Part>,
-    checkpoints: Checkpoints,
-}
-
-impl Opened {
-    fn open(context: &Context) -> Result<Opened> {
-        let run = &context.run;
-        let (plan, plan_sha256) =
-            stored_plan(&context.store, run)?.ok_or_else(|| Error::NoRun { run: run.clone() })?;
-        plan.check_teams(context.n_ranks, [context.n_team, context.n_stages])?;
-        team::check(&plan, context.n_team)?;
-        check_pipeline(&plan, context.zero, context.n_stages)?;
-        check_division(&plan, context.zero, context.n_ranks / context.n_team / context.n_stages)?;
-        let sources = Sources::open(&context.store, &plan)?;
-        let trainable = start::trainable(&context.store, run, &plan)?;
-        let checkpoints = Checkpoints {
-            store: context.store.clone(),
-            run: run.clone(),
-            plan_sha256,
-            n_params: trainable.n_params(),
-            n_workers: plan.diloco.map_or(0, |diloco| diloco.workers),
-        };
-        let stages = Stage::divide(trainable.config(), plan.context, context.n_stages)?;
-        let parts = Part::all(&trainable, context.n_team, &stages)?;
-        Ok(Opened { plan, sources, trainable, stages, parts, checkpoints })
-    }
-
-    /// What a rank computes.
-    fn part(&self, rank: usize) -> &Part {
-        &self.parts[rank % self.parts.len()]
-    }
-
-    /// Of the state of its part, what a rank keeps.
-    fn layout(&self, context: &Context, rank: usize) -> Layout {
-        let n_parts = self.parts.len();
-        let alike = [rank / n_parts, context.n_ranks / n_parts];
-        let Part { trainable, first, .. } = self.part(rank);
-        Layout::behind(*first, trainable, (context.zero, alike), self.plan.micro_batches)
-    }
-
-    /// What every rank stores of the whole model's vectors.
-    fn writers(&self, context: &Context) -> Arc<[Stripes]> {
-        let layouts: Vec<Layout> = (0..self.parts.len()).map(|place| self.layout(context, place)).collect();
-        part::writers(&self.parts, &layouts).into()
-    }
-
-    /// What a rank with so many workers begins with.
-    fn initial(&self, reader: &Reader) -> Loaded {
-        let (layout, n_workers) = (reader.layout, reader.workers.len());
-        let mut state = State::initial(layout, (&self.trainable, reader.stripes), self.plan.seed);
-        let workers = vec![state.clone(); n_workers];
-        if self.plan.diloco.is_some() {
-            // The outer step keeps one mean.
-            state.adam_v = Buf::zeroed(0);
-        }
-        Loaded { state, workers }
-    }
-
-    /// What the ranks of this process go on from, where they are all; tells of checkpoints that cannot be read.
-    fn load_all(&self, context: &Context, refused: &mut Vec<Event>) -> Result<Vec<Loaded>> {
-        let (layout, workers) = (self.layout(context, 0), 0..self.checkpoints.n_workers);
-        let first = Reader { layout: &layout, stripes: &self.part(0).stripes, workers: workers.clone() };
-        let mut report = |event| refused.push(event);
-        let found = self.checkpoints.load_newest(&first, &mut report)?;
-        let step = found.as_ref().map_or(0, |loaded| loaded.state.step);
-        let mut found = found.unwrap_or_else(|| self.initial(&first));
-        let per_rank = workers.len() / context.n_ranks;
-        let mut of_rank = |rank: usize| -> Result<Loaded> {
-            let workers: Vec<State> = found.workers.drain(..per_rank).collect();
-            let is_alike = layout.zero == Zero::Nothing && rank.is_multiple_of(self.parts.len());
-            if rank == 0 || is_alike {
-                return Ok(Loaded { state: found.state.clone(), workers });
-            }
-            let layout = self.layout(context, rank);
-            let reader = Reader { layout: &layout, stripes: &self.part(rank).stripes, workers: 0..0 };
-            match step {
-                0 => Ok(self.initial(&reader)),
-                _ => self.checkpoints.load(step, &reader)?.ok_or(Error::CheckpointMissing { step }),
-            }
-        };
-        (0..context.n_ranks).map(&mut of_rank).collect()
-    }
-
-    /// What only comparing with the start needs is forgotten where nothing is compared.
-    fn forget_start(&mut self) {
-        if !self.plan.objective.is_of_pairs() {
-            self.trainable.forget_start();
-        }
-    }
-}
-
 /// Carries a created run out, from its newest checkpoint if it has one, with ranks that are threads. `on_event` is told
 /// what happens.
 pub fn run(context: &Context, on_event: &mut dyn FnMut(&Event)) -> Result<Outcome> {
@@ -230,9 +130,10 @@ impl<'a> RankParts<'a> {
         let Opened { plan, sources, trainable, checkpoints, .. } = opened;
         let (rank, part) = (comm.rank(), opened.part(comm.rank()));
         let layout = opened.layout(context, rank);
-        let stored = part.stored(&layout.owned(layout.rank));
+        let owned = layout.owned(layout.rank);
+        let stored = [part.stored(&owned), part.stored(&layout.squared(&owned))];
         let how = (plan.checkpoint.keep, context.threads_of_a_rank());
-        let saver = Saver::new(checkpoints.clone(), writers.clone(), (rank, &stored), how);
+        let saver = Saver::new(checkpoints.clone(), writers.clone(), (rank, [&stored[0], &stored[1]]), how);
         let Loaded { state, workers } = loaded;
         let computed = part.trainable.clone();
         let step = state.step;
@@ -245,6 +146,7 @@ impl<'a> RankParts<'a> {
             saved: state.step,
         });
         let Groups { comm, team, pipe } = self.groups(comm)?;
+        let optimizer = Optimizer::new(plan, computed.specs(), &computed.decayed(), precision);
         let n_flights = pipe.as_ref().map_or(1, |pipe| match pipe.place() {
             [stage, n_stages] if stage + 1 < n_stages => in_flight([stage, n_stages], layout.n_turns),
             _ => 1,
@@ -261,11 +163,8 @@ impl<'a> RankParts<'a> {
             plan,
             comm,
             pool: Pool::new(context.threads_of_a_rank()),
-            optimizer: Optimizer::new(plan, computed.specs(), &computed.decayed(), precision),
-            model: TrainModel::new(computed, plan.rows, plan.context, precision)
-                .with_z_loss(plan.z_loss)
-                .with_recompute(context.recompute)
-                .with_flights(n_flights),
+            optimizer,
+            model: self.model(computed, n_flights),
             trainable: trainable.clone(),
             mixture: sources.mixture.clone(),
             validation: sources.validation.clone(),
@@ -282,6 +181,20 @@ impl<'a> RankParts<'a> {
             bytes_told: 0,
             record,
         })
+    }
+
+    /// With memory for so many micro-batches.
+    fn model(&self, computed: Trainable, n_flights: usize) -> TrainModel {
+        let RankParts { context, opened, precision, .. } = *self;
+        let [rows, positions] = [opened.plan.rows, opened.plan.context];
+        let model = TrainModel::new(computed, rows, positions, precision)
+            .with_z_loss(opened.plan.z_loss)
+            .with_recompute(context.recompute)
+            .with_flights(n_flights);
+        match opened.teacher.clone() {
+            Some(teacher) => model.with_teacher(Teacher::new(teacher, [rows, positions], precision)),
+            None => model,
+        }
     }
 
     /// The rank's team and its pipeline, if it has only a part of the model, and those that it shares micro-batches with.
@@ -398,12 +311,14 @@ impl<'a, 'b> Leader<'a, 'b> {
     }
 
     fn started(&mut self, step: u64, Opened { trainable, sources, .. }: &Opened) {
+        let of_model = trainable.flops_per_token(self.plan.context);
         self.event(Event::Started(Started {
             run: self.context.run.clone(),
             step,
             n_steps: self.plan.steps,
             n_params: trainable.n_params() as u64,
-            flops_per_token: trainable.flops_per_token(self.plan.context),
+            // The teacher's shape was read when the run was opened.
+            flops_per_token: self.plan.flops_per_token(of_model).unwrap_or(of_model),
             peak_flops: self.context.peak_flops,
             n_ranks: self.context.n_ranks as u64,
             hosts: self.context.hosts.clone(),

@@ -32,8 +32,8 @@ pub(crate) struct Saver {
     parts: Arc<[Stripes]>,
     /// Which of them is this one's; none where another rank writes all.
     writer: Option<usize>,
-    /// Where that lies in the rank's flat vector.
-    stored: Vec<Place>,
+    /// Where that lies in the rank's flat vector, and what of it has means of squares.
+    stored: [Vec<Place>; 2],
     /// The newest so many stay.
     keep: usize,
     /// Counted, and to be copied by the next update.
@@ -96,17 +96,18 @@ impl Told {
 }
 
 impl Saver {
-    /// Of rank `rank`, whose part lies in these ranges of its flat vector; for steps of so many threads.
+    /// Of rank `rank`, whose part lies in these ranges of its flat vector, those with means of squares in the second ones; for
+    /// steps of so many threads.
     pub(crate) fn new(
         checkpoints: Checkpoints,
         parts: Arc<[Stripes]>,
-        (rank, stored): (usize, &[Range<usize>]),
+        (rank, stored): (usize, [&[Range<usize>]; 2]),
         (keep, n_threads): (usize, usize),
     ) -> Saver {
         let writer = Some(rank).filter(|rank| *rank < parts.len());
         // Workers of DiLoCo store their own state.
         let is_used = writer.is_some() && checkpoints.n_workers == 0;
-        let stored = if is_used { places(stored) } else { Vec::new() };
+        let stored = if is_used { stored.map(places) } else { Default::default() };
         Saver {
             checkpoints,
             parts,
@@ -196,7 +197,7 @@ impl Saver {
                 (Snapshot::new(self.stored.clone()), told)
             }
         };
-        let counts = Snapshot { places: Vec::new(), vectors: Default::default(), ..snapshot };
+        let counts = Snapshot { places: Default::default(), vectors: Default::default(), ..snapshot };
         self.spare = Snapshot { places: snapshot.places, vectors: snapshot.vectors, ..Snapshot::default() };
         self.written = Some(Written { times, counts, told });
     }

@@ -1,4 +1,5 @@
-//! What a run starts from: random weights, or a model whose files lie in the run, so that resuming needs nothing else.
+//! What a run starts from: random weights, or a model whose files lie in the run, so that resuming needs nothing else. The
+//! same of a teacher.
 
 use std::sync::Arc;
 
@@ -35,9 +36,18 @@ pub fn start_files(pool: &Arc<Pool>, name: &str, mut weights: Weights) -> Result
     Ok((Start { model: name.to_owned(), sha256 }, files))
 }
 
-/// Puts the files into the run.
+/// Puts the files of the model to start from into the run.
 pub(crate) fn keep(store: &Arc<dyn Store>, run: &str, files: &model::Files) -> Result<()> {
-    let mut bundle = BundleWriter::new(store, &prefix(run))?;
+    keep_at(store, &prefix(run), files)
+}
+
+/// Puts the files of a teacher (see [`start_files`]) into a run, before its plan.
+pub fn keep_teacher(store: &Arc<dyn Store>, run: &str, files: &model::Files) -> Result<()> {
+    keep_at(store, &teacher_prefix(run), files)
+}
+
+fn keep_at(store: &Arc<dyn Store>, prefix: &str, files: &model::Files) -> Result<()> {
+    let mut bundle = BundleWriter::new(store, prefix)?;
     for (file, bytes) in files {
         bundle.add(file, bytes)?;
     }
@@ -48,17 +58,39 @@ pub(crate) fn keep(store: &Arc<dyn Store>, run: &str, files: &model::Files) -> R
 /// What the plan's run trains, with the model it starts from.
 pub(crate) fn trainable(store: &Arc<dyn Store>, run: &str, plan: &Plan) -> Result<Trainable> {
     let Some(start) = &plan.start else { return Ok(Trainable::new(&plan.config()?)) };
-    let changed = || Error::StartChanged { run: run.to_owned() };
-    let bundle = Bundle::open(store, &prefix(run))?.ok_or_else(changed)?;
-    let planned = |file: &&store::FileEntry| file.name == hf::TENSORS_FILE && file.sha256 == start.sha256;
-    bundle.manifest().files.iter().find(planned).ok_or_else(changed)?;
-    let weights = hf::from_files(&bundle.read(hf::CONFIG_FILE)?, bundle.read(hf::TENSORS_FILE)?)?;
+    let weights = kept(store, &prefix(run), &start.sha256)?;
+    let weights = weights.ok_or_else(|| Error::StartChanged { run: run.to_owned() })?;
     Ok(match &plan.method {
         Method::Full => Trainable::from_weights(weights)?,
         Method::Lora { changes, .. } => Trainable::lora(weights, changes)?,
     })
 }
 
+/// Whom the plan's run learns from, if anybody.
+pub(crate) fn teacher(store: &Arc<dyn Store>, run: &str, plan: &Plan) -> Result<Option<Trainable>> {
+    let Some(teacher) = &plan.teacher else { return Ok(None) };
+    let changed = || Error::TeacherChanged { run: run.to_owned() };
+    let weights = kept(store, &teacher_prefix(run), &teacher.sha256)?.ok_or_else(changed)?;
+    if weights.config != teacher.config()? {
+        return Err(changed());
+    }
+    Ok(Some(Trainable::from_weights(weights)?))
+}
+
+/// A model that lies in a run, if it is there with these tensors.
+fn kept(store: &Arc<dyn Store>, prefix: &str, sha256: &str) -> Result<Option<Weights>> {
+    let Some(bundle) = Bundle::open(store, prefix)? else { return Ok(None) };
+    let planned = |file: &store::FileEntry| file.name == hf::TENSORS_FILE && file.sha256 == sha256;
+    if !bundle.manifest().files.iter().any(planned) {
+        return Ok(None);
+    }
+    Ok(Some(hf::from_files(&bundle.read(hf::CONFIG_FILE)?, bundle.read(hf::TENSORS_FILE)?)?))
+}
+
 fn prefix(run: &str) -> String {
     format!("runs/{run}/start")
+}
+
+fn teacher_prefix(run: &str) -> String {
+    format!("runs/{run}/teacher")
 }

@@ -6,7 +6,7 @@
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use control::{Control, JobState, LocalLauncher, Policy, Reconciler, ReconcilerOptions};
 use telemetry::Metrics;
@@ -121,7 +121,7 @@ fn nor_do_they_over_postgresql() {
     kill_controllers(&place, 800);
 }
 
-fn kill_controllers(place: &tempfile::TempDir, life_ms: u64) {
+fn kill_controllers(place: &tempfile::TempDir, life_min_ms: u64) {
     let control = open(place.path());
     // The directory is a lock that only one instance can hold; its owner's end is told from a second instance's start by
     // asking whether the recorded pid is alive. Every attempt is short, so that starts are many.
@@ -131,10 +131,16 @@ fn kill_controllers(place: &tempfile::TempDir, life_ms: u64) {
         place.path().display()
     );
     let id = control.submit(&shell("train", &script, 0)).unwrap().job.id;
+    // As long as it takes to come to the job twice, however busy this machine is.
+    let begun = Instant::now();
+    let first = Controller::start(place.path());
+    wait_for("the job to run", || place.path().join("runs").exists().then_some(()));
+    let life = (2 * begun.elapsed()).max(Duration::from_millis(life_min_ms));
+    first.kill_9();
     // Pauses from nothing to a few starts, so that the kill falls into every part of a turn.
     for round in 0..12_u64 {
         let controllers = [Controller::start(place.path()), Controller::start(place.path())];
-        std::thread::sleep(Duration::from_millis(life_ms + round * 37 % 200));
+        std::thread::sleep(life + Duration::from_millis(round * 37 % 200));
         for controller in controllers {
             controller.kill_9();
         }

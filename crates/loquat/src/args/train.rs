@@ -238,6 +238,15 @@ pub(crate) struct Method {
     /// Learn preferences (DPO) from a dataset of pairs; BETA small lets the model go far from where it started.
     #[arg(long, value_name = "BETA", num_args = 0..=1, default_missing_value = "0.1", requires = "init")]
     pub(crate) dpo: Option<f32>,
+    /// Learn from the probabilities of this model, too: named as in --init, with the same vocabulary.
+    #[arg(long, value_name = "MODEL", conflicts_with = "dpo")]
+    pub(crate) distill: Option<String>,
+    /// The teacher's share of the loss: 1 learns from it alone.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.5, requires = "distill")]
+    pub(crate) distill_weight: f32,
+    /// Probabilities are compared at this temperature: above 1 unlikely tokens count more.
+    #[arg(long, value_name = "T", default_value_t = 1.0, requires = "distill")]
+    pub(crate) distill_temperature: f32,
 }
 
 #[derive(Clone, Copy, ValueEnum)]

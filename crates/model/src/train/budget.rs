@@ -53,7 +53,7 @@ impl TrainModel {
             + when(block.post_norms, c)
             + 1
             + when(!block.rotary, 1);
-        let chunk = shape.chunks().next().map_or(0, |rows| rows.len());
+        let chunk = shape.chunk();
         let (n_layers, n_streams) = match recompute {
             true => (1, config.n_layers + 2),
             false => (config.n_layers, 2 * config.n_layers + 1),

@@ -2,11 +2,13 @@
 //!
 //! A changed matrix is W + s·B·A. It is computed before each product with it (2·o·i·r operations, where x·Aᵀ·Bᵀ would
 //! take 2·n·r·(o + i): tokens are many more than columns), so that the layer is one product, forward and backward. Its
-//! gradient is never formed: with `low = x·Aᵀ` it comes down to `dB = s·dyᵀ·low` and `dA = s·(dy·B)ᵀ·x`.
+//! gradient is never formed: with `low = s·x·Aᵀ` and `dlow = s·dy·B` it comes down to `dB = dyᵀ·low` and `dA = dlowᵀ·x`. These
+//! four are products of f32 whatever the precision: they wait for memory, not for multiplications.
 
 use std::ops::Range;
 
-use tensor::rows::{add_bias, bias_backward, scale};
+use tensor::matmul::{narrow, narrow_sum};
+use tensor::rows::{add_bias, bias_backward};
 use tensor::{Accumulate, Buf, Mat, Pool, matmul};
 
 use super::keeper::{Keeper, Kept};
@@ -15,9 +17,6 @@ use crate::ParamTable;
 use crate::lora::{LoraTable, LowRank, SiteChanges};
 use crate::params::{LinearRange, NormRange};
 use crate::transformer::Site;
-
-/// Elements of a matrix that one task copies.
-const COPY_LEN: usize = 1 << 14;
 
 /// The numbers a pass computes with.
 pub(super) struct Values<'a> {
@@ -56,10 +55,10 @@ pub(super) struct MatrixScratch {
     changed: Buf<f32>,
     /// s·A
     scaled: Buf<f32>,
-    /// `[R, n]`, R the ranks of all changes at a site: (x·Aᵀ)ᵀ
-    low_rn: Buf<f32>,
-    /// Its gradient.
-    dlow_rn: Buf<f32>,
+    /// `[n, R]`, R the ranks of all changes at a site: s·x·Aᵀ
+    low_nr: Buf<f32>,
+    /// Its gradient, s·dy·B.
+    dlow_nr: Buf<f32>,
     /// Partial sums of the gradients of biases.
     sums: Buf<f32>,
 }
@@ -180,12 +179,15 @@ impl Matrices<'_> {
         let MatrixScratch { changed, scaled, .. } = &mut *self.scratch;
         changed.reserve_scratch(weight.len());
         let changed = &mut changed[..weight.len()];
-        pool.run_chunks(changed, COPY_LEN, |task, to| {
-            to.copy_from_slice(&weight[task * COPY_LEN..][..to.len()]);
-        });
+        let mut end = 0;
         for change in &changes.site.changes {
-            change.add_to(pool, changes.values, (&mut changed[change.first * n_in..], s), scaled);
+            let rows = change.first * n_in..(change.first + change.n_out) * n_in;
+            changed[end..rows.start].copy_from_slice(&weight[end..rows.start]);
+            let of = (&mut changed[rows.clone()], &weight[rows.clone()]);
+            change.change(pool, changes.values, of, (s, scaled));
+            end = rows.end;
         }
+        changed[end..].copy_from_slice(&weight[end..]);
         Mat::new(&*changed, n_out, n_in)
     }
 
@@ -196,29 +198,24 @@ impl Matrices<'_> {
         dy_no: &[f32],
         x: Mat,
     ) {
-        let (pool, precision, n) = (self.pool, self.shape.precision, self.shape.n);
-        let site = changes.site;
-        let MatrixScratch { low_rn, dlow_rn, .. } = &mut *self.scratch;
-        let (a, n_rows) = (&changes.values[site.a.clone()], site.a.len() / x.cols);
-        for buf in [&mut *low_rn, &mut *dlow_rn] {
-            buf.reserve_scratch(n_rows * n);
+        let (pool, n, site) = (self.pool, self.shape.n, changes.site);
+        let MatrixScratch { low_nr, dlow_nr, .. } = &mut *self.scratch;
+        let (a, r) = (&changes.values[site.a.clone()], site.a.len() / x.cols);
+        for buf in [&mut *low_nr, &mut *dlow_nr] {
+            buf.reserve_scratch(n * r);
         }
-        let (low_rn, dlow_rn) = (&mut low_rn[..n_rows * n], &mut dlow_rn[..n_rows * n]);
-        matmul(pool, low_rn, Mat::new(a, n_rows, x.cols), x.t(), precision, Accumulate::Overwrite);
-        scale(pool, low_rn, s);
+        let (low_nr, dlow_nr) = (&mut low_nr[..n * r], &mut dlow_nr[..n * r]);
+        narrow(pool, (low_nr, r), x, Mat::new(a, r, x.cols).t(), s);
         let width = dy_no.len() / n;
         for (i, change) in site.changes.iter().enumerate() {
             let LowRank { first, n_out, b, .. } = change;
             let rank = b.len() / n_out;
-            let rows = i * rank * n..(i + 1) * rank * n;
             let dy = Mat::with_stride(&dy_no[*first..], n, *n_out, width);
-            let low = Mat::new(&low_rn[rows.clone()], rank, n);
-            matmul(pool, keeper.grads(b.clone()), dy.t(), low.t(), precision, Accumulate::Overwrite);
+            let low = Mat::with_stride(&low_nr[i * rank..], n, rank, r);
+            narrow_sum(pool, (keeper.grads(b.clone()), [1, rank]), low, dy);
             let b = Mat::new(&changes.values[b.clone()], *n_out, rank);
-            matmul(pool, &mut dlow_rn[rows], b.t(), dy.t(), precision, Accumulate::Overwrite);
+            narrow(pool, (&mut dlow_nr[i * rank..], r), dy, b, s);
         }
-        scale(pool, dlow_rn, s);
-        let dlow = Mat::new(&*dlow_rn, n_rows, n);
-        matmul(pool, keeper.grads(site.a.clone()), dlow, x, precision, Accumulate::Overwrite);
+        narrow_sum(pool, (keeper.grads(site.a.clone()), [x.cols, 1]), Mat::new(&*dlow_nr, n, r), x);
     }
 }

@@ -1,11 +1,12 @@
 //! Sizes, and the memory that passes work in.
 
-use std::ops::{Index, IndexMut, Range};
+use std::ops::{Index, IndexMut};
 
 use tensor::attention::AttentionDims;
 use tensor::rope::RopeDims;
-use tensor::{Buf, Mat, Precision};
+use tensor::{Buf, Precision};
 
+use super::head::Counted;
 use crate::{Block, Config};
 
 /// Logits in memory at a time where they are few: 8 MiB, a quarter of a common last-level cache.
@@ -78,6 +79,7 @@ pub(super) struct Scratch {
     pub(super) dpost_nc: Buf<f32>,
     pub(super) logits: Buf<f32>,
     pub(super) losses_n: Buf<f32>,
+    pub(super) counted: Counted,
     /// Positions in the documents, where positions are learned.
     pub(super) positions_bt: Vec<u32>,
     /// Partial sums of the gradients of vectors.
@@ -116,20 +118,10 @@ impl Shape {
         Self { v: if has_head { self.v } else { 0 }, ..self }
     }
 
-    /// Some rows of a `[n, c]` matrix.
-    pub(super) fn rows<'a>(&self, x_nc: &'a [f32], rows: Range<usize>) -> Mat<'a> {
-        Mat::new(&x_nc[rows.start * self.c..rows.end * self.c], rows.len(), self.c)
-    }
-
     /// Tokens whose logits exist at the same time.
-    fn chunk(&self) -> usize {
+    pub(super) fn chunk(&self) -> usize {
         let v = self.v.max(1);
         CHUNK_ROWS.min(LOGITS_MAX / v).max(16).max(LOGITS_CACHED / v).min(self.n)
-    }
-
-    pub(super) fn chunks(self) -> impl Iterator<Item = Range<usize>> {
-        let chunk = self.chunk();
-        (0..self.n).step_by(chunk).map(move |start| start..(start + chunk).min(self.n))
     }
 }
 
@@ -242,6 +234,7 @@ impl Scratch {
             dpost_nc: Buf::zeroed(if block.post_norms { n * c } else { 0 }),
             logits: Buf::zeroed(shape.chunk() * v),
             losses_n: Buf::zeroed(n),
+            counted: Counted::default(),
             positions_bt: vec![0; if block.rotary { 0 } else { n }],
             sums: Buf::default(),
             sink: Buf::zeroed(2 * c.max(attention.head_width)),

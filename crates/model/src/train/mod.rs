@@ -27,6 +27,7 @@ mod memory;
 mod norm;
 mod objective;
 mod stage;
+mod teacher;
 
 use tensor::embedding::{embedding_add, embedding_backward, embedding_forward};
 use tensor::rope::RopeTable;
@@ -43,6 +44,7 @@ use memory::{Layers, Scratch, Shape, Streams};
 use norm::Norm;
 pub use objective::{LossSum, Objective};
 pub use stage::Stage;
+pub use teacher::Teacher;
 
 use crate::{Config, Trainable};
 
@@ -61,6 +63,8 @@ pub struct TrainModel {
     scratch: Scratch,
     matrix_scratch: MatrixScratch,
     z_loss: f32,
+    /// Whom it learns from, if anybody.
+    teacher: Option<Box<Teacher>>,
 }
 
 /// What a micro-batch's backward pass reads.
@@ -97,6 +101,7 @@ impl TrainModel {
             scratch: Scratch::new(shape),
             matrix_scratch: MatrixScratch::default(),
             z_loss: 0.0,
+            teacher: None,
             trainable,
         }
     }
@@ -104,6 +109,15 @@ impl TrainModel {
     /// Gradients also keep logits from drifting, with this weight on the square of their logarithmic sum.
     pub fn with_z_loss(self, z_loss: f32) -> Self {
         Self { z_loss, ..self }
+    }
+
+    /// With one whom [`Objective::Distill`] learns from.
+    ///
+    /// # Panics
+    /// If the teacher has another vocabulary, or was made for other rows.
+    pub fn with_teacher(self, teacher: Teacher) -> Self {
+        assert!(teacher.fits(&self), "a teacher of the same vocabulary, for the same rows");
+        Self { teacher: Some(Box::new(teacher)), ..self }
     }
 
     /// Whether only the input of every layer is kept, and the layer computed again before its backward pass. To be said
@@ -253,7 +267,7 @@ impl TrainModel {
         batch: MicroBatch<'a>,
         keeper: &'a mut dyn Keeper,
     ) -> Pass<'a> {
-        let Self { trainable, shape, ropes, flights, recompute, scratch, matrix_scratch, z_loss } = self;
+        let Self { trainable, shape, ropes, flights, recompute, scratch, matrix_scratch, z_loss, .. } = self;
         let Flight { layers, streams } = &mut flights[flight];
         let values = trainable.values(params);
         let matrices = Matrices { pool, values, shape: *shape, scratch: matrix_scratch };

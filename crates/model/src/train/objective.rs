@@ -5,11 +5,15 @@
 //!   other. With log π the sum of a row's log-probabilities (of the tokens that count) and
 //!   `m = (log π_w - log π_l) - (log ref_w - log ref_l)`: `loss = -ln σ(β·m)`. Its gradient is that of cross-entropy with the
 //!   factor β·σ(-β·m) on the tokens of the preferred row and its negative on the other's.
+//! - Distillation: the sum over all tokens that count of what [`tensor::distill`] makes of cross-entropy and a teacher's
+//!   probabilities.
 
 use serde::{Deserialize, Serialize};
 use tensor::Pool;
 use tensor::cross_entropy::IGNORED;
+use tensor::distill::Distill;
 
+use super::head::Sum;
 use super::{Keeper, MicroBatch, Params, TrainModel};
 
 /// See the module.
@@ -23,6 +27,13 @@ pub enum Objective {
     Dpo {
         /// How far the model may go from the one it started as: small is far.
         beta: f32,
+    },
+    /// Of the next token, and of a teacher's probabilities (see [`super::Teacher`]).
+    Distill {
+        /// The teacher's share, 0 to 1.
+        weight: f32,
+        /// Of both models' probabilities, where they are compared.
+        temperature: f32,
     },
 }
 
@@ -55,7 +66,7 @@ pub(super) fn loss_and_grads(
         Objective::CrossEntropy => {
             let mut pass = model.pass(pool, Params::Trained(params), batch, keeper);
             pass.forward();
-            pass.head_backward(None);
+            pass.head_backward(Sum::Plain);
             let loss = sum_losses(&pass.scratch.losses_n, batch.targets_bt);
             pass.backward();
             loss
@@ -65,11 +76,34 @@ pub(super) fn loss_and_grads(
             let pairs = Pairs::new(model, pool, (params, keeper), batch, beta);
             let factors_n = pairs.factors(model.shape.t);
             let mut pass = model.pass(pool, Params::Trained(params), batch, keeper);
-            pass.head_backward(Some(&factors_n));
+            pass.head_backward(Sum::Weighted(&factors_n));
             pass.backward();
             pairs.loss()
         }
+        Objective::Distill { weight, temperature } => {
+            let distill = Distill { weight, temperature, z_loss: model.z_loss };
+            taught(model, pool, (batch, distill), |model, sum| {
+                let mut pass = model.pass(pool, Params::Trained(params), batch, keeper);
+                pass.forward();
+                pass.head_backward(sum);
+                pass.backward();
+            })
+        }
     }
+}
+
+/// The loss of rows that the teacher computes first; `learn` computes them with it.
+fn taught(
+    model: &mut TrainModel,
+    pool: &Pool,
+    (batch, distill): (MicroBatch, Distill),
+    learn: impl FnOnce(&mut TrainModel, Sum),
+) -> LossSum {
+    let mut teacher = model.teacher.take().expect("distillation has a teacher");
+    teacher.forward(pool, batch);
+    learn(model, Sum::Taught(&mut teacher, distill));
+    model.teacher = Some(teacher);
+    sum_losses(&model.scratch.losses_n, batch.targets_bt)
 }
 
 pub(super) fn loss(
@@ -86,10 +120,18 @@ pub(super) fn loss(
             if !pass.has_head() {
                 return LossSum::default();
             }
-            pass.token_losses();
+            pass.token_losses(Sum::Plain);
             sum_losses(&pass.scratch.losses_n, batch.targets_bt)
         }
         Objective::Dpo { beta } => Pairs::new(model, pool, (params, keeper), batch, beta).loss(),
+        Objective::Distill { weight, temperature } => {
+            let distill = Distill { weight, temperature, z_loss: 0.0 };
+            taught(model, pool, (batch, distill), |model, sum| {
+                let mut pass = model.pass(pool, Params::Trained(params), batch, keeper);
+                pass.forward();
+                pass.token_losses(sum);
+            })
+        }
     }
 }
 
@@ -160,7 +202,7 @@ fn row_losses(
 ) -> Vec<f64> {
     let mut pass = model.pass(pool, params, batch, keeper);
     pass.forward();
-    pass.token_losses();
+    pass.token_losses(Sum::Plain);
     let rows = pass.scratch.losses_n.chunks_exact(pass.shape.t);
     rows.map(|row| row.iter().map(|x| f64::from(*x)).sum()).collect()
 }

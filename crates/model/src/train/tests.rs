@@ -151,6 +151,58 @@ fn gradients_of_preferences_match_finite_differences() {
     }
 }
 
+/// A teacher of another shape, with the same ids.
+fn teacher(config: &Config) -> Teacher {
+    let other = Config { n_layers: 1, ff_width: 24, vocab: config.vocab, ..tiny() };
+    Teacher::new(Trainable::from_weights(weights(&other)).unwrap(), [B, T], Precision::F32)
+}
+
+#[test]
+fn gradients_of_distillation_match_finite_differences() {
+    for config in configs() {
+        let (tokens, mut targets) = (tokens(&config, 0), tokens(&config, 5));
+        targets[4] = IGNORED;
+        let starts = starts();
+        let batch = MicroBatch { starts_bt: Some(&starts), ..MicroBatch::plain(&tokens, &targets) };
+        let of = (batch, Objective::Distill { weight: 0.6, temperature: 2.0 });
+        let lora = Trainable::lora(weights(&config), &lora()).unwrap();
+        for (trainable, is_lora) in [(Trainable::new(&config), false), (lora, true)] {
+            let model = TrainModel::new(trainable, B, T, Precision::F32);
+            let mut model = model.with_teacher(teacher(&config));
+            let mut params =
+                if is_lora { changed(model.trainable()) } else { self::params(model.trainable()) };
+            check_gradients(&mut model, &mut params, of);
+        }
+    }
+}
+
+#[test]
+fn a_teacher_pulls_and_a_model_that_agrees_with_its_own_does_not_move() {
+    let (pool, config) = (Pool::new(2), tiny());
+    let (tokens, targets) = (tokens(&config, 0), tokens(&config, 5));
+    let same = || Trainable::from_weights(weights(&config)).unwrap();
+    let grads = |teacher: Option<Teacher>, objective: Objective| {
+        let model = TrainModel::new(same(), B, T, Precision::F32);
+        let mut model = match teacher {
+            Some(teacher) => model.with_teacher(teacher),
+            None => model,
+        };
+        let params = model.trainable().init(0);
+        let mut dparams = vec![0.0; params.len()];
+        let loss =
+            model.loss_and_grads(&pool, &params, (plain(&tokens, &targets).0, objective), &mut dparams);
+        (loss.nats, dparams)
+    };
+    let largest = |grads: &[f32]| grads.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+    let (plain_nats, plain) = grads(None, Objective::CrossEntropy);
+    let own = Teacher::new(same(), [B, T], Precision::F32);
+    let alone = Objective::Distill { weight: 1.0, temperature: 2.0 };
+    let (own_nats, of_own) = grads(Some(own), alone);
+    assert!(own_nats.abs() < 1e-3 && largest(&of_own) < 1e-3 * largest(&plain), "{own_nats}");
+    let (other_nats, of_other) = grads(Some(teacher(&config)), alone);
+    assert!(other_nats > 1.0 && largest(&of_other) > 0.01 * largest(&plain), "{other_nats} {plain_nats}");
+}
+
 #[test]
 fn merged_changes_and_an_adapter_are_one_model() {
     for config in configs() {

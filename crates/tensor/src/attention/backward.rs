@@ -53,12 +53,13 @@ fn group_simd<S: Simd>(s: S, job: &Job, row: usize, group: usize, scratch: &mut 
     let dims = job.dims;
     let (t, d) = (dims.n_positions, dims.head_width);
     let (t_padded, d_padded) = (dims.padded_positions(), dims.padded_width::<S>());
-    scratch.reserve_scratch(2 * d * t_padded + 3 * t_padded * d_padded + TILE * (3 * d_padded + 2 * BLOCK));
+    let stride = dims.transposed_stride();
+    scratch.reserve_scratch(2 * d * stride + 3 * t_padded * d_padded + TILE * (3 * d_padded + 2 * BLOCK));
     let mut rest = &mut scratch[..];
     let mut kv = Group {
-        keys_dt: take(&mut rest, d * t_padded),
+        keys_dt: take(&mut rest, d * stride),
         keys_td: take(&mut rest, t_padded * d_padded),
-        values_dt: take(&mut rest, d * t_padded),
+        values_dt: take(&mut rest, d * stride),
         dkeys_td: take(&mut rest, t_padded * d_padded),
         dvalues_td: take(&mut rest, t_padded * d_padded),
     };
@@ -75,9 +76,9 @@ fn group_simd<S: Simd>(s: S, job: &Job, row: usize, group: usize, scratch: &mut 
         dot: [0.0; TILE],
     };
     let (key_head, value_head) = (dims.n_heads + group, dims.n_heads + dims.n_kv_heads + group);
-    job.head(row, key_head, 0, t).transpose(s, kv.keys_dt, t_padded);
+    job.head(row, key_head, 0, t).transpose(s, kv.keys_dt, stride);
     job.head(row, key_head, 0, t).copy(s, kv.keys_td, d_padded, 1.0);
-    job.head(row, value_head, 0, t).transpose(s, kv.values_dt, t_padded);
+    job.head(row, value_head, 0, t).transpose(s, kv.values_dt, stride);
     kv.dkeys_td.fill(0.0);
     kv.dvalues_td.fill(0.0);
     let per_group = dims.heads_per_group();
@@ -123,7 +124,7 @@ fn load_tile<'a, S: Simd>(s: S, job: &Job<'a>, tile: &mut Tile<'a>, [row, h, fir
 /// Adds what the tile and the keys in `range` contribute to each other's gradients.
 #[inline(always)]
 fn block<S: Simd>(s: S, tile: &mut Tile, kv: &mut Group, dims: AttentionDims, range: Range<usize>) {
-    let (d, t_padded, d_padded) = (dims.head_width, dims.padded_positions(), dims.padded_width::<S>());
+    let (d, stride, d_padded) = (dims.head_width, dims.transposed_stride(), dims.padded_width::<S>());
     let n_keys = range.len();
     let scores = [TILE, n_keys, d];
     Product {
@@ -131,7 +132,7 @@ fn block<S: Simd>(s: S, tile: &mut Tile, kv: &mut Group, dims: AttentionDims, ra
         a_row: d_padded,
         a_col: 1,
         b: &kv.keys_dt[range.start..],
-        b_stride: t_padded,
+        b_stride: stride,
         dims: scores,
     }
     .run(s, tile.p, BLOCK, false);
@@ -140,7 +141,7 @@ fn block<S: Simd>(s: S, tile: &mut Tile, kv: &mut Group, dims: AttentionDims, ra
         a_row: d_padded,
         a_col: 1,
         b: &kv.values_dt[range.start..],
-        b_stride: t_padded,
+        b_stride: stride,
         dims: scores,
     }
     .run(s, tile.dp, BLOCK, false);

@@ -26,9 +26,10 @@ fn group_simd<S: Simd>(s: S, job: &Job, row: usize, group: usize, scratch: &mut 
     let dims = job.dims;
     let (t, d) = (dims.n_positions, dims.head_width);
     let (t_padded, d_padded) = (dims.padded_positions(), dims.padded_width::<S>());
-    scratch.reserve_scratch(d * t_padded + (t_padded + TILE) * d_padded + TILE * (d + t_padded));
+    let keys_stride = dims.transposed_stride();
+    scratch.reserve_scratch(d * keys_stride + (t_padded + TILE) * d_padded + TILE * (d + t_padded));
     let mut rest = &mut scratch[..];
-    let keys_dt = take(&mut rest, d * t_padded);
+    let keys_dt = take(&mut rest, d * keys_stride);
     let values_td = take(&mut rest, t_padded * d_padded);
     let query = take(&mut rest, TILE * d);
     let p = take(&mut rest, TILE * t_padded);
@@ -38,7 +39,7 @@ fn group_simd<S: Simd>(s: S, job: &Job, row: usize, group: usize, scratch: &mut 
         let at = (row * t + first) * dims.qkv_width() + head * d;
         Head { data: &job.qkv[at..], stride: dims.qkv_width(), n_rows, width: d }
     };
-    head(dims.n_heads + group, 0, t).transpose(s, keys_dt, t_padded);
+    head(dims.n_heads + group, 0, t).transpose(s, keys_dt, keys_stride);
     head(dims.n_heads + dims.n_kv_heads + group, 0, t).copy(s, values_td, d_padded, 1.0);
     let per_group = dims.heads_per_group();
     for h in group * per_group..(group + 1) * per_group {
@@ -50,7 +51,7 @@ fn group_simd<S: Simd>(s: S, job: &Job, row: usize, group: usize, scratch: &mut 
             head(h, first, n_queries).copy(s, query, d, dims.scale);
             let scores = [TILE, n_keys, d];
             let keys = &keys_dt[first_key..];
-            Product { a: query, a_row: d, a_col: 1, b: keys, b_stride: t_padded, dims: scores }
+            Product { a: query, a_row: d, a_col: 1, b: keys, b_stride: keys_stride, dims: scores }
                 .run(s, p, t_padded, false);
             let lse_at = (row * dims.n_heads + h) * t + first;
             // SAFETY: this task alone has this head of this row.

@@ -111,6 +111,13 @@ impl AttentionDims {
         self.n_positions.next_multiple_of(TILE)
     }
 
+    /// From one row of transposed keys or values to the next: a cache line more than the positions, since rows that lie a power
+    /// of two apart share a few places of the cache (64 rows of 2 KiB: 48 lines of the 128 that a product reads again and
+    /// again).
+    fn transposed_stride(&self) -> usize {
+        self.padded_positions() + 16
+    }
+
     /// Head width rounded up to what [`product::Product`] wants of columns.
     fn padded_width<S: Simd>(&self) -> usize {
         self.head_width.next_multiple_of(2 * S::LANES)

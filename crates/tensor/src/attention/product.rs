@@ -5,9 +5,11 @@
 
 use crate::simd::Simd;
 
-/// Rows of c computed at a time. With 2 registers of columns that makes 8 sums: what two multiply-add units with a
-/// latency of 4 need to be kept busy.
-pub(super) const ROWS: usize = 4;
+/// What the rows of c are a multiple of: most rows that are computed at a time, with 32 registers. With 2 registers of columns
+/// that makes 16 sums, so that two multiply-add units with a latency of 4 are kept busy while some wait for the caches. Of 16
+/// registers 8 sums are all there is room for.
+pub(super) const ROWS_MAX: usize = 8;
+const ROWS_OF_16_REGISTERS: usize = 4;
 
 /// Registers of columns computed at a time.
 const REGISTERS: usize = 2;
@@ -22,7 +24,7 @@ pub(super) struct Product<'a> {
     pub(super) a_col: usize,
     pub(super) b: &'a [f32],
     pub(super) b_stride: usize,
-    /// m, n and k: m a multiple of [`ROWS`], n of two registers.
+    /// m, n and k: m a multiple of [`ROWS_MAX`], n of two registers.
     pub(super) dims: [usize; 3],
 }
 
@@ -32,16 +34,29 @@ impl Product<'_> {
     pub(super) fn run<S: Simd>(self, s: S, c: &mut [f32], c_stride: usize, add: bool) {
         let [m, n, k] = self.dims;
         let width = REGISTERS * S::LANES;
-        assert!(m.is_multiple_of(ROWS) && n.is_multiple_of(width) && m * n * k > 0);
+        assert!(m.is_multiple_of(ROWS_MAX) && n.is_multiple_of(width) && m * n * k > 0);
         assert!(c.len() >= (m - 1) * c_stride + n && self.b.len() >= (k - 1) * self.b_stride + n);
         assert!(self.a.len() > (m - 1) * self.a_row + (k - 1) * self.a_col);
-        for j in (0..n).step_by(width) {
+        // SAFETY: the asserts above are the bounds of rows i..i+ROWS and columns j..j+width of every tile.
+        unsafe {
+            match S::REGISTERS >= 32 {
+                true => self.tiles::<S, ROWS_MAX>(s, c.as_mut_ptr(), c_stride, add),
+                false => self.tiles::<S, ROWS_OF_16_REGISTERS>(s, c.as_mut_ptr(), c_stride, add),
+            }
+        }
+    }
+
+    /// # Safety
+    /// The matrices have all elements of `dims`, which are whole tiles.
+    #[inline(always)]
+    unsafe fn tiles<S: Simd, const ROWS: usize>(self, s: S, c: *mut f32, c_stride: usize, add: bool) {
+        let [m, n, _] = self.dims;
+        for j in (0..n).step_by(REGISTERS * S::LANES) {
             for i in (0..m).step_by(ROWS) {
-                // SAFETY: the asserts above are the bounds of rows i..i+ROWS and columns j..j+width.
+                // SAFETY: the caller's promise.
                 unsafe {
-                    let a = self.a.as_ptr().add(i * self.a_row);
-                    let b = self.b.as_ptr().add(j);
-                    self.tile(s, c.as_mut_ptr().add(i * c_stride + j), c_stride, a, b, add);
+                    let (a, b) = (self.a.as_ptr().add(i * self.a_row), self.b.as_ptr().add(j));
+                    self.tile::<S, ROWS>(s, c.add(i * c_stride + j), c_stride, a, b, add);
                 }
             }
         }
@@ -54,7 +69,7 @@ impl Product<'_> {
     /// # Safety
     /// `a`, `b` and `c` point at tiles that lie inside their matrices.
     #[inline(always)]
-    unsafe fn tile<S: Simd>(
+    unsafe fn tile<S: Simd, const ROWS: usize>(
         self,
         s: S,
         c: *mut f32,
@@ -104,7 +119,7 @@ mod tests {
 
     #[test]
     fn multiplies_plain_and_transposed() {
-        let (m, n, k, stride) = (12, 64, 5, 70);
+        let (m, n, k, stride) = (16, 64, 5, 70);
         let (a, b, start) = (numbers(1, m * k), numbers(2, k * stride), numbers(3, m * stride));
         for (a_row, a_col, add) in [(k, 1, false), (k, 1, true), (1, m, false), (1, m, true)] {
             let mut expected = start.clone();

@@ -30,10 +30,14 @@ use std::cell::RefCell;
 use crate::cpu::{Level, features};
 use crate::pool::Disjoint;
 use crate::{Buf, Pool};
+pub use changed::changed;
 use half::bf16;
+pub use narrow::{narrow, narrow_sum};
 use pack::{Format, Source};
 use tasks::Job;
 
+mod changed;
+mod narrow;
 mod pack;
 mod tasks;
 #[cfg(test)]

@@ -71,10 +71,7 @@ impl Job<'_> {
     }
 
     fn lanes(&self) -> usize {
-        match self.level {
-            Level::Scalar | Level::Avx2 => 8,
-            Level::Scalar16 | Level::Avx512 => 16,
-        }
+        self.level.lanes()
     }
 
     /// b is packed once, tasks pack blocks of a.
@@ -84,10 +81,11 @@ impl Job<'_> {
             let cols_max = SHARED_WORDS_MAX / depths.len() / self.tile_cols() * self.tile_cols();
             for cols in chunks(0..n, cols_max) {
                 let shared = self.pack_shared(pool, buf, Operand::B, cols.clone(), depths.clone());
-                let [n_rows, n_cols] = self.task_dims(m, cols.len(), pool.n_threads());
+                let [row_tasks, col_tasks] = self.task_counts(m, cols.len(), pool.n_threads());
+                let n_cols = cols.len().div_ceil(col_tasks).next_multiple_of(self.tile_cols());
                 let col_tasks = cols.len().div_ceil(n_cols);
-                pool.run(m.div_ceil(n_rows) * col_tasks, &|i| {
-                    let rows = chunk(0..m, n_rows, i / col_tasks);
+                pool.run(row_tasks * col_tasks, &|i| {
+                    let rows = even_share(m, self.tile_rows(), i / col_tasks, row_tasks);
                     let cols = chunk(cols.clone(), n_cols, i % col_tasks);
                     let task = Task { job: self, shared: &shared, rows, cols };
                     OWN.with_borrow_mut(|own| multiply(Operand::B, &task, own));
@@ -110,9 +108,11 @@ impl Job<'_> {
         }
     }
 
-    /// Rows and columns of a task. One thread takes all columns at once, so that each block of a is packed once; with
-    /// more threads tasks are halved until there are TASKS_PER_THREAD each, or they are too small to be worth packing.
-    fn task_dims(&self, m: usize, n: usize, n_threads: usize) -> [usize; 2] {
+    /// Into how many tasks rows and columns are cut. One thread takes all columns at once, so that each block of a is packed
+    /// once; with more threads tasks are halved until there are TASKS_PER_THREAD each, or they are too small to be worth
+    /// packing. Of tasks that have all columns there are as many for every thread: with 15 for two threads, one would wait for
+    /// the last while 4 % of the time pass.
+    fn task_counts(&self, m: usize, n: usize, n_threads: usize) -> [usize; 2] {
         let (mut n_row_tasks, mut n_col_tasks) = (m.div_ceil(ROWS_BLOCK), 1);
         let wanted = if n_threads == 1 { 1 } else { n_threads * TASKS_PER_THREAD };
         while n_row_tasks * n_col_tasks < wanted {
@@ -127,10 +127,10 @@ impl Job<'_> {
                 break;
             }
         }
-        [
-            m.div_ceil(n_row_tasks).next_multiple_of(self.tile_rows()),
-            n.div_ceil(n_col_tasks).next_multiple_of(self.tile_cols()),
-        ]
+        if n_col_tasks == 1 {
+            n_row_tasks = n_row_tasks.next_multiple_of(n_threads);
+        }
+        [n_row_tasks.min(m.div_ceil(self.tile_rows())), n_col_tasks]
     }
 
     /// Packs `lanes` × `depths` of an operand with all threads.
@@ -181,6 +181,14 @@ fn chunks(range: Range<usize>, len: usize) -> impl Iterator<Item = Range<usize>>
 fn chunk(range: Range<usize>, len: usize, i: usize) -> Range<usize> {
     let start = range.start + i * len;
     start..range.end.min(start + len)
+}
+
+/// Part `i` of `n` of so many rows, in whole tiles: the first parts have one more than the others, the last one has what is
+/// left.
+fn even_share(n_rows: usize, tile_rows: usize, i: usize, n: usize) -> Range<usize> {
+    let n_tiles = n_rows.div_ceil(tile_rows);
+    let border = |i: usize| (n_tiles / n * i + i.min(n_tiles % n)) * tile_rows;
+    border(i)..border(i + 1).min(n_rows)
 }
 
 /// The operand that is packed once for all tasks.

@@ -67,11 +67,14 @@ impl Checkpoints {
         reader: &Reader,
     ) -> Result<Loaded> {
         let whole = Stripes::whole(self.n_params);
-        let vector = |file: &str| -> Result<Buf<f32>> {
-            let mut values = Buf::zeroed(self.n_params);
-            self.read((step, bundle, file), &whole, (&Sought::new(&whole), &mut values))?;
+        let of = |file: &str, vector: &str, sought: &Stripes| -> Result<Buf<f32>> {
+            let (mut values, written) =
+                (Buf::zeroed(sought.len()), self.written((bundle, file), vector, &whole));
+            self.read((step, bundle, file), &written, (&Sought::new(sought), &mut values))?;
             Ok(values)
         };
+        let vector = |file: &str| of(file, VECTORS[0], &whole);
+        let squared = Stripes::of_ranges(&self.squared);
         let state = State {
             params: vector(&file_name(VECTORS[0], 0, 1))?,
             adam_m: vector(OUTER)?,
@@ -83,9 +86,9 @@ impl Checkpoints {
             ..State::empty(reader.layout)
         };
         let worker = |number: usize| -> Result<State> {
-            let [adam_m, adam_v] = OF_WORKER.map(|suffix| vector(&of_worker(number, suffix)));
-            let health = meta.workers[number];
-            Ok(State { adam_m: adam_m?, adam_v: adam_v?, health, ..state.clone() })
+            let [adam_m, adam_v] = OF_WORKER.map(|suffix| of_worker(number, suffix));
+            let (adam_m, adam_v) = (vector(&adam_m)?, of(&adam_v, VECTORS[2], &squared)?);
+            Ok(State { adam_m, adam_v, health: meta.workers[number], ..state.clone() })
         };
         let workers = reader.workers.clone().map(worker).collect::<Result<_>>()?;
         Ok(Loaded { state, workers })

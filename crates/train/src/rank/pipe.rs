@@ -187,7 +187,9 @@ pub(crate) fn check(plan: &Plan, zero: Zero, n_stages: usize) -> Result<()> {
         () if zero == Zero::Parameters => refuse("parameters that are divided in another way (--zero 3)"),
         () if plan.diloco.is_some() => refuse("workers that train by themselves (--diloco)"),
         () if !matches!(plan.method, Method::Full) => refuse("low-rank changes"),
-        () if plan.objective != Objective::CrossEntropy => refuse("objectives that compare with the start"),
+        () if plan.objective != Objective::CrossEntropy => {
+            refuse("objectives that compare with another model")
+        }
         () => Ok(Stage::divide(&plan.config()?, plan.context, n_stages).map(drop)?),
     }
 }

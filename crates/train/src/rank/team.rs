@@ -116,7 +116,9 @@ pub(crate) fn check(plan: &Plan, n_team: usize) -> Result<()> {
         () if plan.muon.is_some() => refuse("Muon, which needs whole matrices"),
         () if plan.diloco.is_some() => refuse("workers that train by themselves (--diloco)"),
         () if !matches!(plan.method, Method::Full) => refuse("low-rank changes"),
-        () if plan.objective != Objective::CrossEntropy => refuse("objectives that compare with the start"),
+        () if plan.objective != Objective::CrossEntropy => {
+            refuse("objectives that compare with another model")
+        }
         () => Ok(plan.config()?.part_of(n_team).map(drop)?),
     }
 }

@@ -48,6 +48,7 @@ fn prepared() -> (Arc<dyn Store>, Plan) {
         start: None,
         method: Method::Full,
         objective: Objective::CrossEntropy,
+        teacher: None,
         context: 32,
         rows: 2,
         micro_batches: 8,

@@ -10,7 +10,7 @@ use store::{Bundle, Store};
 use tensor::Pool;
 use tensor::packed::WeightKind;
 use tokenizer::{BpeTrainer, ChatTemplate};
-use train::{Error, Event, Method, Outcome, Plan};
+use train::{Context, Error, Event, Method, Outcome, Plan, Teacher};
 
 use crate::{carry_out, context, prepared};
 
@@ -22,6 +22,8 @@ struct FineTune {
     plan: Plan,
     files: model::Files,
     config: Config,
+    /// Files of a teacher.
+    teacher: Option<model::Files>,
 }
 
 impl FineTune {
@@ -41,7 +43,21 @@ impl FineTune {
         plan.data[0].dataset = "chats".into();
         plan.data[0].sha256 = dataset.info().plan_sha256.clone();
         plan.context = 64;
-        FineTune { store, plan, files, config }
+        FineTune { store, plan, files, config, teacher: None }
+    }
+
+    /// From a random model of another shape, besides the data.
+    fn taught(mut self, weight: f32) -> FineTune {
+        let teacher = Config { n_layers: 3, ff_width: 40, ..self.config.clone() };
+        self.plan.objective = Objective::Distill { weight, temperature: 2.0 };
+        let random = Trainable::new(&teacher);
+        let pool = Pool::new(1);
+        let weights = random.to_weights(&pool, &random.init(6), WeightKind::Bf16);
+        let (start, files) = train::start_files(&Arc::new(pool), "tiny-teacher", weights).unwrap();
+        let config = serde_json::from_str(&teacher.to_json("float32")).unwrap();
+        self.plan.teacher = Some(Teacher { model: start.model, sha256: start.sha256, config });
+        self.teacher = Some(files);
+        self
     }
 
     fn lora(mut self, merge: bool) -> FineTune {
@@ -52,6 +68,9 @@ impl FineTune {
 
     /// The published file and the bits of all losses, of a run that is stopped after these steps.
     fn carry_out(&self, run: &str, file: &str, parts: &[([usize; 2], Option<u64>)]) -> (Vec<u8>, Vec<u64>) {
+        if let Some(teacher) = &self.teacher {
+            train::keep_teacher(&self.store, run, teacher).unwrap();
+        }
         train::create(&self.store, run, &self.plan, Some(&self.files)).unwrap();
         for (layout, stop_after) in parts {
             let outcome = carry_out(&self.store, run, *layout, *stop_after).0;
@@ -139,6 +158,54 @@ fn preferences_are_exact() {
     let margins: Vec<f64> = margins.collect();
     assert_eq!(margins[0], 0.0, "the first step compares the start with itself");
     assert!(margins.last() > Some(&0.05), "{margins:?}");
+}
+
+#[test]
+fn learning_from_a_teacher_is_exact() {
+    let file = "models/tiny/model.safetensors";
+    let run = FineTune::new(chat).taught(0.5);
+    run.check_exact(file);
+    let taught = run.carry_out("again", file, &[([1, 1], None)]).0;
+    let alone =
+        FineTune { plan: Plan { teacher: None, objective: Objective::CrossEntropy, ..run.plan }, ..run };
+    assert!(alone.carry_out("alone", file, &[([1, 1], None)]).0 != taught, "the teacher taught nothing");
+    FineTune::new(chat).lora(false).taught(0.3).check_exact("adapters/tiny/adapter_model.safetensors");
+}
+
+#[test]
+fn teachers_that_do_not_fit_are_refused_by_name() {
+    let create = |run: &FineTune| train::create(&run.store, "refused", &run.plan, Some(&run.files));
+    let refused = |change: &dyn Fn(&mut Plan)| {
+        let mut run = FineTune::new(chat).taught(0.5);
+        change(&mut run.plan);
+        create(&run).unwrap_err().to_string()
+    };
+    let field = |plan: &mut Plan, field: &str, value: u64| {
+        plan.teacher.as_mut().unwrap().config[field] = json!(value);
+    };
+    let vocabulary = refused(&|plan| field(plan, "vocab_size", 77));
+    assert!(vocabulary.contains("77 token ids") && vocabulary.contains("same vocabulary"), "{vocabulary}");
+    assert!(refused(&|plan| field(plan, "max_position_embeddings", 8)).contains("context"));
+    assert!(refused(&|plan| plan.teacher = None).contains("teacher"));
+    assert!(refused(&|plan| plan.objective = Objective::CrossEntropy).contains("teacher"));
+    let distill = |weight, temperature| Objective::Distill { weight, temperature };
+    assert!(refused(&|plan| plan.objective = distill(f32::NAN, 1.0)).contains("weight"));
+    assert!(refused(&|plan| plan.objective = distill(0.5, 0.0)).contains("temperature"));
+    // Its files are not in the run, or are of another model.
+    let run = FineTune::new(chat).taught(0.5);
+    create(&run).unwrap();
+    let stop = AtomicBool::new(false);
+    let start = || train::run(&context(&run.store, "refused", &stop), &mut |_| {});
+    assert!(matches!(start(), Err(Error::TeacherChanged { .. })));
+    train::keep_teacher(&run.store, "refused", &run.files).unwrap();
+    assert!(matches!(start(), Err(Error::TeacherChanged { .. })));
+    for how in [
+        Context { n_ranks: 2, n_team: 2, ..context(&run.store, "refused", &stop) },
+        Context { n_ranks: 2, n_stages: 2, ..context(&run.store, "refused", &stop) },
+    ] {
+        let error = train::run(&how, &mut |_| {}).unwrap_err().to_string();
+        assert!(error.contains("compare with another model"), "{error}");
+    }
 }
 
 #[test]

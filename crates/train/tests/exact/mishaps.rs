@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use data::{Dataset, IngestPlan, TokenizerSource};
-use store::{ObjectMeta, ObjectName, Put, Store};
+use model::{Config, ParamSpec, Trainable};
+use store::{Bundle, BundleWriter, ObjectMeta, ObjectName, Put, Store};
 use train::{Context, DataPart, Error, Event, Guard, Muon, Outcome, Plan, Tasks};
 
 use crate::{STEPS, carry_out, context, prepared, results, whole_run};
@@ -88,6 +89,47 @@ fn datasets_that_do_not_fit_each_other_are_named() {
     refused(&plan, "data.weight");
     plan.data.iter_mut().for_each(|part| part.weight = 0.0);
     refused(&plan, "more than 0");
+}
+
+/// Matrices of Muon have no mean of squares, and checkpoints none of them; older builds wrote zeros there.
+#[test]
+fn checkpoints_of_muon_are_small_and_older_ones_are_read() {
+    let (store, mut plan) = prepared();
+    plan.muon = Some(Muon::default());
+    let whole = whole_run(&store, &plan, "whole", [1, 1]);
+    train::create(&store, "older", &plan, None).unwrap();
+    carry_out(&store, "older", [1, 1], Some(4));
+    let prefix = "runs/older/checkpoints/00000004";
+    let bundle = Bundle::open(&store, prefix).unwrap().unwrap();
+    let files = ["params.f32", "adam_m.f32", "adam_v.f32"].map(|file| bundle.read(file).unwrap());
+    let (n, n_squared) = (files[0].len() / 4, files[2].len() / 4);
+    // Embeddings and norms of a model that is 32 wide; nearly all of the rest are matrices.
+    assert!(n_squared < n && n_squared % 32 == 0, "{n_squared} of {n}");
+    let config = Config::from_json(plan.model.to_string().as_bytes()).unwrap();
+    let trainable = Trainable::new(&config);
+    let is_matrix = |spec: &&ParamSpec| spec.dims.len() == 2 && !spec.name.contains("embed");
+    let mut squares = vec![0; 4 * n];
+    let (mut at, mut from) = (0, 0);
+    let matrices = trainable.specs().iter().filter(is_matrix).map(|spec| spec.range.clone());
+    for matrix in matrices.chain(std::iter::once(n..n)) {
+        let bytes = 4 * at..4 * matrix.start;
+        squares[bytes.clone()].copy_from_slice(&files[2][from..from + bytes.len()]);
+        (at, from) = (matrix.end, from + bytes.len());
+    }
+    assert_eq!(from, files[2].len());
+    let (kind, meta) = (bundle.manifest().kind.clone(), bundle.manifest().meta.clone());
+    for object in store.list(prefix).unwrap() {
+        store.delete(&object.name).unwrap();
+    }
+    let mut older = BundleWriter::new(&store, prefix).unwrap();
+    for (file, bytes) in [("params.f32", &files[0]), ("adam_m.f32", &files[1]), ("adam_v.f32", &squares)] {
+        older.add(file, bytes).unwrap();
+    }
+    older.publish(&kind, meta).unwrap();
+    let (outcome, events) = carry_out(&store, "older", [2, 2], None);
+    assert_eq!(outcome, Outcome::Finished);
+    assert!(matches!(&events[0], Event::Started(s) if s.step == 4), "{:?}", events[0]);
+    assert!(results(&store, "older") == whole);
 }
 
 #[test]

@@ -24,6 +24,7 @@ pub(super) fn run(args: &args::Train, mut planned: Planned, (pool, peak): (&Pool
     let ranks = RanksHere::of(args, None);
     let needs = Needs::new(&planned.plan, ranks, args.recompute)?;
     tell_model(&config, &needs);
+    tell_teacher(&planned.plan)?;
     if let Some(path) = &args.cluster {
         tell_run(&planned)?;
         return tell_cluster(&Cluster::read(path)?, &planned.plan, &config);
@@ -35,7 +36,7 @@ pub(super) fn run(args: &args::Train, mut planned: Planned, (pool, peak): (&Pool
     }
     tell_run(&planned)?;
     tell_here(&planned.plan, &needs, args)?;
-    tell_time(&planned.plan, &config, step_seconds, peak);
+    tell_time(&planned.plan, step_seconds, peak)?;
     needs.check(memory_available(), process_memory_left())
 }
 
@@ -56,6 +57,20 @@ fn tell_model(config: &Config, needs: &Needs) {
     if n_frozen > 0 && n_trained < n {
         println!("trained    {} of them, as low-rank changes", count_text(n_trained as u64));
     }
+}
+
+fn tell_teacher(plan: &Plan) -> Result<()> {
+    if let Some(teacher) = &plan.teacher {
+        let config = teacher.config()?;
+        println!(
+            "teacher    {}: {} layers, {} wide, {} parameters",
+            teacher.model,
+            config.n_layers,
+            config.width,
+            count_text(config.n_params() as u64)
+        );
+    }
+    Ok(())
 }
 
 fn tell_run(planned: &Planned) -> Result<()> {
@@ -163,17 +178,24 @@ fn step_seconds(
     recompute: bool,
 ) -> Result<(f64, bool)> {
     let plan = &planned.plan;
-    let flops = plan.config()?.flops_per_token_train(plan.context) * plan.tokens_per_step() as f64;
+    let flops = flops(plan)?;
     let assumed = flops / (SHARE_ASSUMED * peak);
     let fits = needs.check(memory_available(), process_memory_left()).is_ok();
     if !fits || assumed / plan.micro_batches as f64 > TRIAL_SECONDS_MAX {
         return Ok((assumed, false));
     }
-    Ok((plan::step_seconds(plan, planned.weights.clone(), pool, (2, recompute))?, true))
+    let of = (planned.weights.clone(), planned.teacher.as_ref().map(|(weights, _)| weights.clone()));
+    Ok((plan::step_seconds(plan, of, pool, (2, recompute))?, true))
 }
 
-fn tell_time(plan: &Plan, config: &Config, (step_seconds, is_measured): (f64, bool), peak: f64) {
-    let flops = config.flops_per_token_train(plan.context) * plan.tokens_per_step() as f64;
+/// Operations of a step.
+fn flops(plan: &Plan) -> Result<f64> {
+    let of_model = plan.config()?.flops_per_token_train(plan.context);
+    Ok(plan.flops_per_token(of_model)? * plan.tokens_per_step() as f64)
+}
+
+fn tell_time(plan: &Plan, (step_seconds, is_measured): (f64, bool), peak: f64) -> Result<()> {
+    let flops = flops(plan)?;
     let per_second = plan.tokens_per_step() as f64 / step_seconds;
     println!("compute    {:.3e} FLOP a step, {:.3e} in all", flops, flops * plan.steps as f64);
     let how = if is_measured { "measured" } else { "assumed, not measured" };
@@ -184,6 +206,7 @@ fn tell_time(plan: &Plan, config: &Config, (step_seconds, is_measured): (f64, bo
         100.0 * flops / step_seconds / peak,
         peak / 1e9
     );
+    Ok(())
 }
 
 fn tell_cluster(cluster: &Cluster, plan: &Plan, config: &Config) -> Result<()> {

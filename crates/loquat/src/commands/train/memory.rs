@@ -1,7 +1,7 @@
 //! What a run takes of memory, by kind, before it takes any.
 
 use anyhow::{Result, bail};
-use model::{Config, Stage, TrainModel, Trainable};
+use model::{Config, Objective, Stage, Teacher, TrainModel, Trainable};
 use train::{Method, Plan, RankBytes, Zero};
 
 use super::launch::Launched;
@@ -156,7 +156,8 @@ impl Needs {
     /// Of the ranks of this machine.
     pub(super) fn new(plan: &Plan, ranks: RanksHere, recompute: bool) -> Result<Needs> {
         let mut needs = Needs::of(plan, ranks, recompute)?;
-        let is_plain = plan.method == Method::Full && !plan.objective.is_of_pairs() && plan.diloco.is_none();
+        let is_plain =
+            plan.method == Method::Full && plan.objective == Objective::CrossEntropy && plan.diloco.is_none();
         let is_one = ranks.team == 1 && ranks.stages == 1 && is_plain;
         let n_layers = plan.config()?.n_layers;
         let of_pipeline = |n: &usize| is_one && *n <= n_layers && ranks.all.is_multiple_of(*n);
@@ -202,8 +203,15 @@ impl Needs {
         // A model that is trained in full is not kept as it was, unless preferences compare with it.
         let is_kept = plan.start.is_some() && (changes.is_some() || plan.objective.is_of_pairs());
         let n_frozen = if is_kept { config.n_params() } else { 0 };
-        let (here, frozen) = (ranks.of_machine as u64, 4 * n_frozen as u64);
-        // Threads share the model that they start from.
+        let (n_taught, teacher_activations) = match &plan.teacher {
+            None => (0, 0),
+            Some(teacher) => {
+                let (config, rows) = (teacher.config()?, [plan.rows, plan.context]);
+                (config.n_params(), Teacher::activation_bytes(&config, rows).total() as u64)
+            }
+        };
+        let (here, frozen) = (ranks.of_machine as u64, 4 * (n_frozen + n_taught) as u64);
+        // Threads share the models that they start and learn from.
         let frozen_here = frozen * here / ranks.of_process.max(1) as u64;
         let mut stages = [[0; 2]; 4];
         for (stage, most) in (0..=3).zip(&mut stages) {
@@ -215,8 +223,8 @@ impl Needs {
             let of_ranks = divided.of(stage, ranks.of_machine.max(ranks.of_process))?;
             let of = |n: usize| of_ranks.iter().take(n).map(OfRank::most).sum::<u64>();
             *most = [
-                of(ranks.of_machine) + frozen_here + here * PROGRAM_BYTES,
-                of(ranks.of_process) + frozen + PROGRAM_BYTES,
+                of(ranks.of_machine) + frozen_here + here * (teacher_activations + PROGRAM_BYTES),
+                of(ranks.of_process) + frozen + ranks.of_process as u64 * teacher_activations + PROGRAM_BYTES,
             ];
         }
         let of_ranks = divided.of(ranks.stage, ranks.of_machine)?;
@@ -225,7 +233,9 @@ impl Needs {
         Ok(Needs {
             kinds: vec![
                 ("parameters", sum(&|of| of.bytes.parameters)),
-                ("the model it starts from", frozen_here),
+                ("the model it starts from", 4 * n_frozen as u64 * here / ranks.of_process.max(1) as u64),
+                ("the teacher", 4 * n_taught as u64 * here / ranks.of_process.max(1) as u64),
+                ("the teacher's activations", here * teacher_activations),
                 ("gradients", sum(&|of| of.bytes.gradients)),
                 ("on the way between ranks", sum(&|of| of.bytes.travelling)),
                 ("optimizer", sum(&|of| of.bytes.optimizer)),
@@ -241,7 +251,7 @@ impl Needs {
             recomputed: sum(&|of| of.activations[1]),
             n_trained: Trainable::n_trained(&config, changes)?,
             n_frozen,
-            of_rank: most + frozen + PROGRAM_BYTES,
+            of_rank: most + frozen + teacher_activations + PROGRAM_BYTES,
             ranks,
             stages,
             pipelines: Vec::new(),

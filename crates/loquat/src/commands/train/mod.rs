@@ -24,6 +24,7 @@ use self::launch::Launched;
 use crate::args;
 use crate::home::Home;
 use crate::machine::{memory_available, process_memory_left};
+use crate::pods::Group;
 use crate::view::View;
 
 /// Micro-batches that are tried out to know how long a step takes.
@@ -34,8 +35,16 @@ const AFTER: &str = "LOQUAT_AFTER";
 
 pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
     let launched = Launched::of(&|name| std::env::var(name).ok());
-    if args.distributed.launch.is_some() && launched.is_none() && !args.dry_run {
-        return supervise::run(home, args);
+    if launched.is_none() && !args.dry_run {
+        if let Some(group) = Group::of(&|name| std::env::var(name).ok()) {
+            if args.ranks != 1 && args.ranks != group.n_pods() {
+                bail!("--ranks {} was asked for, and there are {} pods", args.ranks, group.n_pods());
+            }
+            return group.run(home, args.run_name(), |machines| supervise::run(home, args, machines));
+        }
+        if args.distributed.launch.is_some() {
+            return supervise::run(home, args, &supervise::machines(args)).map(ExitCode::from);
+        }
     }
     let store = home.store()?;
     let n_local = launched.as_ref().map_or(1, |launched| launched.n_local);
@@ -126,13 +135,16 @@ fn create(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<()> {
     let mut planned = plan::plan(home, args, pool)?;
     check_memory(&planned.plan, args)?;
     if let (None, Some(minutes)) = (args.steps, args.minutes) {
-        let seconds =
-            plan::step_seconds(&planned.plan, planned.weights.take(), pool, (TRIALS, args.recompute))?;
+        let of = (planned.weights.take(), planned.teacher.as_ref().map(|(weights, _)| weights.clone()));
+        let seconds = plan::step_seconds(&planned.plan, of, pool, (TRIALS, args.recompute))?;
         plan::set_steps(&mut planned.plan, args, plan::steps_in(minutes, seconds)?)?;
     }
     let store = home.store()?;
     if planned.plan.tasks.is_some() {
         train::keep_tasks(&store, args.run_name(), &planned.task_files)?;
+    }
+    if let Some((_, files)) = &planned.teacher {
+        train::keep_teacher(&store, args.run_name(), files)?;
     }
     Ok(train::create(&store, args.run_name(), &planned.plan, planned.files.as_ref())?)
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use data::Dataset;
-use model::{Config, Lora, MicroBatch, Objective, TrainModel, Trainable, Weights};
+use model::{Config, Lora, MicroBatch, Objective, Teacher, TrainModel, Trainable, Weights};
 use store::Store;
 use tensor::{Buf, Pool, Precision};
 use train::{
@@ -35,6 +35,8 @@ pub(super) struct Planned {
     /// The model it starts from, and its files.
     pub(super) weights: Option<Weights>,
     pub(super) files: Option<model::Files>,
+    /// Of whom it learns from.
+    pub(super) teacher: Option<(Weights, model::Files)>,
     /// Of tasks, by name.
     pub(super) task_files: Vec<(String, Vec<u8>)>,
     pub(super) datasets: Vec<Dataset>,
@@ -54,6 +56,9 @@ pub(super) fn plan(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<
     };
     let model_name = args.method.init.as_deref().map(name_of).unwrap_or_default();
     let start = weights.clone().map(|weights| train::start_files(pool, &model_name, weights)).transpose()?;
+    let taught =
+        args.method.distill.as_deref().map(|name| teacher(home, name, (&datasets, pool))).transpose()?;
+    let (teacher, taught) = taught.unzip();
     let task_files = args.eval_tasks.iter().map(|path| task_file(path)).collect::<Result<Vec<_>>>()?;
     let tasks = Tasks::new(args.eval_every.unwrap_or(1), args.eval_shots, args.eval_limit, &task_files)?;
     let part = |(choice, dataset): (args::DataChoice, &Dataset)| DataPart {
@@ -70,6 +75,7 @@ pub(super) fn plan(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<
         start: start.as_ref().map(|(start, _)| start.clone()),
         method: args.method.method(),
         objective: args.method.objective(),
+        teacher,
         context: args.context,
         rows: args.rows,
         micro_batches: args.micro_batches,
@@ -94,7 +100,7 @@ pub(super) fn plan(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<
     if args.ranks > 1 {
         plan.check_teams(args.ranks, [args.distributed.tp, args.distributed.pp])?;
     }
-    Ok(Planned { plan, weights, files: start.map(|(_, files)| files), task_files, datasets })
+    Ok(Planned { plan, weights, files: start.map(|(_, files)| files), teacher: taught, task_files, datasets })
 }
 
 /// The plan of a run that exists with all that the flags say by themselves: where it differs, something else is asked for
@@ -111,6 +117,10 @@ pub(super) fn as_asked(store: &Arc<dyn Store>, old: &Plan, args: &args::Train) -
         let sha256 = old.start.as_ref().map_or(String::new(), |start| start.sha256.clone());
         train::Start { model: name_of(init), sha256 }
     });
+    let teacher = args.method.distill.as_deref().map(|name| match &old.teacher {
+        Some(teacher) => train::Teacher { model: name_of(name), ..teacher.clone() },
+        None => train::Teacher { model: name_of(name), sha256: String::new(), config: old.model.clone() },
+    });
     let mut plan = Plan {
         data: args.datasets().map_err(anyhow::Error::msg)?.into_iter().map(part).collect(),
         isolated: args.isolate,
@@ -118,6 +128,7 @@ pub(super) fn as_asked(store: &Arc<dyn Store>, old: &Plan, args: &args::Train) -
         start,
         method: args.method.method(),
         objective: args.method.objective(),
+        teacher,
         context: args.context,
         rows: args.rows,
         micro_batches: args.micro_batches,
@@ -210,6 +221,19 @@ fn start_weights(home: &Home, init: &str, datasets: &[Dataset]) -> Result<Weight
     Ok(loaded.weights)
 }
 
+/// Whom a run learns from, as its plan and its directory have it.
+fn teacher(
+    home: &Home,
+    name: &str,
+    (datasets, pool): (&[Dataset], &Arc<Pool>),
+) -> Result<(train::Teacher, (Weights, model::Files))> {
+    let weights = start_weights(home, name, datasets)?;
+    let config = serde_json::from_str(&weights.config.to_json("float32"))?;
+    let (start, files) = train::start_files(pool, &name_of(name), weights.clone())?;
+    let teacher = train::Teacher { model: start.model, sha256: start.sha256, config };
+    Ok((teacher, (weights, files)))
+}
+
 fn trainable(plan: &Plan, weights: Option<Weights>) -> Result<Trainable> {
     Ok(match (weights, &plan.method) {
         (None, _) => Trainable::new(&plan.config()?),
@@ -227,7 +251,14 @@ impl args::Method {
     }
 
     fn objective(&self) -> Objective {
-        self.dpo.map_or(Objective::CrossEntropy, |beta| Objective::Dpo { beta })
+        match (self.dpo, &self.distill) {
+            (Some(beta), _) => Objective::Dpo { beta },
+            (None, None) => Objective::CrossEntropy,
+            (None, Some(_)) => {
+                let (weight, temperature) = (self.distill_weight, self.distill_temperature);
+                Objective::Distill { weight, temperature }
+            }
+        }
     }
 
     /// What is common for each: large for random weights, small where a model must not forget, smaller where
@@ -254,7 +285,7 @@ pub(super) fn steps_in(minutes: f64, step_seconds: f64) -> Result<u64> {
 /// Seconds of one step here: the best of a few micro-batches of the plan's shape.
 pub(super) fn step_seconds(
     plan: &Plan,
-    weights: Option<Weights>,
+    (weights, teacher): (Option<Weights>, Option<Weights>),
     pool: &Pool,
     (n_trials, recompute): (usize, bool),
 ) -> Result<f64> {
@@ -263,6 +294,10 @@ pub(super) fn step_seconds(
     let vocab = trainable.config().vocab;
     let model = TrainModel::new(trainable, plan.rows, plan.context, precision);
     let mut model = model.with_recompute(recompute);
+    if let Some(weights) = teacher {
+        let teacher = Trainable::from_weights(weights)?;
+        model = model.with_teacher(Teacher::new(teacher, [plan.rows, plan.context], precision));
+    }
     let params = model.trainable().init(plan.seed);
     let mut dparams = Buf::zeroed(params.len());
     let n = plan.rows * plan.context;
