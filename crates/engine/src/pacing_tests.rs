@@ -90,12 +90,12 @@ impl Machine {
         }
     }
 
-    /// A tenth more or less than it should take.
+    /// A twelfth more or less than it should take.
     fn cost(&mut self, work: &StepWork) -> f64 {
         self.n_steps += 1;
         let [noise, held_up] = [0, 1].map(|i| random::uniform(self.seed, 2 * self.n_steps + i));
         let held_up = if held_up * HELD_UP_EVERY < 1.0 { HELD_UP_SECONDS } else { 0.0 };
-        reckoned(work) * (0.9 + 0.2 * noise) + held_up
+        reckoned(work) * (0.92 + 0.16 * noise) + held_up
     }
 
     fn run_until_first_token(&mut self, id: SequenceId) {
@@ -152,8 +152,8 @@ fn a_long_prompt_does_not_stall_running_streams() {
             time
         );
         assert!(p99 < 3.0 * median, "seed {seed}: p99 {p99:.4} s, median without it {median:.4} s");
-        // The prompt gets a good part of the machine all the same.
-        assert!(time < 3.2 * alone(8000), "seed {seed}: {time} s, alone {} s", alone(8000));
+        // The prompt gets a good part of the machine all the same; streams that have grown by 1,300 tokens each have theirs.
+        assert!(time < 3.5 * alone(8000), "seed {seed}: {time} s, alone {} s", alone(8000));
     }
 }
 
