@@ -13,6 +13,9 @@ use crate::sql::{Cell, Fault, Transaction, Value, values};
 /// What a restore adds to the tokens of leases, so that none that was given out after the backup is ever given out again.
 const TOKENS_PASSED: i64 = 1 << 32;
 
+/// Flags that say where a job's home and its store are.
+const PLACE_FLAGS: [&str; 2] = ["--home", "--store"];
+
 /// All rows of a database.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -67,6 +70,23 @@ impl Tables {
         texts.collect()
     }
 
+    /// Jobs begin with the words that say where their home and their store are; `place` are those from now on.
+    pub fn move_jobs(&mut self, place: &[String]) -> Result<()> {
+        let bad = |error: serde_json::Error| Error::Tables { why: format!("what a job is: {error}") };
+        for table in self.tables.iter_mut().filter(|table| table.name == "jobs") {
+            let Some(at) = table.columns.iter().position(|column| column == "spec") else { continue };
+            for row in &mut table.rows {
+                let Cell::Text(text) = &mut row[at] else { continue };
+                let mut spec: serde_json::Value = serde_json::from_str(text).map_err(bad)?;
+                let args: Vec<String> = serde_json::from_value(spec["args"].take()).map_err(bad)?;
+                let n_old = PLACE_FLAGS.len().min(args.chunks(2).take_while(|pair| is_place(pair)).count());
+                spec["args"] = [place, &args[2 * n_old..]].concat().into();
+                *text = spec.to_string();
+            }
+        }
+        Ok(())
+    }
+
     /// Names go into statements: they must be words. Every row must have its columns.
     fn check(&self) -> Result<()> {
         let is_word = |text: &str| {
@@ -88,6 +108,10 @@ impl Tables {
         }
         Ok(())
     }
+}
+
+fn is_place(pair: &[String]) -> bool {
+    matches!(pair, [flag, _] if PLACE_FLAGS.contains(&flag.as_str()))
 }
 
 impl Control {
@@ -202,6 +226,8 @@ pub(crate) fn settle(transaction: &mut Transaction) -> Result<(), Stop> {
          WHERE state = 'running'",
         &[],
     )?;
+    // Logs stay on the machines that wrote them.
+    transaction.execute("UPDATE jobs SET log_path = NULL", &[])?;
     transaction.execute("DELETE FROM replicas WHERE own = 1", &[])?;
     // The names of machines are anybody's again.
     transaction.execute("UPDATE nodes SET machine = ''", &[])?;

@@ -9,7 +9,7 @@
 //!
 //! Where to start: [`Engine::submit`] in `engine.rs` is the way in, `worker.rs` is the loop,
 //! `scheduler.rs` decides (pure, no clock), `waiting.rs` orders the queue, `blocks.rs` owns the KV blocks
-//! and the prefix cache (`prefix.rs`), `pacer.rs` keeps long prompts from stalling streams, `speculation.rs`
+//! and the prefix cache (`prefix.rs`), `pacer.rs` keeps long prompts from stalling streams by what steps cost (`step_cost.rs`), `speculation.rs`
 //! guesses ahead, `sampler.rs` turns logits into a token, `stream.rs` is the way out.
 
 #![forbid(unsafe_code)]
@@ -39,6 +39,7 @@ mod sequence;
 #[cfg(test)]
 mod simulation;
 mod speculation;
+mod step_cost;
 mod stream;
 mod tenants;
 mod waiting;
@@ -49,11 +50,12 @@ pub use engine::{Engine, EngineLimits, Health, Stats};
 pub use fake::FakeRunner;
 pub use model::{Adapter, BlockCopy, StepInput, StepRow};
 pub use model_runner::ModelRunner;
-pub use played::{Played, PlayedToken, StepWork};
+pub use played::{Played, PlayedToken};
 pub use request::{
     Event, FinishReason, Logprobs, Request, STOP_IDS_MAX, Sampling, SubmitError, TOP_LOGPROBS_MAX, TokenId,
     Usage,
 };
 pub use runner::{Runner, RunnerError};
 pub use speculation::{DRAFT_TOKENS_MAX, Speculation};
+pub use step_cost::StepWork;
 pub use stream::Stream;

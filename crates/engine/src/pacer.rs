@@ -1,27 +1,31 @@
 //! How much may join a step beside decoding. Pure: measured times come in as arguments.
 //!
 //! Every token beside the decoding ones lengthens the step, and every running stream waits for it. The
-//! pacer learns what a step of only decoding takes and what each further token adds. Prompt tokens may
-//! lengthen a step by [`STRETCH`] of its own length: a long prompt then leaves running streams at less
-//! than three times their usual gap and itself gets more than half of the machine. Prompts behind
-//! another one get more: see [`PROMPT_WEIGHT`].
+//! pacer learns what a step of only decoding takes and what else in a step costs ([`Costs`]). Prompts may
+//! lengthen a step to [`LIMIT`] times the usual, which is what streams were used to when there was no prompt:
+//! their 99th percentile gap then stays below three times that, and a prompt gets more than half of the
+//! machine. It is read the sooner, and the streams grow the less meanwhile: to be slower would make the last
+//! gaps longer, not shorter. Prompts behind another one get more: see [`PROMPT_WEIGHT`].
 //! Which tokens come out never depends on it.
 
 use std::time::Duration;
 
-use crate::scheduler::Crowd;
+use crate::scheduler::{Crowd, Pace};
+use crate::step_cost::{Costs, Extra, StepWork};
 
-/// Time for prompts beside decoding, in units of the decoding. Twice would be the limit of three
-/// times the usual gap; the rest is for what the estimates miss.
-const STRETCH: f64 = 1.25;
+/// Steps beside a prompt, in units of steps without. Three is the limit for 99 of 100; the rest is for what the
+/// estimates miss.
+const LIMIT: f64 = 2.6;
+/// What prompts get in any case, in units of what decoding takes by now: streams that have grown pay for that themselves.
+const PROMPT_SHARE_MIN: f64 = 0.75;
 /// Running streams that a prompt behind another one counts for: they go on meanwhile, if more slowly, and it stands still.
 const PROMPT_WEIGHT: f64 = 4.0;
-/// However slow the machine, a prompt gets on.
-const PREFILL_TOKENS_MIN: usize = 1;
 /// The first guess, before anything was measured.
 const PREFILL_TOKENS_GUESS: f64 = 64.0;
 /// Share of a new measurement in the estimate.
 const SMOOTHING: f64 = 0.2;
+/// Share by which the usual time grows with one step at most: a step that was held up is not what streams are used to.
+const RISE_MAX: f64 = 0.02;
 /// Decoding times are kept for 1, 2, 3-4, 5-8, … sequences.
 const N_SIZES: usize = 16;
 
@@ -30,8 +34,8 @@ pub(crate) struct Pacer {
     prefill_tokens_max: usize,
     /// Steps that only decode, by the size of their number of sequences.
     decodes: [Option<Decodes>; N_SIZES],
-    /// Added by each further token to a step that decodes, and of each token where nothing decodes.
-    seconds_beside: Option<f64>,
+    /// Of what joins a step that decodes, and of each token where nothing decodes.
+    beside: Option<Costs>,
     seconds_alone: Option<f64>,
     /// Of guessing one token.
     seconds_per_guess: f64,
@@ -43,46 +47,59 @@ impl Pacer {
         Pacer {
             prefill_tokens_max,
             decodes: [None; N_SIZES],
-            seconds_beside: None,
+            beside: None,
             seconds_alone: None,
             seconds_per_guess: 0.0,
         }
     }
 
-    /// Prompt tokens the next step may hold if it decodes as well. At least 1.
-    pub(crate) fn max_prefill(&self, crowd: Crowd) -> usize {
+    /// What prompts may have of the next step if it decodes as well.
+    pub(crate) fn pace(&self, crowd: Crowd) -> Pace {
         let n_behind = crowd.n_prompts.saturating_sub(1) as f64;
         let crowding = (PROMPT_WEIGHT * n_behind / crowd.n_decodes.max(1) as f64).max(1.0);
-        let known = (self.decode_time(crowd.n_decodes), self.seconds_per_token());
-        // A cast of a float saturates, so a cost of nearly 0 is harmless.
-        let n_tokens = match known {
-            (Some(decode), Some(per_token)) => (decode * STRETCH * crowding / per_token.max(1e-9)) as usize,
-            _ => (PREFILL_TOKENS_GUESS * crowding) as usize,
+        let known = (self.usual(crowd.n_decodes), self.costs());
+        let (Some(usual), Some(costs)) = known else {
+            let n_tokens = (PREFILL_TOKENS_GUESS * crowding) as usize;
+            return Pace::tokens(n_tokens.min(self.prefill_tokens_max));
         };
-        n_tokens.max(PREFILL_TOKENS_MIN).min(self.prefill_tokens_max)
+        let n_grown = (crowd.n_read as f64 - usual.n_read).max(0.0);
+        let now = usual.seconds + (costs.read + costs.pair) * n_grown;
+        let seconds = (LIMIT * usual.seconds - now).max(PROMPT_SHARE_MIN * now) * crowding;
+        Pace { n_tokens: self.prefill_tokens_max, seconds, costs }
     }
 
     /// How likely a guess must be right so that verifying it gains time: its share of the step's time
     /// against its share of the step's tokens.
     pub(crate) fn acceptance_min(&self, n_decodes: usize) -> f64 {
-        let (Some(decode), Some(seconds_per_token)) = (self.decode_time(n_decodes), self.seconds_per_token())
-        else {
+        let (Some(usual), Some(costs)) = (self.usual(n_decodes), self.costs()) else {
             return 0.0;
         };
-        n_decodes as f64 * (seconds_per_token + self.seconds_per_guess) / decode.max(1e-9)
+        let n_seen = usual.n_read / usual.n.max(1.0);
+        let seconds_per_token = costs.token + costs.pair * n_seen;
+        n_decodes as f64 * (seconds_per_token + self.seconds_per_guess) / usual.seconds.max(1e-9)
     }
 
-    /// A step of `n_decodes` sequences with one token each and `n_more` other tokens took `time`.
-    pub(crate) fn observe(&mut self, n_decodes: usize, n_more: usize, time: Duration) {
+    /// A step took `time`.
+    pub(crate) fn observe(&mut self, work: &StepWork, time: Duration) {
         let seconds = time.as_secs_f64();
-        if n_more == 0 {
-            return self.observe_decodes(Decodes { n: n_decodes as f64, seconds });
+        let n_more = work.n_prompt_tokens as f64;
+        if work.n_prompt_tokens == 0 {
+            let new = Decodes { n: work.n_decodes as f64, n_read: work.n_read as f64, seconds };
+            return self.observe_decodes(new);
         }
-        if n_decodes == 0 {
-            return smooth(&mut self.seconds_alone, seconds / n_more as f64);
+        if work.n_decodes == 0 {
+            return smooth(&mut self.seconds_alone, seconds / n_more);
         }
-        if let Some(decode) = self.decode_time(n_decodes) {
-            smooth(&mut self.seconds_beside, (seconds - decode).max(0.0) / n_more as f64);
+        let Some(usual) = self.usual(work.n_decodes) else { return };
+        let extra = Extra {
+            tokens: n_more,
+            read: work.n_read as f64 - usual.n_read,
+            pairs: work.n_pairs as f64 - usual.n_read,
+        };
+        let more = (seconds - usual.seconds).max(0.0);
+        match &mut self.beside {
+            Some(costs) => costs.learn(&extra, more, usual.seconds),
+            None => self.beside = Some(Costs::of_tokens(more / n_more)),
         }
     }
 
@@ -94,22 +111,24 @@ impl Pacer {
         }
     }
 
-    /// Before it was measured beside decoding, twice what a token of a large batch takes: small
+    /// Before it was measured beside decoding, a token costs twice what one of a large batch takes: small
     /// batches cost more, and the first long prompt must not stall anybody either.
-    fn seconds_per_token(&self) -> Option<f64> {
-        self.seconds_beside.or(self.seconds_alone.map(|seconds| 2.0 * seconds))
+    fn costs(&self) -> Option<Costs> {
+        self.beside.or(self.seconds_alone.map(|seconds| Costs::of_tokens(2.0 * seconds)))
     }
 
     fn observe_decodes(&mut self, new: Decodes) {
         let old = self.decodes[size(new.n as usize)].get_or_insert(new);
         old.n += (new.n - old.n) * SMOOTHING;
-        old.seconds += (new.seconds - old.seconds) * SMOOTHING;
+        old.n_read += (new.n_read - old.n_read) * SMOOTHING;
+        let change = (new.seconds - old.seconds) * SMOOTHING;
+        old.seconds += change.min(RISE_MAX * old.seconds);
     }
 
-    /// Of a step that only decodes. A number that was not measured lies on the line through the two measured
+    /// A step that only decodes. A number that was not measured lies on the line through the two measured
     /// ones beside it or before it: under load most numbers only ever come together with prompts, and to take
     /// the time of a smaller one would blame the prompts for the difference.
-    fn decode_time(&self, n_decodes: usize) -> Option<f64> {
+    fn usual(&self, n_decodes: usize) -> Option<Decodes> {
         let n = n_decodes as f64;
         let known = || self.decodes.iter().flatten();
         let below = known().rev().find(|decodes| decodes.n <= n);
@@ -130,19 +149,23 @@ impl Pacer {
 #[derive(Clone, Copy, Debug)]
 struct Decodes {
     n: f64,
+    /// Positions they read, all together.
+    n_read: f64,
     seconds: f64,
 }
 
 impl Decodes {
     /// At `n`, on the line through this and a larger number. It never falls.
-    fn line_to(&self, larger: &Decodes, n: f64) -> f64 {
-        let slope = (larger.seconds - self.seconds) / (larger.n - self.n).max(1.0);
-        self.seconds + slope.max(0.0) * (n - self.n)
+    fn line_to(&self, larger: &Decodes, n: f64) -> Decodes {
+        let far = (n - self.n) / (larger.n - self.n).max(1.0);
+        let at = |small: f64, large: f64| small + (large - small).max(0.0) * far;
+        Decodes { n, n_read: at(self.n_read, larger.n_read), seconds: at(self.seconds, larger.seconds) }
     }
 
     /// At `n`, if half of the time went into what each step does once.
-    fn half_fixed(&self, n: f64) -> f64 {
-        self.seconds * (1.0 + n / self.n) / 2.0
+    fn half_fixed(&self, n: f64) -> Decodes {
+        let far = n / self.n;
+        Decodes { n, n_read: self.n_read * far, seconds: self.seconds * (1.0 + far) / 2.0 }
     }
 }
 
@@ -162,54 +185,87 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     fn crowd(n_decodes: usize, n_prompts: usize) -> Crowd {
-        Crowd { n_decodes, n_prompts }
+        Crowd { n_decodes, n_prompts, n_read: 0 }
+    }
+
+    /// Tokens of the shortest prompts that the pace allows, at their beginning.
+    fn n_tokens(pacer: &Pacer, crowd: Crowd) -> usize {
+        let pace = pacer.pace(crowd);
+        pace.costs.n_tokens(0, pace.seconds).min(pace.n_tokens)
+    }
+
+    fn observe(pacer: &mut Pacer, n_decodes: usize, n_prompt_tokens: usize, time: Duration) {
+        pacer.observe(&StepWork { n_decodes, n_prompt_tokens, ..StepWork::default() }, time);
     }
 
     /// The pacer after many steps on a machine with these costs.
     fn settled(decode_ms: f64, prefill_token_ms: f64) -> Pacer {
         let mut pacer = Pacer::new(256);
         for _ in 0..100 {
-            pacer.observe(8, 0, MS.mul_f64(decode_ms));
-            let n_prefill = pacer.max_prefill(crowd(8, 1));
-            pacer.observe(8, n_prefill, MS.mul_f64(decode_ms + prefill_token_ms * n_prefill as f64));
+            observe(&mut pacer, 8, 0, MS.mul_f64(decode_ms));
+            let n_prefill = n_tokens(&pacer, crowd(8, 1)).max(1);
+            let time = MS.mul_f64(decode_ms + prefill_token_ms * n_prefill as f64);
+            observe(&mut pacer, 8, n_prefill, time);
         }
         pacer
     }
 
     #[test]
-    fn prompts_stretch_a_step_by_a_fixed_share() {
+    fn prompts_stretch_a_step_by_a_share() {
         let check = |decode_ms, prefill_token_ms, expected: usize| {
-            let n_tokens = settled(decode_ms, prefill_token_ms).max_prefill(crowd(8, 1));
+            let n_tokens = n_tokens(&settled(decode_ms, prefill_token_ms), crowd(8, 1));
             assert!(n_tokens.abs_diff(expected) <= 1, "{n_tokens} instead of {expected}");
         };
-        check(50.0, 0.5, 125);
-        check(20.0, 0.5, 50);
-        check(2.0, 10.0, PREFILL_TOKENS_MIN);
+        check(50.0, 0.5, 160);
+        check(20.0, 0.5, 64);
+        check(2.0, 10.0, 0);
         check(2.0, 0.001, 256);
     }
 
     #[test]
     fn many_prompts_beside_few_streams_get_more() {
         let pacer = settled(20.0, 0.5);
-        assert!(pacer.max_prefill(crowd(8, 2)).abs_diff(50) <= 1);
-        assert!(pacer.max_prefill(crowd(8, 7)).abs_diff(150) <= 1);
+        assert!(n_tokens(&pacer, crowd(8, 2)).abs_diff(64) <= 1);
+        assert!(n_tokens(&pacer, crowd(8, 7)).abs_diff(192) <= 1);
     }
 
     #[test]
     fn each_number_of_streams_has_its_own_time() {
         let mut pacer = Pacer::new(1000);
-        pacer.observe(1, 0, 10 * MS);
-        pacer.observe(32, 0, 100 * MS);
-        pacer.observe(0, 100, 100 * MS);
-        let n_tokens = [1, 8, 32, 64].map(|n| pacer.max_prefill(crowd(n, 1)));
+        observe(&mut pacer, 1, 0, 10 * MS);
+        observe(&mut pacer, 32, 0, 100 * MS);
+        observe(&mut pacer, 0, 100, 100 * MS);
+        let n_tokens = [1, 8, 32, 64].map(|n| n_tokens(&pacer, crowd(n, 1)));
         // Eight and 64 were never measured: they lie on the line through one (10 ms) and 32 (100 ms).
-        assert_eq!(n_tokens, [6, 18, 62, 120]);
+        assert_eq!(n_tokens, [8, 24, 80, 154]);
+    }
+
+    #[test]
+    fn streams_that_grow_leave_less_to_prompts_but_a_share() {
+        let mut pacer = settled(20.0, 0.5);
+        pacer.beside = Some(Costs { read: 1e-6, pair: 1e-6, ..Costs::of_tokens(0.5e-3) });
+        let check = |n_read, expected: f64| {
+            let seconds = pacer.pace(Crowd { n_decodes: 8, n_prompts: 1, n_read }).seconds;
+            assert!((seconds - expected).abs() < 0.1e-3, "{seconds} instead of {expected}");
+        };
+        check(0, 32e-3);
+        check(3000, 26e-3);
+        // 220 ms by now.
+        check(100_000, 165e-3);
+    }
+
+    #[test]
+    fn a_step_that_was_held_up_is_not_usual() {
+        let mut pacer = settled(20.0, 0.5);
+        let before = n_tokens(&pacer, crowd(8, 1));
+        observe(&mut pacer, 8, 0, 300 * MS);
+        assert!(n_tokens(&pacer, crowd(8, 1)).abs_diff(before) <= 2);
     }
 
     #[test]
     fn the_first_steps_get_a_guess_within_the_limit() {
-        assert_eq!(Pacer::new(256).max_prefill(crowd(1, 1)), PREFILL_TOKENS_GUESS as usize);
-        assert_eq!(Pacer::new(5).max_prefill(crowd(1, 1)), 5);
+        assert_eq!(n_tokens(&Pacer::new(256), crowd(1, 1)), PREFILL_TOKENS_GUESS as usize);
+        assert_eq!(n_tokens(&Pacer::new(5), crowd(1, 1)), 5);
     }
 
     #[test]

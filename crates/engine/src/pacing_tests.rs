@@ -8,16 +8,21 @@ use crate::pacer::Pacer;
 use crate::random;
 use crate::request::TokenId;
 use crate::runner::Runner;
-use crate::scheduler::{Limits, Plan, Scheduler};
+use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::{Sequence, SequenceId};
+use crate::step_cost::StepWork;
 
 const BLOCK_TOKENS: usize = 16;
 const VOCAB: usize = 16;
-/// Reading the weights, once a step.
-const STEP_SECONDS: f64 = 4e-3;
-/// Each token of a step, at the start of its sequence and 8,192 tokens later.
-const TOKEN_SECONDS: f64 = 0.4e-3;
-const FAR_TOKEN_SECONDS: f64 = 1.0e-3;
+/// What two cores take for SmolLM2-135M: reading the weights, once a step; each token's way through them; for each row the
+/// keys and values before its end, 5 ms at 8,192 positions; and what each token sees of them, 2 ms there.
+const STEP_SECONDS: f64 = 5e-3;
+const TOKEN_SECONDS: f64 = 0.8e-3;
+const READ_SECONDS: f64 = 0.6e-6;
+const PAIR_SECONDS: f64 = 0.26e-6;
+/// One step in so many is held up by something else, for so long.
+const HELD_UP_EVERY: f64 = 300.0;
+const HELD_UP_SECONDS: f64 = 0.1;
 
 /// An engine without threads, whose clock is the sum of what its steps are said to take.
 struct Machine {
@@ -25,6 +30,7 @@ struct Machine {
     pacer: Pacer,
     runner: FakeRunner,
     now: f64,
+    seed: u64,
     n_steps: u64,
     /// When the tokens of each sequence came.
     tokens_at: HashMap<SequenceId, Vec<f64>>,
@@ -32,7 +38,7 @@ struct Machine {
 }
 
 impl Machine {
-    fn new() -> Machine {
+    fn new(seed: u64) -> Machine {
         let limits = Limits {
             n_blocks: 2048,
             block_tokens: BLOCK_TOKENS,
@@ -47,6 +53,7 @@ impl Machine {
             scheduler: Scheduler::new(limits),
             pacer: Pacer::new(512),
             now: 0.0,
+            seed,
             n_steps: 0,
             tokens_at: HashMap::new(),
             n_new: HashMap::new(),
@@ -65,13 +72,13 @@ impl Machine {
 
     fn step(&mut self) {
         let pacer = &self.pacer;
-        let plan = self.scheduler.plan(&|crowd| pacer.max_prefill(crowd));
+        let plan = self.scheduler.plan(&|crowd| pacer.pace(crowd));
         let input = self.scheduler.input(&plan);
         self.runner.step(&input).expect("the plan is consistent");
-        let time = self.cost(&plan);
+        let work = StepWork::of(&plan);
+        let time = self.cost(&work);
         self.now += time;
-        let n_more = input.tokens_n.len() - plan.n_decodes;
-        self.pacer.observe(plan.n_decodes, n_more, Duration::from_secs_f64(time));
+        self.pacer.observe(&work, Duration::from_secs_f64(time));
         self.scheduler.commit(&plan);
         for row in plan.rows.iter().filter(|row| row.catches_up) {
             self.scheduler.accept(row.id, &[3]);
@@ -84,12 +91,11 @@ impl Machine {
     }
 
     /// A tenth more or less than it should take.
-    fn cost(&mut self, plan: &Plan) -> f64 {
+    fn cost(&mut self, work: &StepWork) -> f64 {
         self.n_steps += 1;
-        let token =
-            |start: usize| TOKEN_SECONDS + (FAR_TOKEN_SECONDS - TOKEN_SECONDS) * start as f64 / 8192.0;
-        let rows = plan.rows.iter().map(|row| row.n_tokens as f64 * token(row.start));
-        (STEP_SECONDS + rows.sum::<f64>()) * (0.9 + 0.2 * random::uniform(1, self.n_steps))
+        let [noise, held_up] = [0, 1].map(|i| random::uniform(self.seed, 2 * self.n_steps + i));
+        let held_up = if held_up * HELD_UP_EVERY < 1.0 { HELD_UP_SECONDS } else { 0.0 };
+        reckoned(work) * (0.9 + 0.2 * noise) + held_up
     }
 
     fn run_until_first_token(&mut self, id: SequenceId) {
@@ -108,32 +114,57 @@ impl Machine {
     }
 }
 
+fn reckoned(work: &StepWork) -> f64 {
+    STEP_SECONDS
+        + (work.n_decodes + work.n_prompt_tokens) as f64 * TOKEN_SECONDS
+        + work.n_read as f64 * READ_SECONDS
+        + work.n_pairs as f64 * PAIR_SECONDS
+}
+
+/// A prompt alone, in steps of 512 tokens.
+fn alone(n_prompt: usize) -> f64 {
+    let steps = (0..n_prompt).step_by(512).map(|start| {
+        let n = 512.min(n_prompt - start);
+        let n_pairs = n * start + n * (n + 1) / 2;
+        reckoned(&StepWork { n_prompt_tokens: n, n_read: start + n, n_pairs, ..StepWork::default() })
+    });
+    steps.sum()
+}
+
 #[test]
 fn a_long_prompt_does_not_stall_running_streams() {
-    let mut machine = Machine::new();
-    let streams: Vec<_> = (0..8).map(|_| machine.add(64, 100_000)).collect();
-    (0..300).for_each(|_| machine.step());
-    let gaps = machine.gaps(&streams, machine.now / 2.0);
-    let median = gaps[gaps.len() / 2];
-    let arrival = machine.now;
-    let long = machine.add(8192, 1);
-    machine.run_until_first_token(long);
-    let gaps = machine.gaps(&streams, arrival);
-    let p99 = gaps[gaps.len() * 99 / 100];
-    assert!(p99 < 3.0 * median, "p99 {p99:.4} s, median without it {median:.4} s");
-    // The prompt gets a good part of the machine all the same.
-    let alone = 8192.0 * (TOKEN_SECONDS + FAR_TOKEN_SECONDS) / 2.0;
-    assert!(machine.now - arrival < 2.5 * alone, "{} s, alone {alone} s", machine.now - arrival);
+    for seed in 0..10 {
+        let mut machine = Machine::new(seed);
+        let streams: Vec<_> = (0..8).map(|_| machine.add(64, 100_000)).collect();
+        (0..100).for_each(|_| machine.step());
+        let gaps = machine.gaps(&streams, machine.now / 2.0);
+        let median = gaps[gaps.len() / 2];
+        let arrival = machine.now;
+        let long = machine.add(8000, 1);
+        machine.run_until_first_token(long);
+        let gaps = machine.gaps(&streams, arrival);
+        let p99 = gaps[gaps.len() * 99 / 100];
+        let time = machine.now - arrival;
+        eprintln!(
+            "seed {seed}: {:.2} times, {:.2} of alone, {:.1} s",
+            p99 / median,
+            time / alone(8000),
+            time
+        );
+        assert!(p99 < 3.0 * median, "seed {seed}: p99 {p99:.4} s, median without it {median:.4} s");
+        // The prompt gets a good part of the machine all the same.
+        assert!(time < 3.2 * alone(8000), "seed {seed}: {time} s, alone {} s", alone(8000));
+    }
 }
 
 #[test]
 fn a_burst_of_prompts_is_read_at_nearly_full_speed() {
-    let (mut cold, mut warm) = (Machine::new(), Machine::new());
+    let (mut cold, mut warm) = (Machine::new(1), Machine::new(1));
     let before: Vec<_> = (0..8).map(|_| warm.add(128, 128)).collect();
     while before.iter().any(|id| warm.tokens_at[id].len() < 128) {
         warm.step();
     }
-    let alone = 32.0 * 128.0 * TOKEN_SECONDS;
+    let alone = 32.0 * alone(128);
     for machine in [&mut cold, &mut warm] {
         let arrival = machine.now;
         let burst: Vec<_> = (0..32).map(|_| machine.add(128, 128)).collect();
@@ -147,7 +178,7 @@ fn a_burst_of_prompts_is_read_at_nearly_full_speed() {
 
 #[test]
 fn short_prompts_do_not_wait_behind_a_long_one() {
-    let mut machine = Machine::new();
+    let mut machine = Machine::new(1);
     let long = machine.add(8192, 10);
     (0..3).for_each(|_| machine.step());
     let arrival = machine.now;
@@ -159,7 +190,7 @@ fn short_prompts_do_not_wait_behind_a_long_one() {
         assert!(wait < 4.0 * alone, "{wait:.2} s, all eight alone take {alone:.2} s");
     }
     // Nor does the long one wait for ever.
-    assert!(machine.now < 2.5 * 8192.0 * (TOKEN_SECONDS + FAR_TOKEN_SECONDS) / 2.0, "{}", machine.now);
+    assert!(machine.now < 2.5 * self::alone(8192), "{}", machine.now);
 }
 
 /// Clients that ask again as soon as they are answered: nearly all of them shall be decoding at any time.
@@ -167,7 +198,7 @@ fn short_prompts_do_not_wait_behind_a_long_one() {
 fn a_closed_loop_of_clients_runs_at_nearly_full_speed() {
     const N_CLIENTS: usize = 32;
     const N_ROUNDS: usize = 6;
-    let mut machine = Machine::new();
+    let mut machine = Machine::new(1);
     // One client alone: all that is known of decoding when the others come.
     let alone = machine.add(128, 128);
     (0..128).for_each(|_| machine.step());
@@ -185,7 +216,9 @@ fn a_closed_loop_of_clients_runs_at_nearly_full_speed() {
     }
     // As many steps as there are tokens in an answer, for each round with all the work of the round.
     let steps = (N_ROUNDS * 128) as f64 * STEP_SECONDS;
-    let least = steps + (N_ROUNDS * N_CLIENTS * 256) as f64 * TOKEN_SECONDS;
+    // An answer reads 192 positions a token.
+    let seen = 128.0 * (192.0 * (READ_SECONDS + PAIR_SECONDS) + READ_SECONDS + 64.0 * PAIR_SECONDS);
+    let least = steps + (N_ROUNDS * N_CLIENTS) as f64 * (256.0 * TOKEN_SECONDS + seen);
     let time = machine.now - start;
     assert!(time < 1.15 * least, "{time:.1} s, at least {least:.1} s");
 }

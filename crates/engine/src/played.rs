@@ -7,19 +7,9 @@ use std::time::Duration;
 use crate::engine::EngineLimits;
 use crate::pacer::Pacer;
 use crate::request::TokenId;
-use crate::scheduler::{Limits, Plan, Scheduler};
+use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::{Sequence, SequenceId};
-
-/// What one step computes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct StepWork {
-    /// Sequences that get their next token.
-    pub n_decodes: usize,
-    /// Tokens of prompts.
-    pub n_prompt_tokens: usize,
-    /// Positions whose keys and values are read, of all sequences together.
-    pub n_read: usize,
-}
+use crate::step_cost::StepWork;
 
 /// A token that came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,11 +81,11 @@ impl Played {
             return Vec::new();
         }
         let pacer = &self.pacer;
-        let plan = self.scheduler.plan(&|crowd| pacer.max_prefill(crowd));
-        let work = work(&plan);
+        let plan = self.scheduler.plan(&|crowd| pacer.pace(crowd));
+        let work = StepWork::of(&plan);
         let seconds = seconds(&work);
         self.now += seconds;
-        self.pacer.observe(work.n_decodes, work.n_prompt_tokens, Duration::from_secs_f64(seconds));
+        self.pacer.observe(&work, Duration::from_secs_f64(seconds));
         self.scheduler.commit(&plan);
         let ready = plan.rows.iter().filter(|row| row.catches_up).map(|row| row.id);
         ready.map(|id| self.accept(id)).collect()
@@ -112,15 +102,6 @@ impl Played {
             self.open.remove(&id);
         }
         token
-    }
-}
-
-fn work(plan: &Plan) -> StepWork {
-    let n_tokens: usize = plan.rows.iter().map(|row| row.n_tokens).sum();
-    StepWork {
-        n_decodes: plan.n_decodes,
-        n_prompt_tokens: n_tokens - plan.n_decodes,
-        n_read: plan.rows.iter().map(|row| row.start + row.n_tokens).sum(),
     }
 }
 

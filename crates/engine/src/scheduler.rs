@@ -8,8 +8,8 @@
 //! 3. The queue is served (`waiting.rs` says in what order) while a slot is free and a sequence's
 //!    known tokens fit into free blocks. Nobody overtakes the next one because it does not fit.
 //! 4. Drafts of decoding sequences are verified, as far as blocks are free.
-//! 5. Prompts share what the pace allows, the shortest rest first, so that a long prompt does not
-//!    hold up short ones; the oldest gets a quarter in any case.
+//! 5. Prompts share the time that the pace allows, the shortest rest first, so that a long prompt does not
+//!    hold up short ones; the oldest gets a quarter in any case, and at least a token.
 //!
 //! Nobody starves: the first of the running by priority and age is never preempted for another, it
 //! alone always fits (checked at submission), and the queue gives the oldest request its turn.
@@ -24,6 +24,7 @@ use model::{BlockCopy, StepInput};
 use crate::blocks::{BlockId, BlockPool};
 use crate::request::TokenId;
 use crate::sequence::{Sequence, SequenceId};
+use crate::step_cost::Costs;
 use crate::tenants::Tenants;
 use crate::waiting::{Entry, Waiting};
 
@@ -97,12 +98,32 @@ pub(crate) struct Crowd {
     pub(crate) n_decodes: usize,
     /// Sequences that have more than their next token to compute.
     pub(crate) n_prompts: usize,
+    /// Positions that the decoding ones read.
+    pub(crate) n_read: usize,
+}
+
+/// What prompts may have of a step that decodes as well.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pace {
+    /// Tokens at most, and the time that they may be reckoned to take.
+    pub(crate) n_tokens: usize,
+    pub(crate) seconds: f64,
+    pub(crate) costs: Costs,
+}
+
+impl Pace {
+    /// So many tokens, whatever they take.
+    pub(crate) fn tokens(n_tokens: usize) -> Pace {
+        Pace { n_tokens, seconds: f64::MAX, costs: Costs::default() }
+    }
 }
 
 /// What is left to give away while a plan is made.
 struct Budget {
     n_tokens: usize,
     n_prompt_logits: usize,
+    seconds: f64,
+    costs: Costs,
 }
 
 impl Scheduler {
@@ -191,9 +212,9 @@ impl Scheduler {
     }
 
     /// Decides the next step and gives every row the blocks it writes to. Empty only when there are
-    /// no sequences. `pace` says how many prompt tokens may join a step that also decodes.
+    /// no sequences. `pace` says how much of prompts may join a step that also decodes.
     /// Follow with [`Scheduler::commit`] once the step was computed.
-    pub(crate) fn plan(&mut self, pace: &dyn Fn(Crowd) -> usize) -> Plan {
+    pub(crate) fn plan(&mut self, pace: &dyn Fn(Crowd) -> Pace) -> Plan {
         let ready = self.ready();
         let mut plan = Plan { n_deferred: self.waiting.len() - ready.len(), ..Plan::default() };
         self.make_way(&ready, &mut plan);
@@ -205,13 +226,18 @@ impl Scheduler {
         if plan.preempted.len() == n_gone {
             prompts.extend(self.admit(ready, &mut plan));
         }
-        let crowd = Crowd { n_decodes: plan.n_decodes, n_prompts: prompts.len() };
+        let n_read = plan.rows.iter().map(|row| row.start + 1).sum();
+        let crowd = Crowd { n_decodes: plan.n_decodes, n_prompts: prompts.len(), n_read };
         let n_draft = self.plan_drafts(&mut plan);
-        let mut n_tokens = self.limits.max_batch_tokens - plan.n_decodes - n_draft;
+        let mut budget = Budget {
+            n_tokens: self.limits.max_batch_tokens - plan.n_decodes - n_draft,
+            n_prompt_logits: self.limits.max_prompt_logits,
+            seconds: f64::MAX,
+            costs: Costs::default(),
+        };
         if plan.n_decodes > 0 && !prompts.is_empty() {
-            n_tokens = n_tokens.min(pace(crowd).saturating_sub(n_draft).max(1));
+            budget.keep_pace(&pace(crowd), &plan.rows);
         }
-        let budget = Budget { n_tokens, n_prompt_logits: self.limits.max_prompt_logits };
         self.plan_prefills(prompts, budget, &mut plan);
         assert!(!plan.rows.is_empty() || self.sequences.is_empty(), "sequences and no step to run");
         plan
@@ -288,13 +314,19 @@ impl Scheduler {
 
     fn plan_prefills(&self, mut prompts: Vec<SequenceId>, mut budget: Budget, plan: &mut Plan) {
         let Some(oldest) = prompts.iter().copied().min() else { return };
-        let n_kept = budget.n_tokens.div_ceil(OLDEST_PROMPT_PARTS).min(self.share(oldest, 0, &budget));
-        self.spend(oldest, n_kept, &mut budget);
+        let kept = Budget {
+            n_tokens: budget.n_tokens.div_ceil(OLDEST_PROMPT_PARTS),
+            seconds: budget.seconds / OLDEST_PROMPT_PARTS as f64,
+            ..budget
+        };
+        // At least a token, whatever it takes.
+        let n_kept = self.share(oldest, 0, &kept).max(self.room(oldest, 0, &kept).min(1));
+        self.spend(oldest, [0, n_kept], &mut budget);
         prompts.sort_by_key(|id| (Reverse(self.sequences[id].priority), self.sequences[id].n_pending(), *id));
         for id in prompts {
             let n_given = if id == oldest { n_kept } else { 0 };
             let n_more = self.share(id, n_given, &budget);
-            self.spend(id, n_more, &mut budget);
+            self.spend(id, [n_given, n_more], &mut budget);
             if n_given + n_more > 0 {
                 plan.rows.push(self.row(id, n_given + n_more));
             }
@@ -357,18 +389,33 @@ impl Scheduler {
         }
     }
 
-    /// Pending tokens of a sequence, but for `n_given`, that the budget has room for.
+    /// Pending tokens of a sequence, but for `n_given`, that the budget has time for.
     fn share(&self, id: SequenceId, n_given: usize, budget: &Budget) -> usize {
+        let start = self.sequences[&id].n_computed;
+        let reading = if n_given == 0 { budget.costs.reading(start) } else { 0.0 };
+        let n_in_time = budget.costs.n_tokens(start + n_given, budget.seconds - reading);
+        self.room(id, n_given, budget).min(n_in_time)
+    }
+
+    /// The same, whatever time they take.
+    fn room(&self, id: SequenceId, n_given: usize, budget: &Budget) -> usize {
         let sequence = &self.sequences[&id];
         let n_tokens = (sequence.n_pending() - n_given).min(budget.n_tokens);
         if wants_prompt_logits(sequence) { n_tokens.min(budget.n_prompt_logits) } else { n_tokens }
     }
 
-    fn spend(&self, id: SequenceId, n_tokens: usize, budget: &mut Budget) {
-        budget.n_tokens -= n_tokens;
-        if wants_prompt_logits(&self.sequences[&id]) {
-            budget.n_prompt_logits -= n_tokens;
+    /// `n_more` tokens after `n_given`.
+    fn spend(&self, id: SequenceId, [n_given, n_more]: [usize; 2], budget: &mut Budget) {
+        let sequence = &self.sequences[&id];
+        budget.n_tokens -= n_more;
+        if wants_prompt_logits(sequence) {
+            budget.n_prompt_logits -= n_more;
         }
+        let start = sequence.n_computed;
+        if n_given == 0 && n_more > 0 {
+            budget.seconds -= budget.costs.reading(start);
+        }
+        budget.seconds -= budget.costs.tokens(start + n_given, n_more);
     }
 
     fn row(&self, id: SequenceId, n_tokens: usize) -> PlanRow {
@@ -396,6 +443,17 @@ impl Scheduler {
         let held: usize = self.sequences.values().map(|sequence| sequence.blocks.len()).sum();
         let holders: usize = (0..self.limits.n_blocks).map(|id| self.pool.n_holders(id as BlockId)).sum();
         assert_eq!(held, holders, "a block has a holder that nobody is");
+    }
+}
+
+impl Budget {
+    /// Guesses of the decoding `rows` come out of what the pace leaves to prompts.
+    fn keep_pace(&mut self, pace: &Pace, rows: &[PlanRow]) {
+        let n_draft: usize = rows.iter().map(|row| row.draft.len()).sum();
+        self.n_tokens = self.n_tokens.min(pace.n_tokens.saturating_sub(n_draft).max(1));
+        self.costs = pace.costs;
+        let guesses = rows.iter().map(|row| pace.costs.tokens(row.start, row.draft.len()));
+        self.seconds = pace.seconds - guesses.sum::<f64>();
     }
 }
 

@@ -1,7 +1,7 @@
 //! The scheduler's rules one by one. What holds in every mixture of them, the simulation tests.
 
 use crate::request::TokenId;
-use crate::scheduler::{Limits, Plan, Scheduler};
+use crate::scheduler::{Limits, Pace, Plan, Scheduler};
 use crate::sequence::{Sequence, SequenceId};
 
 fn scheduler(n_blocks: usize, max_running: usize) -> Scheduler {
@@ -37,7 +37,7 @@ fn add(scheduler: &mut Scheduler, arrival: Arrival) {
 
 /// One step in which every caught-up sequence goes on with token 5.
 fn step(scheduler: &mut Scheduler) -> Plan {
-    let plan = scheduler.plan(&|_| 64);
+    let plan = scheduler.plan(&|_| Pace::tokens(64));
     scheduler.commit(&plan);
     plan.rows.iter().filter(|row| row.catches_up).for_each(|row| scheduler.accept(row.id, &[5]));
     scheduler.check();
@@ -151,12 +151,12 @@ fn drafts_take_no_block_from_anybody() {
     step(&mut scheduler);
     // Each has one block with four positions, all known; the next token begins a second one.
     [0, 1].iter().for_each(|&id| scheduler.set_draft(SequenceId(id), vec![5; 6]));
-    let plan = scheduler.plan(&|_| 64);
+    let plan = scheduler.plan(&|_| Pace::tokens(64));
     assert_eq!(plan.rows.iter().map(|row| row.draft.len()).collect::<Vec<_>>(), [0, 0]);
     scheduler.commit(&plan);
     plan.rows.iter().for_each(|row| scheduler.accept(row.id, &[5]));
     scheduler.set_draft(SequenceId(0), vec![5; 6]);
-    let plan = scheduler.plan(&|_| 64);
+    let plan = scheduler.plan(&|_| Pace::tokens(64));
     assert!(plan.preempted.is_empty());
     assert_eq!((plan.rows[0].draft.len(), plan.rows[0].n_logits), (3, 4));
     scheduler.commit(&plan);

@@ -8,8 +8,9 @@ use crate::fake::FakeRunner;
 use crate::random;
 use crate::request::TokenId;
 use crate::runner::Runner;
-use crate::scheduler::{Limits, Plan, PlanRow, Scheduler};
+use crate::scheduler::{Limits, Pace, Plan, PlanRow, Scheduler};
 use crate::sequence::{Sequence, SequenceId};
+use crate::step_cost::Costs;
 
 const VOCAB: usize = 11;
 /// `./test --long` takes many more.
@@ -208,12 +209,22 @@ impl Simulation {
         }
     }
 
+    /// Any that a pacer might set: of tokens alone, or of time that does not even pay for reading.
+    fn pace(&mut self) -> Pace {
+        let pace = Pace::tokens(1 + self.dice.below(8));
+        if self.dice.one_in(2) {
+            return pace;
+        }
+        let [token, read, pair] = [0; 3].map(|_| self.dice.below(4) as f64);
+        Pace { seconds: self.dice.below(30) as f64, costs: Costs { token, read, pair }, ..pace }
+    }
+
     fn step(&mut self, totals: &mut Totals) {
-        let pace = 1 + self.dice.below(8);
+        let pace = self.pace();
         let is_decoding = |id: &&SequenceId| self.scheduler.sequence(**id).n_pending() == 1;
         let decoding: Vec<_> = self.scheduler.running().iter().filter(is_decoding).copied().collect();
         let plan = self.scheduler.plan(&|_| pace);
-        self.check_plan(&plan, pace, &decoding);
+        self.check_plan(&plan, &pace, &decoding);
         self.check_waiting(&plan);
         self.count(&plan, totals);
         let input = self.scheduler.input(&plan);
@@ -287,7 +298,7 @@ impl Simulation {
         self.scheduler.remove(id);
     }
 
-    fn check_plan(&self, plan: &Plan, pace: usize, decoding: &[SequenceId]) {
+    fn check_plan(&self, plan: &Plan, pace: &Pace, decoding: &[SequenceId]) {
         let n_tokens: usize = plan.rows.iter().map(|row| row.n_tokens).sum();
         assert!(n_tokens <= self.limits.max_batch_tokens, "{n_tokens} tokens in a step");
         let ids: HashSet<_> = plan.rows.iter().map(|row| row.id).collect();
@@ -295,7 +306,8 @@ impl Simulation {
         assert!(self.scheduler.n_running() <= self.limits.max_running);
         let (decodes, prefills) = plan.rows.split_at(plan.n_decodes);
         let n_prefill: usize = prefills.iter().map(|row| row.n_tokens).sum();
-        assert!(decodes.is_empty() || n_prefill <= pace);
+        assert!(decodes.is_empty() || n_prefill <= pace.n_tokens);
+        self.check_time(prefills, pace, decodes);
         let n_draft: usize = decodes.iter().map(|row| row.draft.len()).sum();
         assert!(n_draft <= self.limits.max_draft_tokens);
         let n_logits: usize = prefills.iter().map(|row| row.n_logits).sum();
@@ -310,6 +322,17 @@ impl Simulation {
             let may_be_left_out = decodes.len() == self.limits.max_batch_tokens;
             assert!(ids.contains(oldest) || may_be_left_out, "{oldest:?} waits");
         }
+    }
+
+    /// Prompts keep to the time, but for one token of one of them.
+    fn check_time(&self, prefills: &[PlanRow], pace: &Pace, decodes: &[PlanRow]) {
+        let costs = pace.costs;
+        let prompts =
+            prefills.iter().map(|row| costs.reading(row.start) + costs.tokens(row.start, row.n_tokens));
+        let free = |row: &PlanRow| costs.reading(row.start) + costs.tokens(row.start, 1);
+        let oldest = prefills.iter().min_by_key(|row| row.id).map_or(0.0, free);
+        let time = prompts.sum::<f64>() - oldest;
+        assert!(decodes.is_empty() || time <= pace.seconds * (1.0 + 1e-9) + 1e-9, "{time} in {pace:?}");
     }
 
     /// Nobody sees more admissions go by than the turns of those who are older allow.

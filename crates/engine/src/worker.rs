@@ -20,6 +20,7 @@ use crate::sampler::Sampler;
 use crate::scheduler::{Limits, Plan, PlanRow, Scheduler};
 use crate::sequence::{Sequence, SequenceId};
 use crate::speculation::{Speculator, Wish};
+use crate::step_cost::StepWork;
 
 /// Rows of logits that scored prompts get in one step: 128 * 49,152 ids * 4 B = 24 MiB.
 const PROMPT_LOGITS_PER_STEP: usize = 128;
@@ -183,7 +184,7 @@ impl Worker {
         let start = clock::now();
         self.make_drafts(start);
         let pacer = &self.pacer;
-        let plan = self.scheduler.plan(&|crowd| pacer.max_prefill(crowd));
+        let plan = self.scheduler.plan(&|crowd| pacer.pace(crowd));
         let input = self.scheduler.input(&plan);
         self.note_plan(&plan, start);
         let planned = clock::now();
@@ -192,8 +193,7 @@ impl Worker {
         match outcome {
             Ok(()) => {
                 self.n_failed_in_a_row = 0;
-                let n_more = input.tokens_n.len() - plan.n_decodes;
-                self.pacer.observe(plan.n_decodes, n_more, clock::now() - planned);
+                self.pacer.observe(&StepWork::of(&plan), clock::now() - planned);
             }
             Err(why) => self.fail_running(why)?,
         }

@@ -110,6 +110,14 @@ pub(crate) enum Command {
     /// Bring a backup back into an empty home, store and database (SQLite or PostgreSQL, whichever it came from), each
     /// byte checked. What ran goes on from its last checkpoint; end what is left of the old cluster first.
     Restore(Restore),
+    /// Runs a command in another pod of the same job; called by mpirun, as ssh is.
+    #[command(hide = true)]
+    PodShell {
+        table: PathBuf,
+        host: String,
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        command: Vec<String>,
+    },
     /// What this machine can do, measured, and whether everything is in order.
     Doctor,
 }

@@ -118,7 +118,7 @@ impl Home {
             }
             let marker = serde_json::json!({ "cluster": own, "store": crate::random_hex(16)? }).to_string();
             // Whoever was faster: it is read below.
-            let (Put::Created | Put::Exists) = store.put_if_absent(&name, marker.as_bytes())?;
+            let _: Put = store.put_if_absent(&name, marker.as_bytes())?;
         }
         let found: serde_json::Value = serde_json::from_slice(&store.get(&name)?)
             .with_context(|| format!("{name} in {} is no JSON", store.url()))?;

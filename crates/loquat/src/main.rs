@@ -75,6 +75,7 @@ fn run(loquat: &Loquat) -> Result<ExitCode> {
         Command::Key { command } => commands::key::run(&home, command),
         Command::Backup(args) => commands::backup::backup(&home, args),
         Command::Restore(args) => commands::backup::restore(&home, args),
+        Command::PodShell { table, host, command } => pods::shell(table, host, command),
         Command::Doctor => commands::doctor::run(&home),
     }
 }

@@ -1,9 +1,14 @@
 //! Kubernetes as this program meets it: the file that says how jobs run there, and being in a pod oneself.
 
+mod agent;
+mod group;
+
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use control::KubernetesOptions;
+
+pub(crate) use group::{Group, Machines, shell};
 
 /// Where Kubernetes puts what a pod's service account has.
 const ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
@@ -46,8 +51,8 @@ pub(crate) fn check_connected(n_ranks: usize) -> Result<()> {
     let n_pods = std::env::var("LOQUAT_PODS").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
     ensure!(
         n_pods <= 1 || n_ranks > 1,
-        "this is one of {n_pods} pods of a job, and nothing connects its ranks: the image must start them with MPI \
-         (docs/decisions/0021)"
+        "this is one of {n_pods} pods of a job, and it does not say which: that needs LOQUAT_POD_GROUP, \
+         JOB_COMPLETION_INDEX and LOQUAT_ADDRESS (docs/decisions/0028)"
     );
     Ok(())
 }

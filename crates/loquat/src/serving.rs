@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use anyhow::{Context, Result, bail};
 use api::{AppState, LoadAdapter, ServedEmbedder, ServedModel};
 use engine::{Engine, EngineLimits, ModelRunner, Runner, Speculation};
-use model::{Adapter, BLOCK_TOKENS, Config, KvType, Loaded, TokenizerFiles, Transformer};
+use model::{Adapter, BLOCK_TOKENS, Config, KvType, Loaded, TokenizerFiles, Transformer, gguf};
 use telemetry::Metrics;
 use tensor::Pool;
 use tokenizer::{ChatTemplate, GgufVocab, Tokenizer, WordPiece};
@@ -93,13 +93,15 @@ impl Served {
 
 /// Loads a .gguf file or a Hugging Face directory and starts its engine.
 pub(crate) fn load(id: &str, path: &Path, share: &Share, metrics: &Metrics) -> Result<Served> {
-    let loaded = model::load(path).with_context(|| format!("cannot load the model {}", path.display()))?;
+    let mut loaded =
+        model::load(path).with_context(|| format!("cannot load the model {}", path.display()))?;
     let pool = Arc::new(Pool::new(share.n_threads));
     let text = || format!("cannot load the tokenizer of {}", path.display());
     let (generator, model, tokenizer) = if loaded.weights.config.block().causal {
-        let tokenizer = tokenizer(&loaded.tokenizer).with_context(text)?;
+        // Its text is as large as the tables made of it: neither copied nor kept.
+        let files = std::mem::replace(&mut loaded.tokenizer, TokenizerFiles::None);
+        let tokenizer = take_tokenizer(files).with_context(text)?;
         check_vocab(path, tokenizer.vocab_size(), &loaded)?;
-        drop(loaded.tokenizer); // Its text, as large as the tables made of it.
         let template = match &loaded.chat_template {
             Some(source) => Some(chat_template(source, &tokenizer).context("its chat template")?),
             None => None,
@@ -179,6 +181,13 @@ fn draft_runner(path: &Path, target: &Starting, share: &Share, n_blocks: usize) 
     Ok(ModelRunner::new(draft, target.pool.clone(), share.kv_type, kv_bytes, share.max_running)?)
 }
 
+fn take_tokenizer(files: TokenizerFiles) -> Result<Tokenizer> {
+    match files {
+        TokenizerFiles::Gguf(vocab) => from_gguf(vocab),
+        files => tokenizer(&files),
+    }
+}
+
 /// Builds the tokenizer that lies beside a model's weights.
 pub(crate) fn tokenizer(files: &TokenizerFiles) -> Result<Tokenizer> {
     match files {
@@ -186,21 +195,25 @@ pub(crate) fn tokenizer(files: &TokenizerFiles) -> Result<Tokenizer> {
             Ok(Tokenizer::from_json_with_config(tokenizer, config)?)
         }
         TokenizerFiles::Json { tokenizer, config: None } => Ok(Tokenizer::from_json(tokenizer)?),
-        TokenizerFiles::Gguf(vocab) => Ok(Tokenizer::from_gguf(GgufVocab {
-            model: vocab.model.clone(),
-            pre: vocab.pre.clone(),
-            tokens: vocab.tokens.clone(),
-            scores: vocab.scores.clone(),
-            token_types: vocab.token_types.clone(),
-            merges: vocab.merges.clone(),
-            bos: vocab.bos,
-            eos: vocab.eos,
-            unk: vocab.unk,
-            add_bos: vocab.add_bos,
-            add_space_prefix: vocab.add_space_prefix,
-        })?),
+        TokenizerFiles::Gguf(vocab) => from_gguf(vocab.clone()),
         TokenizerFiles::None => bail!("there is no tokenizer.json beside it"),
     }
+}
+
+fn from_gguf(vocab: gguf::Vocab) -> Result<Tokenizer> {
+    Ok(Tokenizer::from_gguf(GgufVocab {
+        model: vocab.model,
+        pre: vocab.pre,
+        tokens: vocab.tokens,
+        scores: vocab.scores,
+        token_types: vocab.token_types,
+        merges: vocab.merges,
+        bos: vocab.bos,
+        eos: vocab.eos,
+        unk: vocab.unk,
+        add_bos: vocab.add_bos,
+        add_space_prefix: vocab.add_space_prefix,
+    })?)
 }
 
 /// Compiles a template for a tokenizer's special tokens.

@@ -23,7 +23,7 @@ const ALIGN: usize = 64;
 
 /// From this many bytes on a buffer is mapped on its own, on a huge-page boundary, with huge pages asked for: a page
 /// table walk per 4 KiB is what limits packing and optimizer passes otherwise.
-const HUGE_PAGE_BYTES: usize = 2 << 20;
+pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// A fixed-length, 64-byte aligned array, zeroed when made.
 ///

@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use crate::spec::Merge;
+use crate::spec::{Merge, Tokens};
 use crate::tokenizer::TokenId;
 
 /// Up to here, looking for the lowest rank by scanning beats a heap: a word's ranks fit in a few cache lines.
@@ -42,6 +42,16 @@ impl MergeTable {
             table.entries[at] = Entry { left, right, rank, result };
         }
         table
+    }
+
+    /// The merges in the order in which every loader lists them.
+    pub(crate) fn listed(&self, tokens: &Tokens) -> Vec<Merge> {
+        let used = self.entries.iter().filter(|entry| entry.rank != NO_RANK);
+        let merge = |&Entry { left, right, result, rank }: &Entry| Merge { left, right, result, rank };
+        let mut merges: Vec<Merge> = used.map(merge).collect();
+        // Of equal ranks there are several only by score, where results follow each other, each cut ever further behind.
+        merges.sort_unstable_by_key(|merge| (merge.rank, merge.result, tokens.bytes(merge.left).len()));
+        merges
     }
 
     /// Rank and result of the merge of two neighbours; the rank is [`NO_RANK`] where there is none.

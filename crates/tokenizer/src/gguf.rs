@@ -6,7 +6,7 @@ use crate::alphabet;
 use crate::normalize::NormalizeStep;
 use crate::scan;
 use crate::sentencepiece;
-use crate::spec::{AddedToken, Merge, SPACE_MARK, Spec, Symbols, Token};
+use crate::spec::{AddedToken, Merge, SPACE_MARK, Spec, Symbols, Token, Tokens};
 use crate::split::{SplitStep, gpt2, pattern_then_bytes};
 use crate::tokenizer::TokenId;
 use crate::{Error, Result};
@@ -123,7 +123,7 @@ fn scored(vocab: &GgufVocab) -> Result<Spec> {
         let problem = format!("has {} entries for {} tokens", vocab.scores.len(), vocab.tokens.len());
         return Err(Error::field("tokenizer.ggml.scores", problem));
     }
-    let tokens: Vec<Token> = (vocab.tokens.iter())
+    let tokens: Tokens = (vocab.tokens.iter())
         .map(|name| Token { bytes: name.as_bytes().into(), literal: false, in_model: true })
         .collect();
     let merges = sentencepiece::merges_by_score(&tokens, &vocab.scores, |id| {

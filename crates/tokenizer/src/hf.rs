@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::alphabet;
 use crate::hf_rules::{self, DecoderFacts};
-use crate::spec::{AddedToken, Merge, Spec, Symbols, Token, VOCAB_MAX};
+use crate::spec::{AddedToken, Merge, Spec, Symbols, Token, Tokens, VOCAB_MAX};
 use crate::split::is_byte_level;
 use crate::tokenizer::TokenId;
 use crate::{Error, Result};
@@ -163,7 +163,7 @@ impl AddedFile {
 }
 
 /// Every token at its id, from the vocabulary and the added tokens: each id once, none left out.
-fn place_tokens(vocab: &[(String, u64)], added: &[AddedFile], symbols: Symbols) -> Result<Vec<Token>> {
+fn place_tokens(vocab: &[(String, u64)], added: &[AddedFile], symbols: Symbols) -> Result<Tokens> {
     let n_max = vocab.len() + added.len();
     let mut places: Vec<Option<Token>> = Vec::new();
     places.resize_with(n_max, || None);

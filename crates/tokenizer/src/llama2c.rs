@@ -3,7 +3,7 @@
 
 use crate::normalize::NormalizeStep;
 use crate::sentencepiece;
-use crate::spec::{AddedToken, SPACE_MARK, Spec, Symbols, TOKEN_BYTES_MAX, Token, VOCAB_MAX};
+use crate::spec::{AddedToken, SPACE_MARK, Spec, Symbols, TOKEN_BYTES_MAX, Token, Tokens, VOCAB_MAX};
 use crate::{Error, Result};
 
 /// Ids 0, 1 and 2 in every such file; the 256 byte tokens follow.
@@ -16,7 +16,7 @@ pub(crate) fn read(bytes: &[u8], vocab: usize) -> Result<Spec> {
     }
     let mut rest = bytes;
     take(&mut rest, 4, "the longest token's length")?;
-    let mut tokens = Vec::new();
+    let mut tokens = Tokens::default();
     let mut scores = Vec::new();
     for id in 0..vocab {
         let score = take(&mut rest, 4, &format!("token {id}'s score"))?;

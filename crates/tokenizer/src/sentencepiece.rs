@@ -5,7 +5,7 @@ use std::cmp::Ordering;
 
 use rustc_hash::FxHashMap;
 
-use crate::spec::{Merge, Token};
+use crate::spec::{Merge, Tokens};
 use crate::tokenizer::TokenId;
 use crate::{Error, Result};
 
@@ -16,7 +16,7 @@ const SPLITS_MAX: usize = 1 << 26;
 
 /// All ways to make a token out of two; those of one score share a rank, so that the leftmost goes first.
 pub(crate) fn merges_by_score(
-    tokens: &[Token],
+    tokens: &Tokens,
     scores: &[f32],
     is_text: impl Fn(usize) -> bool,
 ) -> Result<Vec<Merge>> {
@@ -30,7 +30,7 @@ pub(crate) fn merges_by_score(
             return Err(Error::field("scores", format!("{id} is not a number")));
         }
         n_splits += token.bytes.len();
-        if let Some(first) = ids.insert(&token.bytes, id as TokenId) {
+        if let Some(first) = ids.insert(token.bytes, id as TokenId) {
             return Err(Error::field("tokens", format!("{first} and {id} are the same")));
         }
     }
@@ -45,7 +45,7 @@ pub(crate) fn merges_by_score(
         if i > 0 && by_score(scores, order[i - 1], result) != Ordering::Equal {
             rank += 1;
         }
-        let bytes = &tokens[result as usize].bytes;
+        let bytes = tokens.bytes(result);
         for cut in 1..bytes.len() {
             if let (Some(&left), Some(&right)) = (ids.get(&bytes[..cut]), ids.get(&bytes[cut..])) {
                 merges.push(Merge { left, right, result, rank });

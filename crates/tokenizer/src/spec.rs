@@ -18,9 +18,9 @@ pub(crate) const SPACE_MARK: &str = "\u{2581}";
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Spec {
     /// Index = id; no holes.
-    pub(crate) tokens: Vec<Token>,
+    pub(crate) tokens: Tokens,
     pub(crate) symbols: Symbols,
-    /// Sorted by rank.
+    /// Sorted by rank. Empty in a tokenizer that is ready: there a table has them.
     pub(crate) merges: Vec<Merge>,
     pub(crate) unk: Option<TokenId>,
     /// Consecutive unknown symbols become one `unk`.
@@ -55,6 +55,73 @@ pub(crate) struct Token {
     pub(crate) literal: bool,
     /// Listed in `model.vocab`, not only in `added_tokens`.
     pub(crate) in_model: bool,
+}
+
+/// Tokens by their ids, the bytes of all end to end: each in memory of its own they would take three times as much.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Tokens {
+    bytes: Vec<u8>,
+    /// Where each token's bytes end, and what else is known of it.
+    ends: Vec<(u32, Marks)>,
+}
+
+/// A token without its bytes.
+#[derive(Debug, Clone, Copy)]
+struct Marks {
+    literal: bool,
+    in_model: bool,
+}
+
+/// As [`Token`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct TokenRef<'a> {
+    pub(crate) bytes: &'a [u8],
+    pub(crate) literal: bool,
+    pub(crate) in_model: bool,
+}
+
+impl Tokens {
+    pub(crate) fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    pub(crate) fn push(&mut self, token: Token) {
+        self.bytes.extend_from_slice(&token.bytes);
+        // More than that `Spec::check` refuses.
+        let end = u32::try_from(self.bytes.len()).unwrap_or(u32::MAX);
+        self.ends.push((end, Marks { literal: token.literal, in_model: token.in_model }));
+    }
+
+    /// # Panics
+    /// If there is no such token.
+    pub(crate) fn get(&self, id: TokenId) -> TokenRef<'_> {
+        let (end, Marks { literal, in_model }) = self.ends[id as usize];
+        TokenRef { bytes: &self.bytes[self.start(id)..end as usize], literal, in_model }
+    }
+
+    /// # Panics
+    /// If there is no such token.
+    pub(crate) fn bytes(&self, id: TokenId) -> &[u8] {
+        self.get(id).bytes
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = TokenRef<'_>> {
+        (0..self.ends.len() as TokenId).map(|id| self.get(id))
+    }
+
+    fn start(&self, id: TokenId) -> usize {
+        (id as usize).checked_sub(1).map_or(0, |before| self.ends[before].0 as usize)
+    }
+}
+
+impl FromIterator<Token> for Tokens {
+    fn from_iter<I: IntoIterator<Item = Token>>(all: I) -> Tokens {
+        let mut tokens = Tokens::default();
+        all.into_iter().for_each(|token| tokens.push(token));
+        tokens.bytes.shrink_to_fit();
+        tokens.ends.shrink_to_fit();
+        tokens
+    }
 }
 
 /// `left` followed by `right` becomes `result`; a lower rank goes first, and of equal ranks the leftmost.
@@ -107,6 +174,9 @@ impl Spec {
         if n > VOCAB_MAX {
             return Err(Error::field("model.vocab", format!("has {n} tokens, more than {VOCAB_MAX}")));
         }
+        if u32::try_from(self.tokens.bytes.len()).is_err() {
+            return Err(Error::field("model.vocab", "holds more than 4 GiB of text"));
+        }
         if let Some(id) = self.tokens.iter().position(|t| t.bytes.len() > TOKEN_BYTES_MAX) {
             let problem = format!("token {id} is longer than {TOKEN_BYTES_MAX} bytes");
             return Err(Error::field("model.vocab", problem));
@@ -133,7 +203,7 @@ impl Spec {
                 check_id(&field(), Some(id), self.tokens.len())?;
             }
             let [left, right, result] =
-                [merge.left, merge.right, merge.result].map(|id| &self.tokens[id as usize].bytes);
+                [merge.left, merge.right, merge.result].map(|id| self.tokens.bytes(id));
             let spells = result.len() == left.len() + right.len()
                 && result.starts_with(left)
                 && result.ends_with(right);
@@ -149,10 +219,10 @@ impl Spec {
 
     /// How `tokenizer.json` spells token `id`.
     pub(crate) fn file_spelling(&self, id: TokenId) -> String {
-        let token = &self.tokens[id as usize];
+        let token = self.tokens.get(id);
         match self.symbols {
-            Symbols::Bytes if !token.literal => alphabet::spell(&token.bytes),
-            _ => String::from_utf8_lossy(&token.bytes).into_owned(),
+            Symbols::Bytes if !token.literal => alphabet::spell(token.bytes),
+            _ => String::from_utf8_lossy(token.bytes).into_owned(),
         }
     }
 }

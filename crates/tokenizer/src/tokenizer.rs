@@ -97,7 +97,7 @@ impl Tokenizer {
 
     /// The same tokenizer as a `tokenizer.json` that Hugging Face `tokenizers` and `transformers` load.
     pub fn to_json(&self) -> String {
-        write::tokenizer_json(&self.0.spec)
+        write::tokenizer_json(&self.whole_spec())
     }
 
     /// The `tokenizer_config.json` that goes beside it.
@@ -110,13 +110,19 @@ impl Tokenizer {
     /// # Errors
     /// If it splits text in a way that llama.cpp has no name for.
     pub fn to_gguf(&self) -> Result<GgufVocab> {
-        gguf_write::write(&self.0.spec)
+        gguf_write::write(&self.whole_spec())
     }
 
     /// The same tokenizer with other beginning- and end-of-text tokens.
     pub fn with_bos_eos(&self, bos: Option<TokenId>, eos: Option<TokenId>) -> Result<Tokenizer> {
         let add_bos = self.add_bos() && bos.is_some();
-        Tokenizer::new(Spec { bos, eos, add_bos, ..self.0.spec.clone() })
+        Tokenizer::new(Spec { bos, eos, add_bos, ..self.whole_spec() })
+    }
+
+    /// What it was made of.
+    fn whole_spec(&self) -> Spec {
+        let spec = &self.0.spec;
+        Spec { merges: self.0.merges.listed(&spec.tokens), ..spec.clone() }
     }
 
     pub(crate) fn new(mut spec: Spec) -> Result<Tokenizer> {
@@ -127,16 +133,19 @@ impl Tokenizer {
             is_special[token.id as usize] = token.special;
         }
         let by_bytes = Index::new(&spec, |id| {
-            let token = &spec.tokens[id];
+            let token = spec.tokens.get(id as TokenId);
             token.in_model && !token.literal && !is_special[id]
         });
         let (decoded, decoded_starts) = decoded_tokens(&spec, &is_special)?;
+        let (merges, marks_start_words) = (MergeTable::new(&spec.merges), marks_start_words(&spec));
+        // The table has them from now on: half a million are 8 MB.
+        spec.merges = Vec::new();
         Ok(Tokenizer(Arc::new(Inner {
-            merges: MergeTable::new(&spec.merges),
+            merges,
             splitter: Splitter::new(&spec.split)?,
             byte_symbols: byte_symbols(&spec, &by_bytes),
             char_symbols: char_symbols(&spec, &by_bytes),
-            marks_start_words: marks_start_words(&spec),
+            marks_start_words,
             all_added: AddedTokens::new(&spec.added, Wanted::All),
             plain_added: AddedTokens::new(&spec.added, Wanted::NotSpecial),
             special: Finder::new(spec.added.iter().filter(|token| token.special)),
@@ -275,10 +284,10 @@ impl Tokenizer {
         let mut hash = Sha256::new();
         for (id, token) in spec.tokens.iter().enumerate() {
             hash.update((token.bytes.len() as u64).to_le_bytes());
-            hash.update(&token.bytes);
+            hash.update(token.bytes);
             hash.update([token.literal as u8, token.in_model as u8, self.0.is_special[id] as u8]);
         }
-        for merge in &spec.merges {
+        for merge in self.0.merges.listed(&spec.tokens) {
             for part in [merge.left, merge.right, merge.result, merge.rank] {
                 hash.update(part.to_le_bytes());
             }
@@ -454,7 +463,7 @@ fn char_symbols(spec: &Spec, by_bytes: &Index) -> FxHashMap<char, TokenId> {
         let mut chars = std::str::from_utf8(bytes).ok()?.chars();
         chars.next().filter(|_| chars.next().is_none())
     };
-    let char_of = |id: TokenId| only_char(&spec.tokens[id as usize].bytes);
+    let char_of = |id: TokenId| only_char(spec.tokens.bytes(id));
     by_bytes.ids().filter_map(|id| Some((char_of(id)?, id))).collect()
 }
 
@@ -463,7 +472,7 @@ fn marks_start_words(spec: &Spec) -> bool {
     let crosses =
         |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_start_matches(SPACE_MARK).contains(SPACE_MARK);
     spec.symbols != Symbols::Bytes
-        && !spec.merges.iter().any(|merge| crosses(&spec.tokens[merge.result as usize].bytes))
+        && !spec.merges.iter().any(|merge| crosses(spec.tokens.bytes(merge.result)))
 }
 
 /// What each token decodes to, end to end, and where each starts.
@@ -473,13 +482,13 @@ fn decoded_tokens(spec: &Spec, is_special: &[bool]) -> Result<(Vec<u8>, Vec<u32>
     for (id, token) in spec.tokens.iter().enumerate() {
         match spec.symbols {
             Symbols::Chars { byte_fallback } if !is_special[id] => {
-                let text = String::from_utf8_lossy(&token.bytes);
+                let text = String::from_utf8_lossy(token.bytes);
                 match byte_token(&text) {
                     Some(byte) if byte_fallback => decoded.push(byte),
                     _ => decoded.extend_from_slice(text.replace(SPACE_MARK, " ").as_bytes()),
                 }
             }
-            _ => decoded.extend_from_slice(&token.bytes),
+            _ => decoded.extend_from_slice(token.bytes),
         }
         let end = u32::try_from(decoded.len());
         starts.push(end.map_err(|_| Error::field("model.vocab", "holds more than 4 GiB of text"))?);

@@ -10,7 +10,7 @@ use crate::tokenizer::TokenId;
 pub(crate) fn tokenizer_json(spec: &Spec) -> String {
     let name = |id: TokenId| spec.file_spelling(id);
     let vocab: Map<String, Value> = (0..spec.tokens.len() as TokenId)
-        .filter(|&id| spec.tokens[id as usize].in_model)
+        .filter(|&id| spec.tokens.get(id).in_model)
         .map(|id| (name(id), json!(id)))
         .collect();
     let merges: Vec<Value> = spec.merges.iter().map(|m| json!([name(m.left), name(m.right)])).collect();

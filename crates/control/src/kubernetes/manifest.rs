@@ -94,30 +94,32 @@ pub(super) fn job(options: &KubernetesOptions, job: &Job, attempt: &Attempt) -> 
             "ttlSecondsAfterFinished": KEPT_SECONDS,
             "template": {
                 "metadata": {"labels": {CLUSTER: cluster, JOB: id}},
-                "spec": pod(options, job),
+                "spec": pod(options, job, mark),
             },
         },
     })
 }
 
-fn pod(options: &KubernetesOptions, job: &Job) -> Value {
+fn pod(options: &KubernetesOptions, job: &Job, mark: &str) -> Value {
     let mut pod = json!({
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": GRACE_SECONDS,
         "automountServiceAccountToken": false,
     });
     merge(&mut pod, &options.pod);
-    pod["containers"] = json!([container(options, job)]);
+    pod["containers"] = json!([container(options, job, mark)]);
     pod
 }
 
-fn container(options: &KubernetesOptions, job: &Job) -> Value {
+fn container(options: &KubernetesOptions, job: &Job, mark: &str) -> Value {
     let args: Vec<String> = job.spec.args.iter().map(|arg| literal(arg)).collect();
     let value = |name: &str, value: &str| json!({"name": name, "value": literal(value)});
     let mut env: Vec<Value> = job.spec.env.iter().map(|(name, text)| value(name, text)).collect();
     // Where a replica is to be reached, and of how many ranks this is one.
     env.push(json!({"name": "LOQUAT_ADDRESS", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}));
     env.push(value("LOQUAT_PODS", &job.spec.needs.n_ranks().to_string()));
+    // By which the pods of one attempt know each other.
+    env.push(value("LOQUAT_POD_GROUP", mark));
     // Who serves in a pod is asked from others.
     env.push(value("LOQUAT_HOST", "0.0.0.0"));
     let mut container = json!({

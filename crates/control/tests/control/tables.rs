@@ -107,6 +107,33 @@ fn either_kind_of_database_comes_back_as_either_kind() {
 }
 
 #[test]
+fn jobs_go_on_where_the_home_and_the_store_are_now() {
+    let directory = tempfile::tempdir().unwrap();
+    let original = Control::open(&directory.path().join("from.db")).unwrap();
+    let words = |text: &str| -> Vec<String> { text.split_whitespace().map(str::to_owned).collect() };
+    let all = [
+        ("both", "--home /old --store s3://old/x train --run r", "train --run r"),
+        ("home", "--home /old serve m --home-like x", "serve m --home-like x"),
+        ("none", "train --store mine", "train --store mine"),
+        // A third pair is the job's own.
+        ("more", "--home /old --store a --home b", "--home b"),
+        ("odd", "--home", "--home"),
+    ];
+    for (name, args, _) in all {
+        original.submit(&JobSpec { args: words(args), ..shell(name, "", 0) }).unwrap();
+    }
+    let mut tables = original.tables().unwrap();
+    tables.move_jobs(&words("--home /new --store s3://new")).unwrap();
+    let path = directory.path().join("to.db");
+    Vacant::file(&path).unwrap().restore(&tables).unwrap();
+    let restored = Control::open(&path).unwrap();
+    for (name, _, rest) in all {
+        let args = restored.find_job(name).unwrap().unwrap().spec.args;
+        assert_eq!(args, words(&format!("--home /new --store s3://new {rest}")), "{name}");
+    }
+}
+
+#[test]
 fn tables_that_cannot_be_are_refused_and_leave_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let original = Control::open(&directory.path().join("from.db")).unwrap();

@@ -65,7 +65,7 @@ pub(crate) fn restore(home: &Home, args: &args::Restore) -> Result<ExitCode> {
     let id = args.snapshot.clone().map_or_else(newest, Ok)?;
     let snapshot = backup.snapshot(&id)?;
     // Before anything is written: whether this program can read it.
-    let tables = Tables::from_json(&snapshot.state()?).with_context(|| format!("snapshot {id}"))?;
+    let mut tables = Tables::from_json(&snapshot.state()?).with_context(|| format!("snapshot {id}"))?;
     let mut shown = Shown::new(if args.check { "read" } else { "restored" });
     if args.check {
         snapshot.check(&mut |progress| shown.show(progress))?;
@@ -73,6 +73,7 @@ pub(crate) fn restore(home: &Home, args: &args::Restore) -> Result<ExitCode> {
         println!("{}: whole", line(&id, snapshot.meta()));
         return Ok(ExitCode::SUCCESS);
     }
+    tables.move_jobs(&home.as_args())?;
     let (vacant, store) = (home.vacant()?, home.store()?);
     snapshot.restore_to(store.as_ref(), &mut |progress| shown.show(progress))?;
     shown.end();

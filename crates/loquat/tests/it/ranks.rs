@@ -8,6 +8,7 @@ mod diloco;
 mod divided;
 mod lost;
 mod pipelines;
+mod pods;
 #[cfg(feature = "long")]
 mod slurm;
 mod teams;

@@ -1,10 +1,11 @@
 //! [`KvCache`]: keys and values of all layers, in blocks of 16 positions that belong to any sequence.
 
 use super::element::Cached;
+use super::staggered::Staggered;
+use crate::Pool;
 use crate::pool::Disjoint;
 use crate::rope::{RopeDims, RopeTable, Turn, rotate};
 use crate::split::piece;
-use crate::{Buf, Pool};
 use half::bf16;
 use std::ops::Range;
 
@@ -86,9 +87,9 @@ macro_rules! with_layers {
 /// Keys and values of one layer.
 struct Layer<E: Cached> {
     /// `[block][g][keys, values]`
-    data: Buf<E>,
+    data: Staggered<E>,
     /// `[block][g][keys, values][16]`, where the type has factors.
-    scales: Buf<f32>,
+    scales: Staggered<f32>,
 }
 
 /// Factors of one block and head: a key's and a value's for each position.
@@ -303,8 +304,11 @@ fn lay_out_pieces(pieces: &mut Vec<Piece>, rows: &[PagedRow<'_>]) {
 
 fn new_layers<E: Cached>(dims: KvDims, n_blocks: usize) -> Vec<Layer<E>> {
     let n_scales = if E::SCALED { n_blocks * dims.n_kv_heads * HEAD_SCALES } else { 0 };
-    let layer = || Layer { data: Buf::zeroed(n_blocks * block_elems(dims)), scales: Buf::zeroed(n_scales) };
-    (0..dims.n_layers).map(|_| layer()).collect()
+    let layer = |part| Layer {
+        data: Staggered::zeroed(n_blocks * block_elems(dims), part),
+        scales: Staggered::zeroed(n_scales, part),
+    };
+    (0..dims.n_layers).map(|i| layer([i, dims.n_layers])).collect()
 }
 
 impl<E: Cached> Layer<E> {

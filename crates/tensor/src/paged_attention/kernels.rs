@@ -111,7 +111,7 @@ fn attend_spans<S: Simd, E: Cached>(
 const TOGETHER: usize = 3;
 
 /// See [`Span::ahead`].
-const AHEAD: usize = 4;
+const AHEAD: usize = 8;
 
 /// One span of a sequence.
 struct Span<'a, E> {
@@ -126,7 +126,8 @@ struct Span<'a, E> {
 impl<E: Cached> Span<'_, E> {
     /// The matrix that is read [`AHEAD`] matrices after number `i`: the keys of the span's blocks are read first, then
     /// their values, then the keys of the next span. Memory is asked for that much before it is used: the hardware's own
-    /// guesses end with a matrix, and 4 of 2 KiB are some 500 cycles of work for three queries, a trip to memory.
+    /// guesses end with a matrix, and 8 of 2 KiB are some 1,000 cycles of work for three queries, more than a trip to
+    /// memory. It is asked for to L2: L1 has places for few lines that are on their way, and would wait for one.
     #[inline(always)]
     fn ahead(&self, i: usize) -> &[E] {
         let (n, i) = (self.blocks.len(), i + AHEAD);
@@ -351,20 +352,29 @@ fn columns_of<S: Simd, E: Cached, const R: usize, const C: usize>(
             acc[j][r] = s.mul(s.load(&out_qd[j * width + r * S::LANES..]), s.splat(keep[i + j]));
         }
     }
+    let n_blocks = span.blocks.len();
+    assert!(n_blocks <= SPAN_BLOCKS && span.n_positions.div_ceil(BLOCK_TOKENS) == n_blocks);
+    let mut rows = [[std::ptr::null(); R]; SPAN_BLOCKS];
+    let mut ahead = [[std::ptr::null(); R]; SPAN_BLOCKS];
     for (b, &block) in span.blocks.iter().enumerate() {
-        let (_, values) = span.kv.block(block);
-        let rows: [*const E; R] =
-            std::array::from_fn(|r| values[E::at(0, col + r * S::LANES, width)..].as_ptr());
-        let matrix = if i == 0 { span.ahead(span.blocks.len() + b) } else { &[] };
-        let ahead: [*const E; R] =
-            std::array::from_fn(|r| matrix.as_ptr().wrapping_add(E::at(0, col + r * S::LANES, width)));
-        let n = BLOCK_TOKENS.min(span.n_positions - b * BLOCK_TOKENS);
-        let weights = &weights[i..i + C];
-        // SAFETY: values have BLOCK_TOKENS rows `width` wide, and R registers from col on are inside; there are weights
-        // of C queries, SPAN apart.
-        unsafe {
-            let w = weights.as_ptr().cast::<f32>().add(b * BLOCK_TOKENS);
-            acc = chains::<S, E, R, C, 1, SPAN>(s, acc, (rows, ahead), (n, width), w);
+        let values = span.kv.block(block).1;
+        let next = if i == 0 { span.ahead(n_blocks + b) } else { &[] };
+        for r in 0..R {
+            let at = E::at(0, col + r * S::LANES, width);
+            rows[b][r] = values[at..].as_ptr();
+            ahead[b][r] = next.as_ptr().wrapping_add(at);
+        }
+    }
+    let w = weights[i..i + C].as_ptr().cast::<f32>();
+    let n_whole = span.n_positions / BLOCK_TOKENS;
+    // SAFETY: values have BLOCK_TOKENS rows `width` wide, and R registers from col on are inside; there are weights of C
+    // queries, SPAN apart.
+    unsafe {
+        acc = whole_blocks::<S, E, R, C>(s, acc, (&rows, &ahead), (n_whole, width), w);
+        if n_whole < n_blocks {
+            let n = span.n_positions % BLOCK_TOKENS;
+            let w = w.add(n_whole * BLOCK_TOKENS);
+            acc = chains::<S, E, R, C, 1, SPAN>(s, acc, (rows[n_whole], ahead[n_whole]), (n, width), w);
         }
     }
     for j in 0..C {
@@ -372,6 +382,34 @@ fn columns_of<S: Simd, E: Cached, const R: usize, const C: usize>(
             s.store(&mut out_qd[j * width + r * S::LANES..][..S::LANES], acc[j][r]);
         }
     }
+}
+
+/// [`chains`] through `n_blocks` matrices of BLOCK_TOKENS rows, in one loop: two, one inside the other, would keep the sums in
+/// memory.
+///
+/// # Safety
+/// As there, for each of the blocks.
+#[inline(always)]
+unsafe fn whole_blocks<S: Simd, E: Cached, const R: usize, const C: usize>(
+    s: S,
+    mut acc: [[S::F; R]; C],
+    (rows, ahead): (&[[*const E; R]; SPAN_BLOCKS], &[[*const E; R]; SPAN_BLOCKS]),
+    (n_blocks, width): (usize, usize),
+    w: *const f32,
+) -> [[S::F; R]; C] {
+    const PAIRS: usize = BLOCK_TOKENS / 2;
+    // SAFETY: the caller's promise.
+    unsafe {
+        for pair in 0..n_blocks * PAIRS {
+            let (b, k) = (pair / PAIRS, pair % PAIRS * 2);
+            for r in 0..R {
+                s.prefetch_l2(ahead[b][r].wrapping_add(k * width).cast());
+            }
+            acc = row::<S, E, R, C, SPAN, false>(s, acc, rows[b], (k, width), w.add(2 * pair));
+            acc = row::<S, E, R, C, SPAN, true>(s, acc, rows[b], (k, width), w.add(2 * pair + 1));
+        }
+    }
+    acc
 }
 
 /// acc[j][r] + Σ_k m_r[k] · x[k · XK + j · XJ] for k in 0..n, in this order: `R` registers of columns of a matrix `width`
@@ -391,7 +429,7 @@ unsafe fn chains<S: Simd, E: Cached, const R: usize, const C: usize, const XK: u
     unsafe {
         for k in (0..n & !1).step_by(2) {
             for r in 0..R {
-                s.prefetch(ahead[r].wrapping_add(k * width).cast());
+                s.prefetch_l2(ahead[r].wrapping_add(k * width).cast());
             }
             acc = row::<S, E, R, C, XJ, false>(s, acc, rows, (k, width), x.add(k * XK));
             acc = row::<S, E, R, C, XJ, true>(s, acc, rows, (k, width), x.add((k + 1) * XK));

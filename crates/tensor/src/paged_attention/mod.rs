@@ -12,6 +12,7 @@
 mod cache;
 mod element;
 mod kernels;
+mod staggered;
 #[cfg(test)]
 mod tests;
 
@@ -82,8 +83,8 @@ struct Tile {
     parts_at: usize,
 }
 
-/// Memory for the results of groups, up to which they are tasks of their own: every step of decoding, so that a long
-/// context is shared out and waits for nobody. Prompts have enough tiles.
+/// Memory for the results of groups, up to which they are tasks of their own, so that a long context is shared out and
+/// waits for nobody.
 const PARTS_BYTES_MAX: usize = 8 << 20;
 
 /// Up to so many multiply-adds (about 4 us) the work is done before another thread has woken.
@@ -115,7 +116,9 @@ pub fn paged_attention(
     if size.multiply_adds <= INLINE_MAX {
         return tiles.iter().for_each(|tile| job(tile).all_groups(&out));
     }
-    if size.n_parts == tiles.len() || size.part_elems * size_of::<f32>() > PARTS_BYTES_MAX {
+    // Tiles, none of which is much of the work, are tasks as they are: of prompts, and of many streams of one length.
+    let are_even = size.multiply_adds_max * TASKS_PER_THREAD * pool.n_threads() <= size.multiply_adds;
+    if are_even || size.n_parts == tiles.len() || size.part_elems * size_of::<f32>() > PARTS_BYTES_MAX {
         return pool.run(tiles.len(), &|i| job(&tiles[i]).all_groups(&out));
     }
     parts.reserve_scratch(size.part_elems);
@@ -153,6 +156,8 @@ struct Size {
     n_parts: usize,
     part_elems: usize,
     multiply_adds: usize,
+    /// Of one tile.
+    multiply_adds_max: usize,
 }
 
 fn lay_out_tiles(tiles: &mut Vec<Tile>, rows: &[PagedRow<'_>], dims: KvDims, spec: AttentionSpec) -> Size {
@@ -170,7 +175,9 @@ fn lay_out_tiles(tiles: &mut Vec<Tile>, rows: &[PagedRow<'_>], dims: KvDims, spe
                 let (first_part, parts_at) = (size.n_parts, size.part_elems);
                 size.n_parts += groups.len();
                 size.part_elems += groups.len() * part_elems(n_queries, dims.head_width);
-                size.multiply_adds += 2 * n_queries * seen.len() * dims.head_width;
+                let multiply_adds = 2 * n_queries * seen.len() * dims.head_width;
+                size.multiply_adds += multiply_adds;
+                size.multiply_adds_max = size.multiply_adds_max.max(multiply_adds);
                 let groups = groups.clone();
                 tiles.push(Tile {
                     row_idx,

@@ -139,7 +139,7 @@ fn every_option_makes_a_valid_manifest_and_ranks_are_pods(kubernetes: &Kubernete
     let env: BTreeMap<String, String> = [("DOLLARS".to_owned(), "$(HOME) $$".to_owned())].into();
     let here = place.directory.path().display();
     let script = format!(
-        "echo $JOB_COMPLETION_INDEX of $LOQUAT_PODS; touch {here}/rank$JOB_COMPLETION_INDEX; \
+        "echo $JOB_COMPLETION_INDEX of $LOQUAT_PODS; echo $LOQUAT_POD_GROUP > {here}/rank$JOB_COMPLETION_INDEX; \
          echo \"$DOLLARS of $LOQUAT_ADDRESS\" > {here}/said"
     );
     let needs = Needs { cores: 2, memory_bytes: 3 << 30, accelerators: 1, ranks: 3 };
@@ -159,6 +159,14 @@ fn every_option_makes_a_valid_manifest_and_ranks_are_pods(kubernetes: &Kubernete
     wait_for("every rank", || {
         (0..3).all(|rank| place.directory.path().join(format!("rank{rank}")).exists()).then_some(())
     });
+    // All of them are of one attempt, and of no other.
+    let group = |rank: usize| {
+        std::fs::read_to_string(place.directory.path().join(format!("rank{rank}")))
+            .ok()
+            .filter(|text| text.len() > 1)
+    };
+    let groups = wait_for("every rank's group", || (0..3).map(group).collect::<Option<Vec<String>>>());
+    assert!(groups.iter().all(|group| group.trim() == process.mark), "{groups:?}");
     // Each line says whose it is.
     let recorded = Job { process: Some(process.clone()), log_path: prepared.log_path, ..job };
     let ended = wait_for("the job to end", || {

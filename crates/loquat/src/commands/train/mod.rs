@@ -24,6 +24,7 @@ use self::launch::Launched;
 use crate::args;
 use crate::home::Home;
 use crate::machine::{memory_available, process_memory_left};
+use crate::pods::Group;
 use crate::view::View;
 
 /// Micro-batches that are tried out to know how long a step takes.
@@ -34,8 +35,16 @@ const AFTER: &str = "LOQUAT_AFTER";
 
 pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
     let launched = Launched::of(&|name| std::env::var(name).ok());
-    if args.distributed.launch.is_some() && launched.is_none() && !args.dry_run {
-        return supervise::run(home, args);
+    if launched.is_none() && !args.dry_run {
+        if let Some(group) = Group::of(&|name| std::env::var(name).ok()) {
+            if args.ranks != 1 && args.ranks != group.n_pods() {
+                bail!("--ranks {} was asked for, and there are {} pods", args.ranks, group.n_pods());
+            }
+            return group.run(home, args.run_name(), |machines| supervise::run(home, args, machines));
+        }
+        if args.distributed.launch.is_some() {
+            return supervise::run(home, args, &supervise::machines(args)).map(ExitCode::from);
+        }
     }
     let store = home.store()?;
     let n_local = launched.as_ref().map_or(1, |launched| launched.n_local);

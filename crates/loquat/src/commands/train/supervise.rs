@@ -3,7 +3,7 @@
 
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,7 @@ use super::board::Board;
 use super::ranks::{EXIT_RANKS_LOST, EXIT_REFUSED};
 use crate::args::{self, OnLoss};
 use crate::home::Home;
+use crate::pods::Machines;
 use crate::signals::Stop;
 
 /// Flags that are for the supervisor, not for the ranks.
@@ -36,6 +37,7 @@ const LAST_WORDS: Duration = Duration::from_secs(4);
 /// Starts ranks until the run is done.
 struct Supervisor<'a> {
     args: &'a args::Train,
+    machines: &'a Machines,
     store: Arc<dyn Store>,
     board: Board,
     stop: Stop,
@@ -54,22 +56,30 @@ enum Ended {
     Silent,
 }
 
-pub(super) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
+/// What was asked for by flags.
+pub(super) fn machines(args: &args::Train) -> Machines {
+    let args::Train { ranks, distributed, .. } = args;
+    let (hosts, remote_shell) = (distributed.hosts.clone(), distributed.remote_shell.clone());
+    Machines { hosts, remote_shell, n_ranks: *ranks }
+}
+
+/// Returns the exit code.
+pub(super) fn run(home: &Home, args: &args::Train, machines: &Machines) -> Result<u8> {
     let store = home.store()?;
     let board = Board::new(store.clone(), args.run_name());
     let planned = train::read_plan(&store, args.run_name())?.map(|plan| (plan.parts(), plan.wants_nodes()));
     let asked = args.diloco.map_or(args.micro_batches, |diloco| diloco.workers);
     let (n_parts, wants_nodes) = planned.unwrap_or((asked, args.diloco.is_some() || args.muon.is_some()));
-    let (stop, surviving) = (Stop::on_signals()?, if can_go_on(args)? { WITH_ULFM } else { &[] });
-    Supervisor { args, store, board, stop, n_parts, wants_nodes, surviving }.run()
+    let (stop, surviving) = (Stop::on_signals()?, if can_go_on(args, machines)? { WITH_ULFM } else { &[] });
+    Supervisor { args, machines, store, board, stop, n_parts, wants_nodes, surviving }.run()
 }
 
 /// Each rank has the whole state, and `mpirun` and its library are made for it.
-fn can_go_on(args: &args::Train) -> Result<bool> {
+fn can_go_on(args: &args::Train, machines: &Machines) -> Result<bool> {
     let distributed = &args.distributed;
     let is_whole = distributed.zero == 0 && distributed.tp * distributed.pp == 1 && args.diloco.is_none();
     // A machine that is cut off takes its part of `mpirun` with it: that has only been survived by starting again.
-    let is_here = distributed.hosts.is_empty();
+    let is_here = machines.hosts.is_empty();
     if distributed.on_loss != OnLoss::GoOn || !is_whole || !is_here {
         return Ok(false);
     }
@@ -88,24 +98,24 @@ fn mpirun() -> Result<PathBuf> {
 }
 
 impl Supervisor<'_> {
-    fn run(&self) -> Result<ExitCode> {
+    fn run(&self) -> Result<u8> {
         let mut after = None;
         for n_restarts in 0.. {
             let hosts = self.hosts_that_answer();
-            if !self.args.distributed.hosts.is_empty() && hosts.is_empty() {
-                bail!("none of the machines answers: {}", self.args.distributed.hosts.join(", "));
+            if !self.machines.hosts.is_empty() && hosts.is_empty() {
+                bail!("none of the machines answers: {}", self.machines.hosts.join(", "));
             }
             let n_ranks = self.n_ranks(hosts.len());
             let begun = Instant::now();
             let ended = self.life((n_ranks, &hosts), after.as_deref())?;
             let why = match ended {
-                Ended::By(status) if status.success() && self.is_finished()? => return Ok(ExitCode::SUCCESS),
+                Ended::By(status) if status.success() && self.is_finished()? => return Ok(0),
                 Ended::By(status) if status.success() => "all ranks were lost".to_owned(),
                 Ended::By(status) => match status.code() {
                     Some(code) if [EXIT_INTERRUPTED, i32::from(EXIT_REFUSED), 2].contains(&code) => {
-                        return Ok(ExitCode::from(code as u8));
+                        return Ok(code as u8);
                     }
-                    _ if self.stop.is_set() => return Ok(ExitCode::from(EXIT_INTERRUPTED as u8)),
+                    _ if self.stop.is_set() => return Ok(EXIT_INTERRUPTED as u8),
                     Some(code) if code == i32::from(EXIT_RANKS_LOST) => "ranks were lost".to_owned(),
                     Some(code) => format!("mpirun ended with {code}"),
                     None => format!("mpirun was ended by signal {}", status.signal().unwrap_or_default()),
@@ -116,7 +126,7 @@ impl Supervisor<'_> {
             let left = self.args.distributed.restarts.saturating_sub(n_restarts);
             eprintln!("{n_ranks} ranks ended after {seconds:.1} s: {why}; {left} restarts left");
             if left == 0 {
-                return Ok(ExitCode::from(EXIT_RANKS_LOST));
+                return Ok(EXIT_RANKS_LOST);
             }
             after = Some(why);
         }
@@ -134,7 +144,7 @@ impl Supervisor<'_> {
 
     /// As many as were asked for; fewer where machines are missing and the rest cannot share the step.
     fn n_ranks(&self, n_hosts: usize) -> usize {
-        let (asked, hosts) = (self.args.ranks, self.args.distributed.hosts.len());
+        let (asked, hosts) = (self.machines.n_ranks, self.machines.hosts.len());
         let possible = if hosts == 0 { asked } else { (asked.div_ceil(hosts) * n_hosts).min(asked) };
         // That compute one model together.
         let n_team = self.args.distributed.tp * self.args.distributed.pp;
@@ -147,8 +157,7 @@ impl Supervisor<'_> {
     }
 
     fn hosts_that_answer(&self) -> Vec<String> {
-        let asked: Vec<_> =
-            self.args.distributed.hosts.iter().map(|host| (host, self.remote(host).ok())).collect();
+        let asked: Vec<_> = self.machines.hosts.iter().map(|host| (host, self.remote(host).ok())).collect();
         let deadline = Instant::now() + ANSWER_MAX;
         let mut answered = Vec::new();
         for (host, child) in asked {
@@ -170,10 +179,11 @@ impl Supervisor<'_> {
     }
 
     fn remote(&self, host: &str) -> Result<Child> {
-        let mut words = self.args.distributed.remote_shell.split_whitespace();
+        let shell = &self.machines.remote_shell;
+        let mut words = shell.split_whitespace();
         let mut command = Command::new(words.next().context("--remote-shell is empty")?);
         command.args(words).args([host, "true"]).stdin(Stdio::null()).process_group(0);
-        command.spawn().with_context(|| format!("cannot start {}", self.args.distributed.remote_shell))
+        command.spawn().with_context(|| format!("cannot start {shell}"))
     }
 
     /// From the start of the ranks until their `mpirun` has ended.
@@ -225,8 +235,8 @@ impl Supervisor<'_> {
             let places: Vec<String> = hosts.iter().map(|host| format!("{host}:{slots}")).collect();
             command.args(["--host", &places.join(",")]);
             // The names of Open MPI 5 and 4.
-            command.env("PRTE_MCA_plm_ssh_agent", &distributed.remote_shell);
-            command.env("OMPI_MCA_plm_rsh_agent", &distributed.remote_shell);
+            command.env("PRTE_MCA_plm_ssh_agent", &self.machines.remote_shell);
+            command.env("OMPI_MCA_plm_rsh_agent", &self.machines.remote_shell);
         }
         command.args(distributed.mpirun_option.iter().flat_map(|option| option.split_whitespace()));
         // Whoever runs this as root has chosen to.

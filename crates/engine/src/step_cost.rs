@@ -1,0 +1,151 @@
+//! What a step computes, and what that is reckoned to take: learned from measured steps.
+
+use crate::scheduler::Plan;
+
+/// What one step computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepWork {
+    /// Sequences that get their next token.
+    pub n_decodes: usize,
+    /// Tokens of prompts, and guesses.
+    pub n_prompt_tokens: usize,
+    /// Positions whose keys and values are read, of all sequences together.
+    pub n_read: usize,
+    /// Pairs of a token and a position that it sees.
+    pub n_pairs: usize,
+}
+
+impl StepWork {
+    pub(crate) fn of(plan: &Plan) -> StepWork {
+        let mut work = StepWork { n_decodes: plan.n_decodes, ..StepWork::default() };
+        let mut n_tokens = 0;
+        for row in &plan.rows {
+            n_tokens += row.n_tokens;
+            work.n_read += row.start + row.n_tokens;
+            work.n_pairs += row.n_tokens * row.start + row.n_tokens * (row.n_tokens + 1) / 2;
+        }
+        work.n_prompt_tokens = n_tokens - plan.n_decodes;
+        work
+    }
+}
+
+/// Seconds for what a step holds beside its decodes. A row of a prompt costs once what it takes to read the keys and
+/// values before it, and for each token its way through the weights and all that it sees: the deeper a prompt, the fewer
+/// tokens fit into a step, and the less it pays to come back for a single one.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Costs {
+    /// Of a token.
+    pub(crate) token: f64,
+    /// Of reading a position, once for all tokens of a row.
+    pub(crate) read: f64,
+    /// Of a token that sees a position.
+    pub(crate) pair: f64,
+}
+
+/// What a step held beside decodes like those that were measured alone. Less is read where sequences are shorter.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Extra {
+    pub(crate) tokens: f64,
+    pub(crate) read: f64,
+    pub(crate) pairs: f64,
+}
+
+/// Positions to read, and pairs, that weigh like a token where a measurement does not tell them apart. Of the size that
+/// they have in models of a hundred million parameters; what is learned does not depend on it, only how soon.
+const READ_PER_TOKEN: f64 = 2048.0;
+const PAIRS_PER_TOKEN: f64 = 4096.0;
+/// Share of what a measurement shows that is believed.
+const SMOOTHING: f64 = 0.2;
+
+impl Costs {
+    pub(crate) fn of_tokens(token: f64) -> Costs {
+        Costs { token, ..Costs::default() }
+    }
+
+    /// Of reading what is before position `start`.
+    pub(crate) fn reading(&self, start: usize) -> f64 {
+        self.read * start as f64
+    }
+
+    /// Of `n_tokens` from position `start` on, when what is before them is read anyway.
+    pub(crate) fn tokens(&self, start: usize, n_tokens: usize) -> f64 {
+        let n = n_tokens as f64;
+        n * (self.token + self.pair * (start as f64 + n / 2.0))
+    }
+
+    /// How many tokens from `start` on take so many seconds: the inverse of [`Costs::tokens`].
+    pub(crate) fn n_tokens(&self, start: usize, seconds: f64) -> usize {
+        if seconds <= 0.0 {
+            return 0;
+        }
+        let each = self.token + self.pair * start as f64;
+        let root = (each * each + 2.0 * self.pair * seconds).sqrt();
+        // A cast of a float saturates, so a cost of nearly 0 is harmless.
+        (2.0 * seconds / (each + root).max(1e-12)) as usize
+    }
+
+    fn seconds(&self, extra: &Extra) -> f64 {
+        self.token * extra.tokens + self.read * extra.read + self.pair * extra.pairs
+    }
+
+    /// `extra` took so many seconds. Of all costs that would have told a part of the difference, the nearest are taken
+    /// (Kaczmarz' step, or normalized least mean squares). What differs by more than `most` was held up by something else.
+    pub(crate) fn learn(&mut self, extra: &Extra, seconds: f64, most: f64) {
+        let [tokens, read, pairs] =
+            [extra.tokens, extra.read / READ_PER_TOKEN, extra.pairs / PAIRS_PER_TOKEN];
+        let wrong = (seconds - self.seconds(extra)).clamp(-most, most);
+        let step = SMOOTHING * wrong / (tokens * tokens + read * read + pairs * pairs).max(1.0);
+        self.token = (self.token + step * tokens).max(0.0);
+        self.read = (self.read + step * read / READ_PER_TOKEN).max(0.0);
+        self.pair = (self.pair + step * pairs / PAIRS_PER_TOKEN).max(0.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::uniform;
+
+    const TRUE: Costs = Costs { token: 0.8e-3, read: 0.4e-6, pair: 0.25e-6 };
+
+    #[test]
+    fn as_many_tokens_fit_as_the_time_pays_for() {
+        for start in [0, 1, 500, 8000, 100_000] {
+            for n_tokens in [1, 2, 17, 512] {
+                let seconds = TRUE.tokens(start, n_tokens);
+                assert_eq!(TRUE.n_tokens(start, seconds * 1.0001), n_tokens);
+                assert_eq!(TRUE.n_tokens(start, seconds * 0.9999), n_tokens - 1);
+            }
+        }
+        assert_eq!(TRUE.n_tokens(100, -1.0), 0);
+        assert_eq!(Costs::default().n_tokens(100, f64::MAX), usize::MAX);
+    }
+
+    #[test]
+    fn costs_are_learned_from_steps_of_every_kind() {
+        for seed in 0..20 {
+            let mut costs = Costs::of_tokens(2e-3);
+            for i in 0..3000 {
+                let [start, n] = [0, 1].map(|j| uniform(seed, 3 * i + j));
+                let (start, tokens) = (start * 8000.0, (n * n * 64.0).ceil());
+                let extra = Extra { tokens, read: start + tokens, pairs: tokens * start };
+                let noise = 0.9 + 0.2 * uniform(seed, 3 * i + 2);
+                costs.learn(&extra, TRUE.seconds(&extra) * noise, 0.012);
+            }
+            for (found, expected) in
+                [costs.token, costs.read, costs.pair].iter().zip([TRUE.token, TRUE.read, TRUE.pair])
+            {
+                assert!((found / expected - 1.0).abs() < 0.35, "seed {seed}: {costs:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn one_step_that_was_held_up_changes_little() {
+        let mut costs = TRUE;
+        let extra = Extra { tokens: 4.0, read: 8000.0, pairs: 32_000.0 };
+        let before = costs.seconds(&extra);
+        costs.learn(&extra, 0.24, 0.012);
+        assert!(costs.seconds(&extra) < before + 0.0025, "{costs:?}");
+    }
+}
