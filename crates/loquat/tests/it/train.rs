@@ -67,6 +67,38 @@ fn from_text_to_a_model_that_learned_chats() {
     );
 }
 
+/// A small model learns from one that was trained here, and goes on without it; one of other ids cannot teach.
+#[test]
+fn a_model_learns_from_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let home = &dir.path().join("home");
+    ingest_text(home, "d", "512");
+    let large = ["train", "--run", "large", "--dataset", "d", "--publish", "large", "--steps", "3", "--json"];
+    succeed(home, &[&large[..], SMALL].concat());
+    let learn = ["train", "--run", "learner", "--dataset", "d", "--steps", "3", "--distill", "large"];
+    let learn = [&learn[..], SMALL, &["--distill-weight", "0.7", "--distill-temperature", "2"]].concat();
+    let told = succeed(home, &[&learn[..], &["--dry-run"]].concat());
+    assert!(
+        ["teacher    large: ", " the teacher\n", "the teacher's activations"]
+            .iter()
+            .all(|t| told.contains(t)),
+        "{told}"
+    );
+    let told = succeed(home, &[&learn[..], &["--json", "--publish", "learner"]].concat());
+    assert!(told.contains("\"finished\""), "{told}");
+    // All that a run needs lies in it.
+    fs::remove_dir_all(home.join("store/models/large")).unwrap();
+    assert!(succeed(home, &["train", "--resume", "learner", "--json"]).contains("\"finished\""));
+
+    ingest_text(home, "other", "300");
+    let other = ["train", "--run", "bad", "--dataset", "other", "--steps", "1", "--distill", "learner"];
+    refused(home, &other, &["other", "learner", "tokenizer"]);
+    let alone = ["train", "--run", "bad", "--dataset", "d", "--steps", "1", "--distill-weight", "0.5"];
+    refused(home, &alone, &["--distill"]);
+    let much = ["train", "--run", "bad", "--dataset", "d", "--distill", "learner", "--distill-weight", "2"];
+    refused(home, &much, &["distill.weight"]);
+}
+
 #[test]
 fn bad_chats_and_weights_are_named() {
     let dir = tempfile::tempdir().unwrap();

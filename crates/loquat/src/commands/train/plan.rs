@@ -50,15 +50,15 @@ pub(super) fn plan(home: &Home, args: &args::Train, pool: &Arc<Pool>) -> Result<
     let datasets: Vec<Dataset> =
         choices.iter().map(|choice| Dataset::open(&store, &choice.name)).collect::<Result<_, _>>()?;
     let weights = args.method.init.as_deref().map(|init| start_weights(home, init, &datasets)).transpose()?;
-    let config = match &weights {
-        Some(weights) => weights.config.clone(),
-        None => shape(args, &datasets[0])?,
-    };
-    let model_name = args.method.init.as_deref().map(name_of).unwrap_or_default();
-    let start = weights.clone().map(|weights| train::start_files(pool, &model_name, weights)).transpose()?;
     let taught =
         args.method.distill.as_deref().map(|name| teacher(home, name, (&datasets, pool))).transpose()?;
     let (teacher, taught) = taught.unzip();
+    let config = match &weights {
+        Some(weights) => weights.config.clone(),
+        None => shape(args, (&datasets[0], teacher.as_ref()))?,
+    };
+    let model_name = args.method.init.as_deref().map(name_of).unwrap_or_default();
+    let start = weights.clone().map(|weights| train::start_files(pool, &model_name, weights)).transpose()?;
     let task_files = args.eval_tasks.iter().map(|path| task_file(path)).collect::<Result<Vec<_>>>()?;
     let tasks = Tasks::new(args.eval_every.unwrap_or(1), args.eval_shots, args.eval_limit, &task_files)?;
     let part = |(choice, dataset): (args::DataChoice, &Dataset)| DataPart {
@@ -142,7 +142,7 @@ pub(super) fn as_asked(store: &Arc<dyn Store>, old: &Plan, args: &args::Train) -
     if args.method.init.is_none()
         && let Some(first) = plan.data.first()
     {
-        let asked = shape(args, &Dataset::open(store, &first.dataset)?)?;
+        let asked = shape(args, (&Dataset::open(store, &first.dataset)?, plan.teacher.as_ref()))?;
         if asked != old.config()? {
             plan.model = serde_json::from_str(&asked.to_json("float32"))?;
         }
@@ -196,13 +196,15 @@ fn schedule(args: &args::Train) -> Schedule {
     Schedule { decay, lr_peak, lr_final_share: 0.05, warmup_steps: 0 }
 }
 
-fn shape(args: &args::Train, dataset: &Dataset) -> Result<Config> {
+/// Of a new model; one that has a teacher has as many ids, which may be more than the tokenizer's.
+fn shape(args: &args::Train, (dataset, teacher): (&Dataset, Option<&train::Teacher>)) -> Result<Config> {
     if let Some(path) = &args.config {
         let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
         return Config::from_json(&bytes).with_context(|| format!("{}", path.display()));
     }
     let (name, info) = (args.preset.as_deref().unwrap_or("tiny"), dataset.info());
-    presets::config(name, info.vocab_size, info.end_of_text, args.context)
+    let vocab = teacher.map(|teacher| teacher.config()).transpose()?.map_or(info.vocab_size, |of| of.vocab);
+    presets::config(name, vocab, info.end_of_text, args.context)
 }
 
 /// A model to start from, whose ids are those of the datasets.
