@@ -1,6 +1,7 @@
-//! What guessing ahead from the text gains: the same chats with and without `--prompt-lookup`, and the same answers.
+//! What guessing ahead gains: the same chats without guesses, with those of `--prompt-lookup`, and with those of a draft model
+//! that is the model itself in fewer bits. The answers must be the same.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -10,6 +11,9 @@ use crate::bench_serve::Server;
 
 /// Guesses in a step at most.
 const GUESSES: &str = "8";
+/// Weights of the models that are guessed for, and of the model that guesses.
+const TARGETS: [&str; 2] = ["BF16", "Q8_0"];
+const DRAFT: &str = "Q4_0";
 const NEW_TOKENS: u32 = 200;
 const ROUNDS: usize = 3;
 /// Long enough for a slow machine.
@@ -29,14 +33,76 @@ struct Answer {
     tokens_per_s: f64,
 }
 
+/// Answers to all tasks, how often something was guessed for them, and how often the first guess was right.
+struct Answers {
+    answers: Vec<Answer>,
+    n_drafts: f64,
+    n_right: f64,
+}
+
 pub(crate) fn run(root: &Path, model: &str, text: &str) -> Result<()> {
     crate::run(root, "cargo", &["build", "--release", "--quiet", "--package", "loquat"])?;
     let tasks = tasks(&root.join(text))?;
-    let plain = answers(root, model, "0", &tasks)?;
-    let guessed = answers(root, model, GUESSES, &tasks)?;
+    let plain = answers(root, model, &[], &tasks)?;
+    let guessed = answers(root, model, &["--prompt-lookup", GUESSES], &tasks)?;
     println!("{NEW_TOKENS} tokens, greedy, one client, best of {ROUNDS}");
+    println!("guesses from the text:");
+    compare(&tasks, &plain, &guessed)?;
+    let dir = std::env::temp_dir().join(format!("loquat-drafts-{}", std::process::id()));
+    std::fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    let done = drafts(root, model, &dir, &tasks);
+    std::fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
+    done
+}
+
+/// The model in many bits, guessed for by itself in few: no other model has its vocabulary.
+fn drafts(root: &Path, model: &str, dir: &Path, tasks: &[Task]) -> Result<()> {
+    let draft = quantize(root, model, DRAFT, dir)?;
+    let alone = answers(root, &draft, &[], tasks)?;
+    for kind in TARGETS {
+        let target = quantize(root, model, kind, dir)?;
+        let plain = answers(root, &target, &[], tasks)?;
+        let guessed = answers(root, &target, &["--model-draft", &draft, "--draft-max", GUESSES], tasks)?;
+        println!("guesses of {DRAFT} for {kind}:");
+        compare(tasks, &plain, &guessed)?;
+        println!("{}", worth(&plain, &alone, &guessed));
+    }
+    Ok(())
+}
+
+/// What theory says, if verifying several tokens takes as long as one: with a share `r` of right guesses, each at a part `c`
+/// of a step, one more guess is worth it while r^i > c, and the first gains (1 + r) / (1 + c).
+fn worth(plain: &Answers, draft: &Answers, guessed: &Answers) -> String {
+    let speed = |answers: &Answers| answers.answers.iter().map(|a| a.tokens_per_s).sum::<f64>();
+    let cost = speed(plain) / speed(draft);
+    let right = guessed.n_right / guessed.n_drafts.max(1.0);
+    let best = (1..=32).map(|k| expected(right, k) / (1.0 + f64::from(k) * cost)).fold(1.0, f64::max);
+    format!(
+        "{} drafts, of {:.0} % the first guess right; a guess costs {:.0} % of a step, the break-even; at best {best:.2} times",
+        guessed.n_drafts,
+        right * 100.0,
+        cost * 100.0
+    )
+}
+
+/// Tokens of a step with `k` guesses that are right at a rate of `right` each.
+fn expected(right: f64, k: i32) -> f64 {
+    (0..=k).map(|i| right.powi(i)).sum()
+}
+
+fn quantize(root: &Path, model: &str, kind: &str, dir: &Path) -> Result<String> {
+    let path: PathBuf = dir.join(format!("bench-{}.gguf", kind.to_lowercase()));
+    let path = path.to_str().context("the temporary directory has no name in UTF-8")?.to_owned();
+    let home = dir.join("home");
+    let home = home.to_str().context("the temporary directory has no name in UTF-8")?;
+    let args = ["model", "quantize", "--home", home, "--pure", model, kind, &path];
+    crate::run(root, "target/release/loquat", &args)?;
+    Ok(path)
+}
+
+fn compare(tasks: &[Task], plain: &Answers, guessed: &Answers) -> Result<()> {
     println!("answer | plain, tokens/s | with guesses | times");
-    for ((task, plain), guessed) in tasks.iter().zip(plain).zip(guessed) {
+    for ((task, plain), guessed) in tasks.iter().zip(&plain.answers).zip(&guessed.answers) {
         ensure!(plain.text == guessed.text, "{}: guesses changed the answer", task.name);
         let (before, after) = (plain.tokens_per_s, guessed.tokens_per_s);
         println!("{} | {before:.1} | {after:.1} | {:.2}", task.name, after / before);
@@ -55,9 +121,18 @@ fn tasks(texts: &Path) -> Result<[Task; 2]> {
     Ok([Task { name: "quoting", prompt: quote }, Task { name: "telling", prompt: tell }])
 }
 
-fn answers(root: &Path, model: &str, n_guesses: &str, tasks: &[Task]) -> Result<Vec<Answer>> {
-    crate::bench_serve::with_ours(root, model, &["--prompt-lookup", n_guesses], |server, name| {
-        tasks.iter().map(|task| best_answer(server, name, &task.prompt)).collect()
+fn answers(root: &Path, model: &str, flags: &[&str], tasks: &[Task]) -> Result<Answers> {
+    crate::bench_serve::with_ours(root, model, flags, |server, name| {
+        let answers =
+            tasks.iter().map(|task| best_answer(server, name, &task.prompt)).collect::<Result<_>>()?;
+        let metrics = ureq::get(format!("{}/metrics", server.url)).call()?.body_mut().read_to_string()?;
+        let count = |name: &str, label: &str| {
+            let lines = metrics.lines().filter(|line| line.starts_with(name) && line.contains(label));
+            lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+        };
+        let n_drafts = count("vllm:spec_decode_num_drafts_total", "");
+        let n_right = count("vllm:spec_decode_num_accepted_tokens_per_pos_total", "position=\"0\"");
+        Ok(Answers { answers, n_drafts, n_right })
     })
 }
 

@@ -2,10 +2,12 @@
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
 
 use model::StepInput;
 
 use crate::blocks::{BlockId, BlockPool};
+use crate::clock;
 use crate::request::TokenId;
 use crate::runner::{Runner, RunnerError, panic_text};
 use crate::sequence::SequenceId;
@@ -19,7 +21,19 @@ pub(crate) struct DraftModel {
     runner: Box<dyn Runner>,
     pool: BlockPool,
     sequences: HashMap<SequenceId, Drafting>,
+    cost: Cost,
 }
+
+/// What guesses took. Steps that caught up with known tokens as well do not count: that is the price of not having guessed
+/// before, and blamed on the guesses it would keep them from ever being made again.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Cost {
+    pub(crate) n_guesses: usize,
+    pub(crate) time: Duration,
+}
+
+/// Known tokens of a sequence in a step that only guesses: after a draft that was right, its last token and the one behind.
+const FRESH_TOKENS_MAX: usize = 2;
 
 /// How far the draft model is with a sequence.
 #[derive(Debug, Default)]
@@ -38,7 +52,17 @@ struct Making<'a> {
 
 impl DraftModel {
     pub(crate) fn new(runner: Box<dyn Runner>) -> DraftModel {
-        DraftModel { pool: BlockPool::new(runner.n_blocks()), runner, sequences: HashMap::new() }
+        DraftModel {
+            pool: BlockPool::new(runner.n_blocks()),
+            runner,
+            sequences: HashMap::new(),
+            cost: Cost::default(),
+        }
+    }
+
+    /// Of the last call of `propose`.
+    pub(crate) fn cost(&self) -> Cost {
+        self.cost
     }
 
     /// A draft for each wish: as long as asked for, or empty where the model has not caught up yet or
@@ -53,6 +77,7 @@ impl DraftModel {
     ) -> Result<Vec<Vec<TokenId>>, RunnerError> {
         let making = |wish| Making { wish, draft: Vec::new(), is_over: false };
         let mut drafts: Vec<_> = wishes.iter().map(making).collect();
+        self.cost = Cost::default();
         self.catch_up(&mut drafts)?;
         for n_drafted in 0..DRAFT_TOKENS_MAX {
             drafts.iter_mut().for_each(|making| making.is_over |= making.draft.len() >= making.wish.n_max);
@@ -114,6 +139,7 @@ impl DraftModel {
         n_drafted: usize,
         draw: &mut Draw,
     ) -> Result<(), RunnerError> {
+        let start_time = clock::now();
         let mut input = StepInput::default();
         let vocab = self.runner.vocab();
         for making in drafts.iter().filter(|making| !making.is_over) {
@@ -140,6 +166,10 @@ impl DraftModel {
                 None => making.is_over = true,
             }
         }
+        if input.rows.iter().all(|row| row.n_tokens <= FRESH_TOKENS_MAX) {
+            self.cost.n_guesses += input.rows.len();
+            self.cost.time += clock::now() - start_time;
+        }
         Ok(())
     }
 }
@@ -156,4 +186,26 @@ fn step<'a>(runner: &'a mut dyn Runner, input: &StepInput) -> Result<&'a [f32], 
         return Err(RunnerError(format!("{} logits instead of {expected}", logits_rv.len())));
     }
     Ok(logits_rv)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fake::FakeRunner;
+
+    #[test]
+    fn catching_up_is_not_blamed_on_guesses() {
+        let mut model = DraftModel::new(Box::new(FakeRunner::new(9, 64, 4)));
+        let mut n_costed = |tokens: &[TokenId], n_max| {
+            let wish = Wish { id: SequenceId(1), tokens, n_max };
+            let drafts = model.propose(&[wish], &mut |_, _, _| Some(3)).unwrap();
+            assert_eq!(drafts, [vec![3; n_max]]);
+            model.cost().n_guesses
+        };
+        let tokens = [5; 40];
+        assert_eq!(n_costed(&tokens[..20], 3), 2, "the first guess read the prompt");
+        assert_eq!(n_costed(&tokens[..22], 3), 3);
+        assert_eq!(n_costed(&tokens[..40], 1), 0);
+        assert_eq!(n_costed(&tokens[..40], 0), 0);
+    }
 }

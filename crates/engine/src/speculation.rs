@@ -3,8 +3,9 @@
 //! is the same, token for token, at every temperature.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
-use crate::draft::DraftModel;
+use crate::draft::{Cost, DraftModel};
 use crate::request::TokenId;
 use crate::runner::RunnerError;
 use crate::sequence::SequenceId;
@@ -85,6 +86,11 @@ impl Speculator {
             self.k_max = 0;
         }
         drafts
+    }
+
+    /// What guesses took in the last call of `propose`, which made `n_guesses` in `time`.
+    pub(crate) fn cost(&self, n_guesses: usize, time: Duration) -> Cost {
+        self.model.as_ref().map_or(Cost { n_guesses, time }, DraftModel::cost)
     }
 
     /// Of a draft's `n_draft` tokens the first `n_accepted` were right.

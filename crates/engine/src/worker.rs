@@ -228,7 +228,8 @@ impl Worker {
         let n_guesses = drafts.iter().map(Vec::len).sum();
         ids.into_iter().zip(drafts).for_each(|(id, draft)| self.scheduler.set_draft(id, draft));
         let time = clock::now() - start;
-        self.pacer.observe_guesses(n_guesses, time);
+        let cost = self.speculator.cost(n_guesses, time);
+        self.pacer.observe_guesses(cost.n_guesses, cost.time);
         self.stats.draft_time += time;
     }
 
