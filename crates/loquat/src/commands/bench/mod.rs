@@ -12,7 +12,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use model::{Transformer, Weights};
 use tensor::Pool;
-use tensor::limits::Limits;
+use tensor::limits::{Limits, measure, read_bytes_per_s};
 
 use crate::args;
 use crate::home::Home;
@@ -21,6 +21,9 @@ use table::{Measured, Table};
 
 /// Tokens of one step of a long prompt, as the engine cuts it.
 const STEP_TOKENS: usize = 512;
+/// Generating is held against reading as many bytes as a step reads, again and again: weights that fit in the last-level cache
+/// come from there. At most so many, which no cache holds.
+const READ_MAX: usize = 2 << 30;
 /// Bounds of what can be asked for.
 const LIST_MAX: usize = 32;
 const STREAMS_MAX: usize = 1024;
@@ -39,7 +42,8 @@ pub(crate) fn run(home: &Home, args: &args::Bench) -> Result<ExitCode> {
         drop(loader);
         for &n_threads in &threads {
             let pool = Pool::new(n_threads);
-            let limits = tensor::limits::measure(&pool);
+            let memory_bytes_per_s = read_bytes_per_s(&pool, transformer.bytes_per_token().min(READ_MAX));
+            let limits = Limits { memory_bytes_per_s, ..measure(&pool) };
             let bench = Bench { args, model: &transformer, pool: &pool, limits, weights: &loaded.weights };
             bench.check().with_context(|| format!("{} cannot be trusted", path.display()))?;
             bench.run(&super::model::name_of(model), &mut table)?;

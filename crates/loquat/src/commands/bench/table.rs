@@ -82,8 +82,8 @@ const WIDTHS: [usize; 9] = [36, 6, 9, 14, 7, 5, 18, 30, 0];
 /// Prints every line as soon as it is known.
 pub(super) struct Table {
     output: Output,
-    /// The measured limits, by threads, for the last lines.
-    limits: BTreeMap<usize, [f64; 2]>,
+    /// The measured limits, by threads and model, for the last lines.
+    limits: BTreeMap<(usize, String), [f64; 2]>,
 }
 
 impl Table {
@@ -97,7 +97,7 @@ impl Table {
     }
 
     pub(super) fn row(&mut self, row: &Measured) {
-        self.limits.insert(row.n_threads, [row.bf16_per_s, row.memory_bytes_per_s]);
+        self.limits.insert((row.n_threads, row.model.clone()), [row.bf16_per_s, row.memory_bytes_per_s]);
         match self.output {
             Output::Text => println!("{}", text_line(&row.cells())),
             Output::Markdown => println!("| {} |", row.cells().join(" | ")),
@@ -108,9 +108,9 @@ impl Table {
     pub(super) fn end(self) {
         if self.output != Output::Jsonl {
             println!();
-            for (n_threads, [bf16, memory]) in self.limits {
+            for ((n_threads, model), [bf16, memory]) in self.limits {
                 println!(
-                    "limits of {n_threads} threads, measured: {:.0} GFLOP/s bf16, {:.1} GB/s from memory",
+                    "limits of {n_threads} threads, measured: {:.0} GFLOP/s bf16, {:.1} GB/s of reading what {model} reads",
                     bf16 / 1e9,
                     memory / 1e9
                 );
