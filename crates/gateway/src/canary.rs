@@ -55,6 +55,8 @@ pub struct CanaryPolicy {
     pub n_good: u64,
     /// Samples before anything bad is said.
     pub n_bad: u64,
+    /// Samples before it is called slow: the first answers of a replica that has just started are.
+    pub n_slow: u64,
     /// Errors above those of the live version, as a share.
     pub error_rate_more: f64,
     /// How much slower than the live version half of its answers may begin.
@@ -65,7 +67,7 @@ pub struct CanaryPolicy {
 
 impl Default for CanaryPolicy {
     fn default() -> CanaryPolicy {
-        CanaryPolicy { n_good: 50, n_bad: 5, error_rate_more: 0.05, slower: 2.0, slower_ms: 20.0 }
+        CanaryPolicy { n_good: 50, n_bad: 5, n_slow: 20, error_rate_more: 0.05, slower: 2.0, slower_ms: 20.0 }
     }
 }
 
@@ -91,7 +93,7 @@ pub fn judge(canary: &Window, live: &Window, policy: &CanaryPolicy) -> Verdict {
     }
     // Half of the answers: its best tell nothing, its worst are noise at this number.
     if let (Some(ms), Some(live_ms)) = (canary.quantile_ms(0.5), live.quantile_ms(0.5))
-        && live.n_seen() >= policy.n_bad
+        && canary.n_seen().min(live.n_seen()) >= policy.n_slow
         && ms > policy.slower * live_ms
         && ms > live_ms + policy.slower_ms
     {
@@ -129,6 +131,7 @@ mod tests {
         check(window(50, |_| true, 12.0), "Promote");
         check(window(50, |i| i % 10 > 0, 12.0), "10 % of its answers failed");
         check(window(60, |i| i % 50 > 0, 12.0), "Promote");
+        check(window(19, |_| true, 100.0), "Wait");
         check(window(20, |_| true, 100.0), "after 100 ms");
         check(window(50, |_| true, 25.0), "Promote");
         // Errors of both are not the canary's fault.
