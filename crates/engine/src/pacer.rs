@@ -3,7 +3,7 @@
 //! Every token beside the decoding ones lengthens the step, and every running stream waits for it. The
 //! pacer learns what a step of only decoding takes and what else in a step costs ([`Costs`]). Prompts may
 //! lengthen a step to [`LIMIT`] times the usual, which is what streams were used to when there was no prompt:
-//! their 99th percentile gap then stays below three times that, and a prompt gets more than half of the
+//! their 99th percentile gap is to stay below three times that (docs/decisions/0029), and a prompt gets more than half of the
 //! machine. It is read the sooner, and the streams grow the less meanwhile: to be slower would make the last
 //! gaps longer, not shorter. Prompts behind another one get more: see [`PROMPT_WEIGHT`].
 //! Which tokens come out never depends on it.
