@@ -119,6 +119,12 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    #[error("cannot hold jobs to what they ask for in the control groups {groups}")]
+    Cgroups {
+        groups: String,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("cannot start {program}")]
     StartProcess {
         program: PathBuf,

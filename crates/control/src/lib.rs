@@ -17,6 +17,7 @@
 //! else is a failure and counts against the job's `max_restarts`.
 #![forbid(unsafe_code)]
 
+mod cgroup;
 mod clock;
 mod database;
 mod deployments;

@@ -9,6 +9,7 @@ use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 
 use rustix::process::Signal;
 
+use crate::cgroup::Cgroups;
 use crate::database::random_hex;
 use crate::error::{Error, Result};
 use crate::job::{Ending, Job, JobId};
@@ -32,6 +33,7 @@ pub struct LocalLauncher {
     env: Vec<(&'static str, String)>,
     boot_id: String,
     node: String,
+    cgroups: Cgroups,
     /// Children of this very process, by pid. Until one is waited for, its pid cannot be recycled.
     children: HashMap<u32, Held>,
 }
@@ -55,6 +57,7 @@ impl LocalLauncher {
                     log_dir,
                     env: Vec::new(),
                     node: String::new(),
+                    cgroups: Cgroups::default(),
                     boot_id: process::boot_id()?,
                     children: HashMap::new(),
                 })
@@ -73,6 +76,18 @@ impl LocalLauncher {
     #[must_use]
     pub fn on_node(self, node: &str) -> Self {
         Self { node: node.to_owned(), ..self }
+    }
+
+    /// Holds jobs to the cores and memory that they ask for, in control groups below these (docs/decisions/0033).
+    ///
+    /// # Errors
+    /// If that cannot be done there.
+    pub fn within(self, groups: &[PathBuf]) -> Result<Self> {
+        let cgroups = Cgroups::new(groups.to_vec()).map_err(|source| {
+            let groups: Vec<String> = groups.iter().map(|group| group.display().to_string()).collect();
+            Error::Cgroups { groups: groups.join(" and "), source }
+        })?;
+        Ok(Self { cgroups, ..self })
     }
 
     fn log_path(&self, id: JobId) -> PathBuf {
@@ -166,6 +181,11 @@ impl Launcher for LocalLauncher {
             ProcessRef { pid, start_ticks, boot_id: self.boot_id.clone(), mark, node: self.node.clone() };
         let held = Held { process: process.clone(), child, gate };
         self.children.insert(pid, held);
+        if let Err(source) = self.cgroups.hold(&process, &job.spec.needs) {
+            self.abandon(&process)?;
+            let groups = format!("of {}", job.id);
+            return Err(Error::Cgroups { groups, source });
+        }
         let log_path = Some(self.log_path(job.id));
         Ok(Prepared { process, log_path })
     }
@@ -190,7 +210,8 @@ impl Launcher for LocalLauncher {
         drop(held.gate.take());
         // It runs nothing yet, so this ends at once.
         let ended = held.child.kill().and_then(|()| held.child.wait());
-        ended.map(drop).map_err(|source| Error::SignalProcess { pid: process.pid, source })
+        let ended = ended.and_then(|_| self.cgroups.remove(process));
+        ended.map_err(|source| Error::SignalProcess { pid: process.pid, source })
     }
 
     fn poll(&mut self, job: &Job) -> Result<Observed> {
@@ -230,6 +251,9 @@ impl Launcher for LocalLauncher {
     fn forget(&mut self, process: &ProcessRef) {
         if self.held(process).is_some() {
             self.children.remove(&process.pid);
+        }
+        if let Err(error) = self.cgroups.remove(process) {
+            tracing::warn!(pid = process.pid, %error, "cannot remove a job's control group");
         }
     }
 

@@ -133,6 +133,7 @@ fn launcher(
             let tls = listen.tls_env().into_iter().map(|(name, file)| (name, file.display().to_string()));
             let env = home.as_env().into_iter().chain(tls);
             let launcher = LocalLauncher::new(&program, &logs)?.with_env(env).on_node(&node.name);
+            let launcher = launcher.within(&offer.cgroup)?;
             Ok((Box::new(launcher), Some(node)))
         }
         RunsOn::Slurm(sbatch) => {

@@ -438,3 +438,61 @@ fn needs_are_asked_of_slurm(slurm: &Slurm) {
     }
     reconciler.stop(Shutdown::Leave);
 }
+
+/// Control groups of a test.
+struct Groups([PathBuf; 2]);
+
+impl Drop for Groups {
+    fn drop(&mut self) {
+        for group in &self.0 {
+            // There is something to remove only where the test failed.
+            for below in fs::read_dir(group).into_iter().flatten().flatten() {
+                let _ = fs::remove_dir(below.path());
+            }
+            let _ = fs::remove_dir(group);
+        }
+    }
+}
+
+/// Two of version 1 that are ours, one with memory and one with cores; `None`, said loudly, where none can be made.
+fn cgroups() -> Option<Groups> {
+    let name = format!("loquat-test-{}", std::process::id());
+    let groups = ["memory", "cpu"].map(|kind| Path::new("/sys/fs/cgroup").join(kind).join(&name));
+    if groups.iter().any(|group| fs::create_dir(group).is_err()) {
+        eprintln!("SKIPPED: no control group can be made here (it needs root and version 1 of them)");
+        return None;
+    }
+    Some(Groups(groups))
+}
+
+#[test]
+fn a_job_gets_no_more_than_it_asked_for() {
+    let Some(groups) = cgroups() else { return };
+    let place = Place::new();
+    // What it may have of the cores, then some 200 MB.
+    let text = "cat /sys/fs/cgroup/cpu$(sed -n 's/.*:cpu://p' /proc/self/cgroup)/cpu.cfs_quota_us; \
+                head -c 200000000 /dev/zero | tail -c 200000000 | wc -c";
+    let mut modest = shell("modest", text, 0);
+    modest.needs = Needs { cores: 1, memory_bytes: 1 << 30, ..Needs::default() };
+    let mut greedy = shell("greedy", text, 0);
+    greedy.needs = Needs { cores: 1, memory_bytes: 50 << 20, ..Needs::default() };
+    let (modest, greedy) = (place.submit(&modest), place.submit(&greedy));
+    let launcher = Box::new(place.launcher().within(&groups.0).unwrap());
+    let reconciler = Reconciler::start(&place.control, launcher, place.metrics.job(), quick()).unwrap();
+    let told = [modest, greedy].map(|id| {
+        wait_for("the end", || place.job(id).state.is_over().then_some(()));
+        place.control.job_log_tail(id, 10_000).unwrap()
+    });
+    reconciler.stop(Shutdown::Leave);
+    let [modest, greedy] = told.each_ref().map(|log| log.lines().skip(1).collect::<Vec<_>>());
+    assert_eq!(modest, ["100000", "200000000"]);
+    // The shell tells of it before or after the count of nothing.
+    assert!(
+        greedy.len() == 3 && ["100000", "Killed", "0"].iter().all(|line| greedy.contains(line)),
+        "{greedy:?}"
+    );
+    // Only ours can be removed: none of a job's is left in them.
+    groups.0.iter().for_each(|group| fs::remove_dir(group).unwrap());
+    let refused = place.launcher().within(&groups.0).unwrap_err().to_string();
+    assert!(refused.contains("cannot hold jobs"), "{refused}");
+}

@@ -1,5 +1,7 @@
 //! What the cluster's commands take: jobs, nodes, projects, keys.
 
+use std::path::PathBuf;
+
 use clap::{Args, Subcommand};
 
 /// What this machine gives to jobs, where that is not all it has.
@@ -20,6 +22,10 @@ pub(crate) struct Offer {
     /// Jobs beside each other, services aside.
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub(crate) node_jobs: u32,
+    /// Hold jobs to the cores and memory that they ask for, in control groups below this one: of version 2 with the controllers
+    /// cpu and memory, which this process may write to (systemd: Delegate=yes), or given twice, of version 1.
+    #[arg(long, value_name = "DIRECTORY")]
+    pub(crate) cgroup: Vec<PathBuf>,
 }
 
 /// Bytes of a number of GB.
