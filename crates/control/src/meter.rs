@@ -173,12 +173,16 @@ mod tests {
         let mut meter = Meter::new(std::env::temp_dir());
         let jobs = [(JobId(3), mark)];
         meter.look(&jobs).unwrap();
-        std::thread::sleep(std::time::Duration::from_millis(400));
-        let load = meter.look(&jobs).unwrap();
+        // A share of a core, and on a busy machine none for a while.
+        let mut looks = (0..50).map(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(400));
+            meter.look(&jobs).unwrap()
+        });
+        let load = looks.find(|load| load.jobs[0].cores > 0.02);
         child.kill().unwrap();
         child.wait().unwrap();
-        // A share of a core: the machine may be busy.
-        assert!(load.jobs[0].cores > 0.02 && load.jobs[0].cores <= load.cores + 0.5, "{load:?}");
+        let load = load.expect("a loop that never got to run");
+        assert!(load.jobs[0].cores <= load.cores + 0.5, "{load:?}");
         assert!(
             load.jobs[0].memory_bytes > 0 && load.memory_bytes > 0 && load.disk_free_bytes > 0,
             "{load:?}"
