@@ -151,6 +151,13 @@ impl LocalLauncher {
             .map_err(|source| self.start_failed(source))
     }
 
+    /// Of a process that is gone. An empty group that is left holds nobody.
+    fn remove_group(&self, process: &ProcessRef) {
+        if let Err(error) = self.cgroups.remove(process) {
+            tracing::warn!(pid = process.pid, %error, "cannot remove a job's control group");
+        }
+    }
+
     fn start_failed(&self, source: std::io::Error) -> Error {
         Error::StartProcess { program: self.program.clone(), source }
     }
@@ -210,8 +217,8 @@ impl Launcher for LocalLauncher {
         drop(held.gate.take());
         // It runs nothing yet, so this ends at once.
         let ended = held.child.kill().and_then(|()| held.child.wait());
-        let ended = ended.and_then(|_| self.cgroups.remove(process));
-        ended.map_err(|source| Error::SignalProcess { pid: process.pid, source })
+        self.remove_group(process);
+        ended.map(drop).map_err(|source| Error::SignalProcess { pid: process.pid, source })
     }
 
     fn poll(&mut self, job: &Job) -> Result<Observed> {
@@ -252,9 +259,7 @@ impl Launcher for LocalLauncher {
         if self.held(process).is_some() {
             self.children.remove(&process.pid);
         }
-        if let Err(error) = self.cgroups.remove(process) {
-            tracing::warn!(pid = process.pid, %error, "cannot remove a job's control group");
-        }
+        self.remove_group(process);
     }
 
     /// Reaps children that ended, also those that another controller adopted meanwhile.

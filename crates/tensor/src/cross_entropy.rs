@@ -148,7 +148,7 @@ fn forward_simd<S: Simd>(s: S, losses_n: &mut [f32], logits_nv: &[f32], targets_
 }
 
 #[inline(always)]
-fn largest<S: Simd>(s: S, x: &[f32]) -> f32 {
+pub(crate) fn largest<S: Simd>(s: S, x: &[f32]) -> f32 {
     let mut max = s.splat(f32::NEG_INFINITY);
     let whole = x.chunks_exact(S::LANES);
     let tail = whole.remainder().iter().copied().fold(f32::NEG_INFINITY, f32::max);

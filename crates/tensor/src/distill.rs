@@ -9,7 +9,7 @@
 //! As with [`crate::cross_entropy`] callers make the logits of a chunk of tokens at a time, of both models.
 
 use crate::Pool;
-use crate::cross_entropy::IGNORED;
+use crate::cross_entropy::{IGNORED, largest};
 use crate::pool::Disjoint;
 use crate::simd::{Simd, dispatch};
 use crate::split::piece;
@@ -170,17 +170,6 @@ fn gradient<S: Simd>(
         let (z, y) = (*at - max[0], y - max[1]);
         *at = factors[0] * z.exp() + factors[1] * (z * cold).exp() + factors[2] * (y * cold).exp();
     }
-}
-
-#[inline(always)]
-fn largest<S: Simd>(s: S, x: &[f32]) -> f32 {
-    let mut max = s.splat(f32::NEG_INFINITY);
-    let whole = x.chunks_exact(S::LANES);
-    let tail = whole.remainder().iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    for x in whole {
-        max = s.max(s.load(x), max);
-    }
-    s.max_lane(max).max(tail)
 }
 
 #[cfg(test)]
