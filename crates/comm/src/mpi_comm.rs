@@ -17,6 +17,9 @@ use crate::sent::Sent;
 use crate::tree::Shards;
 use crate::{Comm, CommError, Record};
 
+/// How long MPI's own end may take once ranks were lost; undisturbed it takes milliseconds.
+const FAREWELL: Duration = Duration::from_secs(2);
+
 /// How a rank joins the others.
 pub struct MpiSettings {
     /// Files that may be the library, the likeliest first.
@@ -33,6 +36,7 @@ pub struct MpiSettings {
 pub struct MpiComm {
     rank: usize,
     n_ranks: usize,
+    n_launched: usize,
     /// Of every rank that is left, spare ones among them, the number that it began with.
     numbers: Vec<usize>,
     limit: Duration,
@@ -83,15 +87,15 @@ impl MpiComm {
             }
         };
         let (outbox, numbers) = (RefCell::new(Arc::from([])), (0..n_ranks).collect());
-        Ok(MpiComm { rank, n_ranks, numbers, limit, jobs, outbox, spare, sent })
+        Ok(MpiComm { rank, n_ranks, n_launched: launched, numbers, limit, jobs, outbox, spare, sent })
     }
 
     /// Another end of the same rank, which speaks through the same thread.
     pub fn again(&self) -> MpiComm {
         let outbox = RefCell::new(Arc::from([]));
-        let MpiComm { rank, n_ranks, limit, .. } = *self;
+        let MpiComm { rank, n_ranks, n_launched, limit, .. } = *self;
         let (jobs, spare, sent) = (self.jobs.clone(), self.spare.clone(), self.sent.clone());
-        MpiComm { rank, n_ranks, numbers: self.numbers.clone(), limit, jobs, outbox, spare, sent }
+        MpiComm { rank, n_ranks, n_launched, numbers: self.numbers.clone(), limit, jobs, outbox, spare, sent }
     }
 
     /// After [`CommError::RanksLost`]: the group of those that are left, once each of them has come here. It has any number
@@ -108,7 +112,7 @@ impl MpiComm {
                     self.n_ranks = self.numbers.len();
                     return Ok(());
                 }
-                Reply::Values(..) | Reply::Bytes(_) => {}
+                Reply::Values(..) | Reply::Bytes(_) | Reply::Parted => {}
             }
         }
     }
@@ -142,6 +146,19 @@ impl MpiComm {
         })
     }
 
+    /// What MPI's own end came to. `None`: where ranks were lost the launcher may wait for the dead ones for ever, and then
+    /// this one ends without it. All have agreed that they are at the end: nothing depends on it.
+    fn farewell(&self, replies: &Receiver<Reply>) -> Result<Option<Reply>, CommError> {
+        if self.numbers.len() == self.n_launched {
+            return self.patiently(replies, "leave").map(Some);
+        }
+        match replies.recv_timeout(FAREWELL) {
+            Ok(reply) => Ok(Some(reply)),
+            Err(RecvTimeoutError::Disconnected) => Err(CommError::ThreadStopped),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+        }
+    }
+
     /// The sum that the MPI library takes itself, in its own order: what ours is measured against.
     pub fn library_sum(&self, values: &mut [f32]) -> Result<(), CommError> {
         let replies = self.ask(Job::LibrarySum(values.to_vec()))?;
@@ -162,7 +179,7 @@ impl MpiComm {
                     values[at..at + piece.len()].copy_from_slice(&piece);
                     self.spare.put(piece);
                 }
-                Reply::Bytes(_) | Reply::Left(..) => {}
+                Reply::Bytes(_) | Reply::Left(..) | Reply::Parted => {}
                 Reply::Done(done) => return done.map(drop),
             }
         }
@@ -191,6 +208,7 @@ fn speak(mut post: Post, todo: &Receiver<(Job, Sender<Reply>)>) {
             _ => post.work(job, &replies),
         };
         if is_last && done.is_ok() {
+            drop(replies.send(Reply::Parted));
             drop(replies.send(Reply::Done(post.world.leave().map(|()| 0.0).map_err(failed("leaving")))));
             return;
         }
@@ -279,7 +297,7 @@ impl Comm for MpiComm {
         loop {
             match replies.recv().map_err(|_| CommError::ThreadStopped)? {
                 Reply::Bytes(bytes) => all = bytes,
-                Reply::Values(..) | Reply::Left(..) => {}
+                Reply::Values(..) | Reply::Left(..) | Reply::Parted => {}
                 Reply::Done(done) => return done.map(|_| all),
             }
         }
@@ -316,14 +334,22 @@ impl Comm for MpiComm {
 
     fn leave(&self) -> Result<(), CommError> {
         let replies = self.ask(Job::Leave)?;
-        if self.is_spare() {
-            // For as long as the others train. Should they hang, their end is the end of the job.
-            return self.fill(&replies, &mut []);
-        }
-        // The end is said inside of MPI, which has no limit of its own.
+        let mut parted = false;
         loop {
-            if let Reply::Done(done) = self.patiently(&replies, "leave")? {
-                return done.map(drop);
+            let reply = match (parted, self.is_spare()) {
+                // For as long as the others train. Should they hang, their end is the end of the job.
+                (false, true) => replies.recv().map_err(|_| CommError::ThreadStopped)?,
+                // The end is said inside of MPI, which has no limit of its own.
+                (false, false) => self.patiently(&replies, "leave")?,
+                (true, _) => match self.farewell(&replies)? {
+                    Some(reply) => reply,
+                    None => return Ok(()),
+                },
+            };
+            match reply {
+                Reply::Done(done) => return done.map(drop),
+                Reply::Parted => parted = true,
+                Reply::Values(..) | Reply::Bytes(_) | Reply::Left(..) => {}
             }
         }
     }

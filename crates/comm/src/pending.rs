@@ -63,7 +63,7 @@ impl Pending {
                     take(at, &piece);
                     spare.put(piece);
                 }
-                Reply::Bytes(_) | Reply::Left(..) => {}
+                Reply::Bytes(_) | Reply::Left(..) | Reply::Parted => {}
                 Reply::Done(done) => return done,
             }
         }

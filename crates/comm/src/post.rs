@@ -50,6 +50,8 @@ pub(crate) enum Reply {
     Bytes(Vec<Vec<u8>>),
     /// Which of those that are left this rank is, and of each the number that it began with.
     Left(usize, Vec<usize>),
+    /// All have come to the end; what follows is MPI's own.
+    Parted,
     /// With the seconds that it took.
     Done(Result<f64, CommError>),
 }
