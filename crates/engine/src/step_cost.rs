@@ -84,6 +84,26 @@ impl Costs {
         (2.0 * seconds / (each + root).max(1e-12)) as usize
     }
 
+    /// How much longer than decoding takes now steps must be that read a prompt's positions `start..end`, if all of them are
+    /// to be as long and decoding takes `growth` seconds longer from each to the next: in any other way the longest is longer.
+    ///
+    /// Of T such steps the last is `growth · T` longer than now, reads all positions, and has room for a token. The others
+    /// have as much for tokens as decodes will still grow by, and as is not yet there to be read. So
+    /// `what the tokens cost = T · (growth · T / 2 + spare)`, which gives T.
+    pub(crate) fn evenly(&self, [start, end]: [usize; 2], growth: f64) -> f64 {
+        let n_seen = end as f64;
+        // In the mean of all steps, of which most are near the end.
+        let n_seen_mean = (start + 2 * end) as f64 / 3.0;
+        let last = self.token + self.pair * n_seen;
+        // Tokens are whole: of half a one the time remains.
+        let unused = (self.token + self.pair * n_seen_mean) / 2.0;
+        let spare = self.read * (n_seen - n_seen_mean) + last - unused;
+        let tokens = self.tokens(start, end - start);
+        let root = (spare * spare + 2.0 * growth * tokens).sqrt();
+        let n_steps = 2.0 * tokens / (spare + root).max(1e-12);
+        growth * n_steps + self.read * n_seen + last
+    }
+
     fn seconds(&self, extra: &Extra) -> f64 {
         self.token * extra.tokens + self.read * extra.read + self.pair * extra.pairs
     }
@@ -119,6 +139,32 @@ mod tests {
         }
         assert_eq!(TRUE.n_tokens(100, -1.0), 0);
         assert_eq!(Costs::default().n_tokens(100, f64::MAX), usize::MAX);
+    }
+
+    /// The longest step beside a prompt, in which each may be `most(start)` longer than decoding has become.
+    fn longest(n_prompt: usize, growth: f64, most: &dyn Fn(usize, f64) -> f64) -> f64 {
+        let (mut start, mut grown, mut longest) = (0, 0.0, 0.0f64);
+        while start < n_prompt {
+            let most = most(start, grown);
+            let n = TRUE.n_tokens(start, most - TRUE.reading(start)).clamp(1, n_prompt - start);
+            longest = longest.max(grown + TRUE.reading(start) + TRUE.tokens(start, n));
+            (start, grown) = (start + n, grown + growth);
+        }
+        longest
+    }
+
+    #[test]
+    fn even_steps_are_the_shortest() {
+        for (n_prompt, n_streams) in [(4000, 1.0), (8000, 8.0), (8000, 32.0), (30_000, 8.0)] {
+            let growth = n_streams * (TRUE.read + TRUE.pair);
+            let even = TRUE.evenly([0, n_prompt], growth);
+            let found = longest(n_prompt, growth, &|start, _| TRUE.evenly([start, n_prompt], growth));
+            let constants = (80..120).map(|percent| 0.01 * percent as f64 * even);
+            let best = constants.map(|length| longest(n_prompt, growth, &|_, grown| length - grown));
+            let best = best.fold(f64::INFINITY, f64::min);
+            assert!(found < 1.03 * best, "{found} s, {best} s if all are as long");
+            assert!((even / best - 1.0).abs() < 0.05, "{even} s reckoned, {best} s needed");
+        }
     }
 
     #[test]
