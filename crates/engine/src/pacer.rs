@@ -12,7 +12,7 @@
 use std::time::Duration;
 
 use crate::scheduler::{Crowd, Pace};
-use crate::step_cost::{Costs, Extra, StepWork};
+use crate::step_cost::{Costs, Extra, Learned, StepWork};
 
 /// Steps beside a prompt, in units of steps without. Three is the limit for 99 of 100; the rest is for what the
 /// estimates miss.
@@ -36,7 +36,7 @@ pub(crate) struct Pacer {
     /// Steps that only decode, by the size of their number of sequences.
     decodes: [Option<Decodes>; N_SIZES],
     /// Of what joins a step that decodes, and of each token where nothing decodes.
-    beside: Option<Costs>,
+    beside: Option<Learned>,
     seconds_alone: Option<f64>,
     /// Of guessing one token.
     seconds_per_guess: f64,
@@ -65,8 +65,9 @@ impl Pacer {
         };
         let position = costs.read + costs.pair;
         let now = usual.seconds + position * (crowd.n_read as f64 - usual.n_read).max(0.0);
-        let least = (PROMPT_SHARE_MIN * now).max(costs.evenly(crowd.longest, position * crowd.n_decodes as f64));
-        let seconds = (LIMIT * usual.seconds - now).max(least) * crowding;
+        let least =
+            (PROMPT_SHARE_MIN * now).max(costs.evenly(crowd.longest, position * crowd.n_decodes as f64));
+        let seconds = (LIMIT * usual.seconds - now - costs.once).max(least) * crowding;
         Pace { n_tokens: self.prefill_tokens_max, seconds, costs }
     }
 
@@ -100,8 +101,8 @@ impl Pacer {
         };
         let more = (seconds - usual.seconds).max(0.0);
         match &mut self.beside {
-            Some(costs) => costs.learn(&extra, more, usual.seconds),
-            None => self.beside = Some(Costs::of_tokens(more / n_more)),
+            Some(learned) => learned.learn(&extra, more, usual.seconds),
+            None => self.beside = Some(Learned::new(Costs::of_tokens(more / n_more))),
         }
     }
 
@@ -116,7 +117,10 @@ impl Pacer {
     /// Before it was measured beside decoding, a token costs twice what one of a large batch takes: small
     /// batches cost more, and the first long prompt must not stall anybody either.
     fn costs(&self) -> Option<Costs> {
-        self.beside.or(self.seconds_alone.map(|seconds| Costs::of_tokens(2.0 * seconds)))
+        self.beside
+            .as_ref()
+            .map(|learned| learned.costs)
+            .or(self.seconds_alone.map(|seconds| Costs::of_tokens(2.0 * seconds)))
     }
 
     fn observe_decodes(&mut self, new: Decodes) {
@@ -245,7 +249,8 @@ mod tests {
     #[test]
     fn streams_that_grow_leave_less_to_prompts_but_a_share() {
         let mut pacer = settled(20.0, 0.5);
-        pacer.beside = Some(Costs { read: 1e-6, pair: 1e-6, ..Costs::of_tokens(0.5e-3) });
+        let costs = Costs { read: 1e-6, pair: 1e-6, ..Costs::of_tokens(0.5e-3) };
+        pacer.beside = Some(Learned::new(costs));
         let check = |n_read, expected: f64| {
             let seconds = pacer.pace(Crowd { n_read, ..crowd(8, 1) }).seconds;
             assert!((seconds - expected).abs() < 0.1e-3, "{seconds} instead of {expected}");
@@ -260,7 +265,7 @@ mod tests {
     fn a_long_prompt_gets_from_the_start_what_its_end_needs() {
         let mut pacer = settled(20.0, 0.5);
         let costs = Costs { read: 1e-6, pair: 1e-6, ..Costs::of_tokens(0.5e-3) };
-        pacer.beside = Some(costs);
+        pacer.beside = Some(Learned::new(costs));
         let seconds = |end| pacer.pace(Crowd { longest: [0, end], ..crowd(8, 1) }).seconds;
         assert!((seconds(4000) - 32e-3).abs() < 0.1e-3, "{}", seconds(4000));
         assert_eq!(seconds(20_000), costs.evenly([0, 20_000], 16e-6));

@@ -37,7 +37,8 @@ fn main() -> Result<(), Failure> {
         Some(other) => return Err(format!("keys and values of {other}: bf16 or int8").into()),
     };
     let began = Instant::now();
-    let (runner, steps) = Recorded::new(load(Path::new(&path), kv_type, [n_threads, n_streams, n_prompt])?, began);
+    let (runner, steps) =
+        Recorded::new(load(Path::new(&path), kv_type, [n_threads, n_streams, n_prompt])?, began);
     let limits = EngineLimits { prefix_cache: false, ..EngineLimits::default() };
     let engine = Engine::start(Box::new(runner), limits, Metrics::new().engine("bench", n_prompt));
     println!("{n_streams} streams, then a prompt of {n_prompt} tokens | {n_rounds} rounds");

@@ -115,7 +115,8 @@ impl Step {
 
 /// A table for other programs, a line a step.
 pub(crate) fn csv(steps: &Steps) -> String {
-    let mut text = "at_ns,wall_ns,busy_ns,waited_ns,stolen,n_faults,n_decodes,n_tokens,n_read,n_pairs\n".to_owned();
+    let mut text =
+        "at_ns,wall_ns,busy_ns,waited_ns,stolen,n_faults,n_decodes,n_tokens,n_read,n_pairs\n".to_owned();
     for step in steps.lock().unwrap_or_else(PoisonError::into_inner).iter() {
         let Step { at, wall, busy, waited, stolen, n_faults, n_decodes, n_tokens, n_read, n_pairs } = step;
         text += &format!(

@@ -129,7 +129,8 @@ pub fn paged_attention(
     let task_work = (size.work / n_shares).clamp(1, TASK_WORK_MAX);
     pool.run(size.work.div_ceil(task_work), &|task| {
         let mine = piece(task, task_work, size.work);
-        let first = tiles.partition_point(|tile| tile.work_before + tile.work() * tile.groups.len() <= mine.start);
+        let first =
+            tiles.partition_point(|tile| tile.work_before + tile.work() * tile.groups.len() <= mine.start);
         for tile in tiles[first..].iter().take_while(|tile| tile.work_before < mine.end) {
             let groups_before = |work: usize| work.saturating_sub(tile.work_before).div_ceil(tile.work());
             let groups = groups_before(mine.start)..groups_before(mine.end).min(tile.groups.len());
