@@ -119,7 +119,7 @@ impl Pacer {
     fn costs(&self) -> Option<Costs> {
         self.beside
             .as_ref()
-            .map(|learned| learned.costs)
+            .map(Learned::costs)
             .or(self.seconds_alone.map(|seconds| Costs::of_tokens(2.0 * seconds)))
     }
 

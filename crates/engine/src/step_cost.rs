@@ -113,6 +113,7 @@ impl Costs {
         growth * n_steps + self.read * n_seen + last
     }
 
+    #[cfg(test)]
     fn seconds(&self, extra: &Extra) -> f64 {
         dot(&self.in_tokens(), &extra.in_tokens())
     }
@@ -132,8 +133,10 @@ impl Costs {
 /// enough: while a prompt gets one token a step, what the step itself costs looks like the token's, and it never gets two.
 #[derive(Clone, Debug)]
 pub(crate) struct Learned {
-    pub(crate) costs: Costs,
-    /// Covariance of what may be wrong with each of [`Costs::in_tokens`], over that of one measurement.
+    /// As [`Costs::in_tokens`]. One that is nearly nothing may be below 0 for a while: to keep it from that would push the
+    /// others, step by step.
+    estimate: [f64; N_COSTS],
+    /// Covariance of what may be wrong with each of them, over that of one measurement.
     doubt: [[f64; N_COSTS]; N_COSTS],
 }
 
@@ -144,9 +147,13 @@ const DOUBT_MORE: f64 = 3e-6;
 
 impl Learned {
     pub(crate) fn new(costs: Costs) -> Learned {
-        let mut learned = Learned { costs, doubt: [[0.0; N_COSTS]; N_COSTS] };
+        let mut learned = Learned { estimate: costs.in_tokens(), doubt: [[0.0; N_COSTS]; N_COSTS] };
         learned.doubt_more(DOUBT_FIRST);
         learned
+    }
+
+    pub(crate) fn costs(&self) -> Costs {
+        Costs::of(self.estimate.map(|cost| cost.max(0.0)))
     }
 
     /// `extra` took so many seconds. What differs by more than `most` was held up by something else.
@@ -155,15 +162,13 @@ impl Learned {
         let used = extra.in_tokens();
         let doubt_of_sum = self.doubt.map(|row| dot(&row, &used));
         let share = 1.0 / (1.0 + dot(&doubt_of_sum, &used));
-        let wrong = (seconds - self.costs.seconds(extra)).clamp(-most, most);
-        let mut costs = self.costs.in_tokens();
+        let wrong = (seconds - dot(&self.estimate, &used)).clamp(-most, most);
         for i in 0..N_COSTS {
-            costs[i] = (costs[i] + share * wrong * doubt_of_sum[i]).max(0.0);
+            self.estimate[i] += share * wrong * doubt_of_sum[i];
             for j in 0..N_COSTS {
                 self.doubt[i][j] -= share * doubt_of_sum[i] * doubt_of_sum[j];
             }
         }
-        self.costs = Costs::of(costs);
     }
 
     fn doubt_more(&mut self, more: f64) {
@@ -232,7 +237,7 @@ mod tests {
                 let noise = 0.9 + 0.2 * uniform(seed, 3 * i + 2);
                 learned.learn(&extra, TRUE.seconds(&extra) * noise, 0.012);
             }
-            let costs = learned.costs;
+            let costs = learned.costs();
             for (found, expected) in
                 [costs.token, costs.read, costs.pair].iter().zip([TRUE.token, TRUE.read, TRUE.pair])
             {
@@ -247,7 +252,7 @@ mod tests {
         let mut learned = Learned::new(Costs::of_tokens(4e-3));
         let (mut start, most) = (0, 0.02);
         for i in 0..2000 {
-            let costs = learned.costs;
+            let costs = learned.costs();
             let n = costs.n_tokens(start, most - costs.once - costs.reading(start)).clamp(1, 64);
             let (tokens, position) = (n as f64, start as f64);
             let extra = Extra { tokens, read: position + tokens, pairs: tokens * (position + tokens / 2.0) };
@@ -256,7 +261,7 @@ mod tests {
             start = (start + n).min(8000);
         }
         let [found, fit] =
-            [learned.costs, TRUE].map(|costs| costs.n_tokens(8000, most - costs.once - costs.reading(8000)));
+            [learned.costs(), TRUE].map(|costs| costs.n_tokens(8000, most - costs.once - costs.reading(8000)));
         assert!(fit >= 4 && found.abs_diff(fit) <= 1, "{found} tokens where {fit} fit: {learned:?}");
     }
 
@@ -267,6 +272,6 @@ mod tests {
         let usual = TRUE.seconds(&extra);
         (0..100).for_each(|_| learned.learn(&extra, usual, 0.012));
         learned.learn(&extra, 0.24, 0.012);
-        assert!(learned.costs.seconds(&extra) < usual + 0.0025, "{learned:?}");
+        assert!(learned.costs().seconds(&extra) < usual + 0.0025, "{learned:?}");
     }
 }
