@@ -260,8 +260,8 @@ mod tests {
             learned.learn(&extra, TRUE.seconds(&extra) * noise, 0.012);
             start = (start + n).min(8000);
         }
-        let [found, fit] =
-            [learned.costs(), TRUE].map(|costs| costs.n_tokens(8000, most - costs.once - costs.reading(8000)));
+        let [found, fit] = [learned.costs(), TRUE]
+            .map(|costs| costs.n_tokens(8000, most - costs.once - costs.reading(8000)));
         assert!(fit >= 4 && found.abs_diff(fit) <= 1, "{found} tokens where {fit} fit: {learned:?}");
     }
 
