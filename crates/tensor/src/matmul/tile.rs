@@ -80,16 +80,13 @@ unsafe fn tile<S: Simd, const R: usize, const MR: usize, const PAIRS: bool>(
 ) {
     let Packed { n_words, mut a, mut b, mut ahead, ahead_step } = packed;
     let Target { c, stride, n_rows, n_cols, overwrite } = target;
-    // Lines of c are needed at the end, and asked for one with each word: a core waits for some dozen at a time, and all of
-    // c's together would keep those of a and b waiting. All rows are asked for in three quarters of the words; a row that does
-    // not begin with a line has three.
-    let (last_col, row_step) = (2 * S::LANES - 1, (R << 16) / (n_words - n_words / 4).max(1));
-    let (mut row_at, mut col) = (0, 0);
+    for r in 0..R {
+        // The lines of c are needed in some hundred cycles.
+        s.prefetch(c.wrapping_add(r * stride));
+        s.prefetch(c.wrapping_add(r * stride + 2 * S::LANES - 1));
+    }
     let mut sums = [[s.zero(); 2]; R];
     for _ in 0..n_words {
-        s.prefetch(c.wrapping_add((row_at >> 16).min(R - 1) * stride + col));
-        row_at += row_step;
-        col = if col == last_col { 0 } else { last_col.min(col + S::LANES) };
         s.prefetch_l2(ahead);
         ahead = ahead.wrapping_add(ahead_step);
         // SAFETY: the caller's promise: word `i` of n_words of a and b.
