@@ -19,6 +19,7 @@ pub(crate) fn run(home: &Home, args: &args::Ingest) -> Result<ExitCode> {
     let mut plan = IngestPlan::new(&args.name, args.inputs.clone(), trained);
     plan.validation_fraction = args.validation;
     plan.read.text_field = args.text_field.clone();
+    plan.read.separator = args.separator.clone();
     if args.skip_bad_rows {
         plan.read.bad_rows = BadRows::Skip;
     }
