@@ -155,11 +155,11 @@ fn start_engine(starting: Starting, share: &Share, metrics: &Metrics) -> Result<
     let speculation = share.speculation;
     let limits = EngineLimits { max_running: share.max_running, speculation, ..EngineLimits::default() };
     let runner = share.runner(starting.model.clone(), starting.pool)?;
-    let metrics = metrics.engine(starting.id, runner.context_max());
+    let metrics = metrics.engine(starting.id, runner.shape().context_max);
     let Some(path) = &share.draft else {
         return Ok(Engine::start(Box::new(runner), limits, metrics));
     };
-    let draft = draft_runner(path, &starting, share, runner.n_blocks());
+    let draft = draft_runner(path, &starting, share, runner.shape().n_blocks);
     let draft = draft.with_context(|| format!("cannot guess with the model {}", path.display()))?;
     Ok(Engine::start_with_draft(Box::new(runner), Box::new(draft), limits, metrics))
 }
