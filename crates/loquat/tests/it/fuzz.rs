@@ -146,7 +146,7 @@ fn damaged_gguf_files_are_read_or_refused() {
     let n_ids = loaded.weights.config.vocab;
     let tokens = words.into_iter().chain((4..n_ids).map(|i| format!("t{i}"))).collect();
     let vocab =
-        gguf::Vocab { model: "gpt2".into(), tokens, merges: vec!["a b".into()], ..gguf::Vocab::default() };
+        GgufVocab { model: "gpt2".into(), tokens, merges: vec!["a b".into()], ..GgufVocab::default() };
     let mut file = Vec::new();
     let extras = gguf::Extras { name: "tiny", vocab: Some(&vocab), chat_template: Some(tiny::TEMPLATE) };
     gguf::write(&mut file, &loaded.weights, extras).unwrap();
@@ -159,30 +159,11 @@ fn damaged_gguf_files_are_read_or_refused() {
             if let Ok(model) = model::Transformer::new(gguf.weights, &pool) {
                 assert!(model.weight_bytes() > 0);
             }
-            if let Some(vocab) = gguf.vocab {
-                build_gguf_tokenizer(vocab);
+            if let Some(Ok(tokenizer)) = gguf.vocab.as_ref().map(Tokenizer::from_gguf) {
+                use_tokenizer(&tokenizer);
             }
         }
     });
-}
-
-fn build_gguf_tokenizer(vocab: gguf::Vocab) {
-    let built = Tokenizer::from_gguf(GgufVocab {
-        model: vocab.model,
-        pre: vocab.pre,
-        tokens: vocab.tokens,
-        scores: vocab.scores,
-        token_types: vocab.token_types,
-        merges: vocab.merges,
-        bos: vocab.bos,
-        eos: vocab.eos,
-        unk: vocab.unk,
-        add_bos: vocab.add_bos,
-        add_space_prefix: vocab.add_space_prefix,
-    });
-    if let Ok(tokenizer) = built {
-        use_tokenizer(&tokenizer);
-    }
 }
 
 /// What a tokenizer encodes, it can decode.

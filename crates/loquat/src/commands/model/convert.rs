@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use model::gguf::{self, Extras, Vocab};
+use model::gguf::{self, Extras};
 use model::{Conversion, Loaded, TokenizerFiles, Weights, hf};
 use store::{Bundle, ObjectName};
 use tensor::Pool;
 use tensor::packed::WeightKind;
+use tokenizer::GgufVocab;
 
 use super::{name_of, resolve};
 use crate::args::{Export, ExportFormat, Quantize};
@@ -173,25 +174,12 @@ fn part_of(out: &Path) -> PathBuf {
 }
 
 /// The tokenizer as GGUF metadata: a GGUF file's own, or built from `tokenizer.json`.
-fn gguf_vocab(files: &TokenizerFiles) -> Result<Option<Vocab>> {
+fn gguf_vocab(files: &TokenizerFiles) -> Result<Option<GgufVocab>> {
     match files {
         TokenizerFiles::Gguf(vocab) => Ok(Some(vocab.clone())),
         TokenizerFiles::None => Ok(None),
         TokenizerFiles::Json { .. } => {
-            let vocab = serving::tokenizer(files)?.to_gguf().context("the tokenizer")?;
-            Ok(Some(Vocab {
-                model: vocab.model,
-                pre: vocab.pre,
-                tokens: vocab.tokens,
-                scores: vocab.scores,
-                token_types: vocab.token_types,
-                merges: vocab.merges,
-                bos: vocab.bos,
-                eos: vocab.eos,
-                unk: vocab.unk,
-                add_bos: vocab.add_bos,
-                add_space_prefix: vocab.add_space_prefix,
-            }))
+            Ok(Some(serving::tokenizer(files)?.to_gguf().context("the tokenizer")?))
         }
     }
 }
