@@ -1,7 +1,7 @@
 //! `loquat model export` and `quantize`: a model in another format or with other weights.
 
 use std::fs::{self, File};
-use std::io::{BufWriter, IsTerminal, Write};
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ use crate::args::{Export, ExportFormat, Quantize};
 use crate::home::Home;
 use crate::machine::bytes_text;
 use crate::serving;
-use crate::view::bar;
+use crate::view::{bar, progress};
 
 pub(super) fn export(home: &Home, args: &Export) -> Result<()> {
     let kind = args.kind.as_deref().map(|name| kind_named(name, false)).transpose()?;
@@ -124,9 +124,7 @@ impl Shown {
     }
 
     fn finish(self) -> std::io::Result<()> {
-        if std::io::stderr().is_terminal() {
-            eprint!("\r\x1b[K");
-        }
+        progress("");
         self.file.into_inner().map_err(|error| error.into_error())?.sync_all()
     }
 }
@@ -136,11 +134,9 @@ impl Write for Shown {
         let n = self.file.write(bytes)?;
         self.n_written += n as u64;
         let percent = (100 * self.n_written / self.n_total).min(100);
-        if percent > self.percent && std::io::stderr().is_terminal() {
+        if percent > self.percent {
             self.percent = percent;
-            eprint!("\r\x1b[K{} {percent} %", bar(percent as f64 / 100.0, 24));
-            // Progress is only for looking at.
-            let _ = std::io::stderr().flush();
+            progress(&format!("{} {percent} %", bar(percent as f64 / 100.0, 24)));
         }
         Ok(n)
     }
