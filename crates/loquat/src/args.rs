@@ -11,7 +11,7 @@ use clap::{Args, Parser, Subcommand};
 use tools::KvName;
 
 pub(crate) use cluster::{
-    Backup, JobCommand, KeyCommand, NeedFlags, NodeCommand, Offer, ProjectCommand, Restore, RoleName,
+    Backup, JobCommand, KeyCommand, NeedFlags, NodeCommand, Offer, ProjectCommand, Restore,
 };
 pub(crate) use serve::{Guess, Serve, spelled_out};
 pub(crate) use train::{DataChoice, DecayName, Method, OnLoss, Train};
