@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use tensor::cross_entropy::{IGNORED, cross_entropy_forward, cross_entropy_z_forward_backward};
+use tensor::cross_entropy::{IGNORED, cross_entropy_forward, cross_entropy_forward_backward};
 use tensor::distill::{Distill, distill_forward_backward};
 use tensor::rows::scale_rows;
 use tensor::{Accumulate, Buf, Mat, matmul};
@@ -145,7 +145,7 @@ impl Pass<'_> {
                 let of_both = (&mut *logits, teacher.logits(pool, rows));
                 distill_forward_backward(pool, losses, of_both, targets, *distill);
             }
-            _ => cross_entropy_z_forward_backward(pool, losses, logits, targets, self.z_loss),
+            _ => cross_entropy_forward_backward(pool, losses, logits, targets, self.z_loss),
         }
         if let Sum::Weighted(factors_n) = sum {
             counted.factors.clear();
