@@ -9,7 +9,7 @@ use std::time::Instant;
 use model::Config;
 use tensor::adamw::{AdamW, AdamWState, adamw, sum_squares};
 use tensor::attention::{Attended, AttentionDims, Mask, attention_backward, attention_forward};
-use tensor::cross_entropy::cross_entropy_z_forward_backward;
+use tensor::cross_entropy::cross_entropy_forward_backward;
 use tensor::embedding::{embedding_backward, embedding_forward};
 use tensor::gelu::{gelu_backward, gelu_into};
 use tensor::layernorm::{LayerNorm, layernorm_backward, layernorm_forward, residual_layernorm_forward};
@@ -187,7 +187,7 @@ impl Parts<'_> {
 
     fn attention(&self, table: &mut Table) {
         let Config { n_heads, n_kv_heads, head_width, n_layers, .. } = *self.config;
-        let scale = AttentionDims::default_scale(head_width);
+        let scale = self.config.score_scale();
         let (n_rows, n_positions) = (self.rows, self.positions);
         let dims = AttentionDims { n_rows, n_positions, n_heads, n_kv_heads, head_width, scale };
         let n = self.n();
@@ -312,7 +312,7 @@ impl Parts<'_> {
         let targets: Vec<u32> = (0..rows).map(|i| (i * 7919 % v) as u32).collect();
         let cost = Cost { flops: 0.0, bytes: 2.0 * F32 * (rows * v) as f64 };
         table.line("head: softmax and loss", n_chunks, cost, |pool| {
-            cross_entropy_z_forward_backward(pool, &mut losses_n, &mut logits_nv, &targets, 0.0);
+            cross_entropy_forward_backward(pool, &mut losses_n, &mut logits_nv, &targets, 0.0);
         });
     }
 
