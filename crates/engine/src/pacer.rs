@@ -4,20 +4,21 @@
 //! pacer learns what a step of only decoding takes and what else in a step costs ([`Costs`]). Prompts may
 //! lengthen a step to [`LIMIT`] times the usual, which is what streams were used to when there was no prompt:
 //! their 99th percentile gap is to stay below three times that (docs/decisions/0029), and a prompt gets more than half of the
-//! machine. It is read the sooner, and the streams grow the less meanwhile: to be slower would make the last
-//! gaps longer, not shorter. Prompts behind another one get more: see [`PROMPT_WEIGHT`].
+//! machine. A long prompt needs more: streams grow while it is read, and the slower it is read the longer are the last gaps.
+//! So its steps are as long from the start as the last will have to be ([`Costs::evenly`]). Prompts behind another one get
+//! more, too: see [`PROMPT_WEIGHT`].
 //! Which tokens come out never depends on it.
 
 use std::time::Duration;
 
 use crate::scheduler::{Crowd, Pace};
-use crate::step_cost::{Costs, Extra, StepWork};
+use crate::step_cost::{Costs, Extra, Learned, StepWork};
 
 /// Steps beside a prompt, in units of steps without. Three is the limit for 99 of 100; the rest is for what the
 /// estimates miss.
 const LIMIT: f64 = 2.6;
 /// What prompts get in any case, in units of what decoding takes by now: streams that have grown pay for that themselves.
-const PROMPT_SHARE_MIN: f64 = 0.75;
+const PROMPT_SHARE_MIN: f64 = 1.0 / 3.0;
 /// Running streams that a prompt behind another one counts for: they go on meanwhile, if more slowly, and it stands still.
 const PROMPT_WEIGHT: f64 = 4.0;
 /// The first guess, before anything was measured.
@@ -35,7 +36,7 @@ pub(crate) struct Pacer {
     /// Steps that only decode, by the size of their number of sequences.
     decodes: [Option<Decodes>; N_SIZES],
     /// Of what joins a step that decodes, and of each token where nothing decodes.
-    beside: Option<Costs>,
+    beside: Option<Learned>,
     seconds_alone: Option<f64>,
     /// Of guessing one token.
     seconds_per_guess: f64,
@@ -62,9 +63,11 @@ impl Pacer {
             let n_tokens = (PREFILL_TOKENS_GUESS * crowding) as usize;
             return Pace::tokens(n_tokens.min(self.prefill_tokens_max));
         };
-        let n_grown = (crowd.n_read as f64 - usual.n_read).max(0.0);
-        let now = usual.seconds + (costs.read + costs.pair) * n_grown;
-        let seconds = (LIMIT * usual.seconds - now).max(PROMPT_SHARE_MIN * now) * crowding;
+        let position = costs.read + costs.pair;
+        let now = usual.seconds + position * (crowd.n_read as f64 - usual.n_read).max(0.0);
+        let least =
+            (PROMPT_SHARE_MIN * now).max(costs.evenly(crowd.longest, position * crowd.n_decodes as f64));
+        let seconds = (LIMIT * usual.seconds - now - costs.once).max(least) * crowding;
         Pace { n_tokens: self.prefill_tokens_max, seconds, costs }
     }
 
@@ -98,8 +101,8 @@ impl Pacer {
         };
         let more = (seconds - usual.seconds).max(0.0);
         match &mut self.beside {
-            Some(costs) => costs.learn(&extra, more, usual.seconds),
-            None => self.beside = Some(Costs::of_tokens(more / n_more)),
+            Some(learned) => learned.learn(&extra, more, usual.seconds),
+            None => self.beside = Some(Learned::new(Costs::of_tokens(more / n_more))),
         }
     }
 
@@ -114,7 +117,10 @@ impl Pacer {
     /// Before it was measured beside decoding, a token costs twice what one of a large batch takes: small
     /// batches cost more, and the first long prompt must not stall anybody either.
     fn costs(&self) -> Option<Costs> {
-        self.beside.or(self.seconds_alone.map(|seconds| Costs::of_tokens(2.0 * seconds)))
+        self.beside
+            .as_ref()
+            .map(Learned::costs)
+            .or(self.seconds_alone.map(|seconds| Costs::of_tokens(2.0 * seconds)))
     }
 
     fn observe_decodes(&mut self, new: Decodes) {
@@ -185,7 +191,7 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     fn crowd(n_decodes: usize, n_prompts: usize) -> Crowd {
-        Crowd { n_decodes, n_prompts, n_read: 0 }
+        Crowd { n_decodes, n_prompts, n_read: 0, longest: [0, 1] }
     }
 
     /// Tokens of the shortest prompts that the pace allows, at their beginning.
@@ -243,15 +249,27 @@ mod tests {
     #[test]
     fn streams_that_grow_leave_less_to_prompts_but_a_share() {
         let mut pacer = settled(20.0, 0.5);
-        pacer.beside = Some(Costs { read: 1e-6, pair: 1e-6, ..Costs::of_tokens(0.5e-3) });
+        let costs = Costs { read: 1e-6, pair: 1e-6, ..Costs::of_tokens(0.5e-3) };
+        pacer.beside = Some(Learned::new(costs));
         let check = |n_read, expected: f64| {
-            let seconds = pacer.pace(Crowd { n_decodes: 8, n_prompts: 1, n_read }).seconds;
+            let seconds = pacer.pace(Crowd { n_read, ..crowd(8, 1) }).seconds;
             assert!((seconds - expected).abs() < 0.1e-3, "{seconds} instead of {expected}");
         };
         check(0, 32e-3);
         check(3000, 26e-3);
         // 220 ms by now.
-        check(100_000, 165e-3);
+        check(100_000, 220e-3 / 3.0);
+    }
+
+    #[test]
+    fn a_long_prompt_gets_from_the_start_what_its_end_needs() {
+        let mut pacer = settled(20.0, 0.5);
+        let costs = Costs { read: 1e-6, pair: 1e-6, ..Costs::of_tokens(0.5e-3) };
+        pacer.beside = Some(Learned::new(costs));
+        let seconds = |end| pacer.pace(Crowd { longest: [0, end], ..crowd(8, 1) }).seconds;
+        assert!((seconds(4000) - 32e-3).abs() < 0.1e-3, "{}", seconds(4000));
+        assert_eq!(seconds(20_000), costs.evenly([0, 20_000], 16e-6));
+        assert!(seconds(20_000) > 60e-3, "{}", seconds(20_000));
     }
 
     #[test]

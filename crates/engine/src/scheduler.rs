@@ -100,6 +100,8 @@ pub(crate) struct Crowd {
     pub(crate) n_prompts: usize,
     /// Positions that the decoding ones read.
     pub(crate) n_read: usize,
+    /// Of the prompt with the longest rest: the first position that is still to be computed, and the end.
+    pub(crate) longest: [usize; 2],
 }
 
 /// What prompts may have of a step that decodes as well.
@@ -227,7 +229,8 @@ impl Scheduler {
             prompts.extend(self.admit(ready, &mut plan));
         }
         let n_read = plan.rows.iter().map(|row| row.start + 1).sum();
-        let crowd = Crowd { n_decodes: plan.n_decodes, n_prompts: prompts.len(), n_read };
+        let longest = self.longest_rest(&prompts);
+        let crowd = Crowd { n_decodes: plan.n_decodes, n_prompts: prompts.len(), n_read, longest };
         let n_draft = self.plan_drafts(&mut plan);
         let mut budget = Budget {
             n_tokens: self.limits.max_batch_tokens - plan.n_decodes - n_draft,
@@ -281,6 +284,14 @@ impl Scheduler {
             index += 1;
         }
         plan.n_decodes = plan.rows.len();
+    }
+
+    fn longest_rest(&self, prompts: &[SequenceId]) -> [usize; 2] {
+        let rests = prompts.iter().map(|id| {
+            let sequence = &self.sequences[id];
+            [sequence.n_computed, sequence.tokens.len()]
+        });
+        rests.max_by_key(|[start, end]| end - start).unwrap_or_default()
     }
 
     /// Lengthens decoding rows by their drafts and returns by how much in all. Half of the step is

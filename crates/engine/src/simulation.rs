@@ -216,7 +216,11 @@ impl Simulation {
             return pace;
         }
         let [token, read, pair] = [0; 3].map(|_| self.dice.below(4) as f64);
-        Pace { seconds: self.dice.below(30) as f64, costs: Costs { token, read, pair }, ..pace }
+        Pace {
+            seconds: self.dice.below(30) as f64,
+            costs: Costs { token, read, pair, ..Costs::default() },
+            ..pace
+        }
     }
 
     fn step(&mut self, totals: &mut Totals) {

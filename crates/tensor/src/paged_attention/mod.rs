@@ -77,8 +77,8 @@ struct Tile {
     n_queries: usize,
     /// Groups from that of the first position its first query sees to that of its last query.
     groups: Range<usize>,
-    /// Number of its first group among the groups of all tiles.
-    first_part: usize,
+    /// What the tiles before it take, in units of [`Tile::work`].
+    work_before: usize,
     /// Where its first group's result is in the scratch.
     parts_at: usize,
 }
@@ -117,7 +117,8 @@ pub fn paged_attention(
         return tiles.iter().for_each(|tile| job(tile).all_groups(&out));
     }
     // Tiles, none of which is much of the work, are tasks as they are: of prompts, and of many streams of one length.
-    let are_even = size.multiply_adds_max * TASKS_PER_THREAD * pool.n_threads() <= size.multiply_adds;
+    let n_shares = TASKS_PER_THREAD * pool.n_threads();
+    let are_even = size.multiply_adds_max * n_shares <= size.multiply_adds;
     if are_even || size.n_parts == tiles.len() || size.part_elems * size_of::<f32>() > PARTS_BYTES_MAX {
         return pool.run(tiles.len(), &|i| job(&tiles[i]).all_groups(&out));
     }
@@ -125,14 +126,17 @@ pub fn paged_attention(
     let parts_out = Disjoint::new(parts);
     // Enough tasks that a thread which loses its core holds the others up little, and no more: a task gathers its
     // queries, and asks for the keys and values it comes to next while it computes.
-    let n_each = (size.n_parts / (TASKS_PER_THREAD * pool.n_threads())).clamp(1, PARTS_MAX);
-    pool.run(size.n_parts.div_ceil(n_each), &|task| {
-        let mut mine = piece(task, n_each, size.n_parts);
-        while !mine.is_empty() {
-            let tile = &tiles[tiles.partition_point(|tile| tile.first_part <= mine.start) - 1];
-            let groups = mine.start - tile.first_part..tile.groups.len().min(mine.end - tile.first_part);
-            mine.start += groups.len();
-            job(tile).some_groups(groups, &parts_out);
+    let task_work = (size.work / n_shares).clamp(1, TASK_WORK_MAX);
+    pool.run(size.work.div_ceil(task_work), &|task| {
+        let mine = piece(task, task_work, size.work);
+        let first =
+            tiles.partition_point(|tile| tile.work_before + tile.work() * tile.groups.len() <= mine.start);
+        for tile in tiles[first..].iter().take_while(|tile| tile.work_before < mine.end) {
+            let groups_before = |work: usize| work.saturating_sub(tile.work_before).div_ceil(tile.work());
+            let groups = groups_before(mine.start)..groups_before(mine.end).min(tile.groups.len());
+            if !groups.is_empty() {
+                job(tile).some_groups(groups, &parts_out);
+            }
         }
     });
     // A few thousand multiply-adds a tile.
@@ -143,9 +147,13 @@ pub fn paged_attention(
     });
 }
 
-/// Groups one task computes at most: 1 MiB of bf16 keys and values 64 wide.
-const PARTS_MAX: usize = 16;
+/// Work of one task at most: 1 MiB of bf16 keys and values 64 wide, read by three queries.
+const TASK_WORK_MAX: usize = 16 * (READ_WORK + 3);
 const TASKS_PER_THREAD: usize = 8;
+
+/// What reading the keys and values of a group takes, in units of what a query takes that sees them: 64 KiB come from
+/// memory in 4 us, and the 33,000 multiply-adds take half a one.
+const READ_WORK: usize = 8;
 
 /// Tiles whose groups one task merges: so many that a few streams are merged by the caller alone.
 const MERGE_TILES: usize = 32;
@@ -155,6 +163,8 @@ const MERGE_TILES: usize = 32;
 struct Size {
     n_parts: usize,
     part_elems: usize,
+    /// In units of [`Tile::work`].
+    work: usize,
     multiply_adds: usize,
     /// Of one tile.
     multiply_adds_max: usize,
@@ -172,23 +182,23 @@ fn lay_out_tiles(tiles: &mut Vec<Tile>, rows: &[PagedRow<'_>], dims: KvDims, spe
             let seen = visible(first_query).start..visible(first_query + n_queries - 1).end;
             let groups = seen.start / (GROUP_SPANS * SPAN)..seen.end.div_ceil(GROUP_SPANS * SPAN);
             for kv_head in 0..dims.n_kv_heads {
-                let (first_part, parts_at) = (size.n_parts, size.part_elems);
-                size.n_parts += groups.len();
-                size.part_elems += groups.len() * part_elems(n_queries, dims.head_width);
-                let multiply_adds = 2 * n_queries * seen.len() * dims.head_width;
-                size.multiply_adds += multiply_adds;
-                size.multiply_adds_max = size.multiply_adds_max.max(multiply_adds);
-                let groups = groups.clone();
-                tiles.push(Tile {
+                let tile = Tile {
                     row_idx,
                     first_token,
                     kv_head,
                     first_query,
                     n_queries,
-                    groups,
-                    first_part,
-                    parts_at,
-                });
+                    groups: groups.clone(),
+                    work_before: size.work,
+                    parts_at: size.part_elems,
+                };
+                size.n_parts += groups.len();
+                size.part_elems += groups.len() * part_elems(n_queries, dims.head_width);
+                size.work += groups.len() * tile.work();
+                let multiply_adds = 2 * n_queries * seen.len() * dims.head_width;
+                size.multiply_adds += multiply_adds;
+                size.multiply_adds_max = size.multiply_adds_max.max(multiply_adds);
+                tiles.push(tile);
             }
         }
         first_token += row.n_tokens;
@@ -202,6 +212,11 @@ fn part_elems(n_queries: usize, d: usize) -> usize {
 }
 
 impl Tile {
+    /// What one of its groups takes, in units of what a query does that sees the group.
+    fn work(&self) -> usize {
+        READ_WORK + self.n_queries
+    }
+
     /// Where the result of group `i` of this tile is in the scratch.
     fn part(&self, i: usize, d: usize) -> Range<usize> {
         let len = part_elems(self.n_queries, d);

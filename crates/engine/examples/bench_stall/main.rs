@@ -1,8 +1,11 @@
 //! What running streams notice of a long prompt: gaps between their tokens without it and beside it.
 //!
-//! `cargo run --release -p engine --example bench_stall -- MODEL [THREADS] [STREAMS] [PROMPT_TOKENS]`
+//! `cargo run --release -p engine --example bench_stall -- MODEL [THREADS] [STREAMS] [PROMPT_TOKENS] [ROUNDS] [KV_TYPE] [CSV]`
 //!
+//! Keys and values are bf16 or int8. Each step is written to the file CSV, if there is one to be: see `steps.rs`.
 //! Ends with an error if the 99th percentile beside the prompt reaches three times the median without it.
+
+mod steps;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,7 +15,8 @@ use engine::{Engine, EngineLimits, Event, ModelRunner, Request, Sampling, Stream
 use telemetry::Metrics;
 use tensor::Pool;
 
-const ROUNDS: usize = 3;
+use steps::Recorded;
+
 /// Tokens of each stream before the long prompt comes.
 const N_QUIET: usize = 100;
 const STREAM_PROMPT: usize = 64;
@@ -26,15 +30,27 @@ fn main() -> Result<(), Failure> {
     let mut args = std::env::args().skip(1);
     let path = args.next().ok_or("usage: bench_stall MODEL [THREADS] [STREAMS] [PROMPT_TOKENS]")?;
     let mut number = |default: usize| args.next().map_or(Ok(default), |arg| arg.parse());
-    let (n_threads, n_streams, n_prompt) = (number(2)?, number(8)?, number(8000)?);
-    let engine = start(Path::new(&path), n_threads, n_streams, n_prompt)?;
-    println!("{n_streams} streams, then a prompt of {n_prompt} tokens | {ROUNDS} rounds");
+    let (n_threads, n_streams, n_prompt, n_rounds) = (number(2)?, number(8)?, number(8000)?, number(3)?);
+    let kv_type = match args.next().as_deref() {
+        None | Some("bf16") => model::KvType::Bf16,
+        Some("int8") => model::KvType::Int8,
+        Some(other) => return Err(format!("keys and values of {other}: bf16 or int8").into()),
+    };
+    let began = Instant::now();
+    let (runner, steps) =
+        Recorded::new(load(Path::new(&path), kv_type, [n_threads, n_streams, n_prompt])?, began);
+    let limits = EngineLimits { prefix_cache: false, ..EngineLimits::default() };
+    let engine = Engine::start(Box::new(runner), limits, Metrics::new().engine("bench", n_prompt));
+    println!("{n_streams} streams, then a prompt of {n_prompt} tokens | {n_rounds} rounds");
     println!(
         "gap without: p50    p99 ms | with: p50    p99    max ms | p99 / p50 without | prompt read in s"
     );
     let mut best = f64::INFINITY;
-    for round in 0..ROUNDS {
+    for round in 0..n_rounds {
         best = best.min(run(&engine, n_streams, n_prompt, round)?);
+    }
+    if let Some(path) = args.next() {
+        std::fs::write(path, steps::csv(&steps))?;
     }
     if best >= RATIO_MAX {
         return Err(format!("{best:.2} times the usual gap, the bar is {RATIO_MAX}").into());
@@ -42,16 +58,18 @@ fn main() -> Result<(), Failure> {
     Ok(())
 }
 
-fn start(path: &Path, n_threads: usize, n_streams: usize, n_prompt: usize) -> Result<Engine, Failure> {
+fn load(
+    path: &Path,
+    kv_type: model::KvType,
+    [n_threads, n_streams, n_prompt]: [usize; 3],
+) -> Result<ModelRunner, Failure> {
     let pool = Arc::new(Pool::new(n_threads));
     let llama = model::Transformer::new(model::load(path)?.weights, &pool)?;
     println!("{}, {n_threads} threads, {}", path.display(), tensor::cpu::describe());
-    let limits = EngineLimits { prefix_cache: false, ..EngineLimits::default() };
     let n_tokens =
         (n_prompt + 1).next_multiple_of(model::BLOCK_TOKENS) + n_streams * (STREAM_PROMPT + STREAM_NEW);
-    let kv_bytes = n_tokens / model::BLOCK_TOKENS * llama.kv_block_bytes(model::KvType::Bf16);
-    let runner = ModelRunner::new(llama, pool, model::KvType::Bf16, kv_bytes, limits.max_running)?;
-    Ok(Engine::start(Box::new(runner), limits, Metrics::new().engine("bench", n_prompt)))
+    let kv_bytes = n_tokens / model::BLOCK_TOKENS * llama.kv_block_bytes(kv_type);
+    Ok(ModelRunner::new(llama, pool, kv_type, kv_bytes, EngineLimits::default().max_running)?)
 }
 
 fn submit(engine: &Engine, seed: usize, n_prompt: usize, n_new: usize) -> Result<Stream, Failure> {
