@@ -17,7 +17,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("tensor", &[]),
     ("mpi", &[]),
     ("comm", &["mpi"]),
-    ("model", &["tensor"]),
+    // The tokenizer: a GGUF file holds a vocabulary, too.
+    ("model", &["tensor", "tokenizer"]),
     // The tokenizer and tasks: a run writes samples of text as it learns, and is asked.
     ("train", &["data", "model", "tensor", "comm", "store", "tokenizer", "eval"]),
     // Without the engine, so that training can use it, too.

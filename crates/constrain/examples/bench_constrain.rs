@@ -15,7 +15,7 @@ use model::TokenizerFiles;
 use serde_json::{Value, json};
 use telemetry::Metrics;
 use tensor::Pool;
-use tokenizer::{GgufVocab, Tokenizer};
+use tokenizer::Tokenizer;
 
 const STREAMS: usize = 64;
 const NEW_TOKENS: usize = 64;
@@ -28,7 +28,10 @@ fn main() -> Result<(), Failure> {
     let path = args.next().ok_or("usage: bench_constrain MODEL.gguf [THREADS]")?;
     let n_threads = args.next().map_or(Ok(2), |n| n.parse())?;
     let loaded = model::load(Path::new(&path))?;
-    let tokenizer = read_tokenizer(&loaded.tokenizer)?;
+    let TokenizerFiles::Gguf(vocab) = &loaded.tokenizer else {
+        return Err("the model is no GGUF file".into());
+    };
+    let tokenizer = Tokenizer::from_gguf(vocab)?;
     let engine = start(loaded, n_threads)?;
     let grammars =
         Grammars::new(&tokenizer, engine.vocab(), &tokenizer.eos().into_iter().collect::<Vec<_>>());
@@ -145,21 +148,4 @@ fn start(loaded: model::Loaded, n_threads: usize) -> Result<Engine, Failure> {
     let kv_bytes = STREAMS * 16 * llama.kv_block_bytes(model::KvType::Bf16);
     let runner = ModelRunner::new(llama, pool, model::KvType::Bf16, kv_bytes, limits.max_running)?;
     Ok(Engine::start(Box::new(runner), limits, Metrics::new().engine("bench", 1024)))
-}
-
-fn read_tokenizer(files: &TokenizerFiles) -> Result<Tokenizer, Failure> {
-    let TokenizerFiles::Gguf(vocab) = files else { return Err("the model is no GGUF file".into()) };
-    Ok(Tokenizer::from_gguf(GgufVocab {
-        model: vocab.model.clone(),
-        pre: vocab.pre.clone(),
-        tokens: vocab.tokens.clone(),
-        scores: vocab.scores.clone(),
-        token_types: vocab.token_types.clone(),
-        merges: vocab.merges.clone(),
-        bos: vocab.bos,
-        eos: vocab.eos,
-        unk: vocab.unk,
-        add_bos: vocab.add_bos,
-        add_space_prefix: vocab.add_space_prefix,
-    })?)
 }

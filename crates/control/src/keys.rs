@@ -60,6 +60,10 @@ impl Role {
             Self::Admin => "admin",
         }
     }
+
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|role| role.as_str() == name)
+    }
 }
 
 /// What may be known about a key.
@@ -279,9 +283,8 @@ fn head(hash: &[u8; 32]) -> [u8; 8] {
 
 fn key_info(row: &Row) -> Result<KeyInfo, Fault> {
     let word = row.text(4)?;
-    let role = Role::ALL.into_iter().find(|role| role.as_str() == word);
     Ok(KeyInfo {
-        role: role.ok_or_else(|| Fault::unknown_word(4, word))?,
+        role: Role::named(word).ok_or_else(|| Fault::unknown_word(4, word))?,
         id: KeyId(row.int(0)?),
         name: row.text(1)?.to_owned(),
         created_at: UnixMs(row.int(2)?),

@@ -45,6 +45,8 @@ mod room;
 mod slurm;
 mod sql;
 mod tables;
+#[cfg(test)]
+mod testing;
 
 pub use clock::{Clock, UnixMs};
 pub use database::{Control, Vacant};

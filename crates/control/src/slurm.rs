@@ -121,13 +121,13 @@ impl SlurmLauncher {
         if done.status.success() || is_over { Ok(()) } else { Err(refused("scancel", &why)) }
     }
 
-    /// The job's script. Everything that came from a user is quoted; `exec` lets signals reach the program itself.
     /// What each of Slurm's nodes has, whatever it does at the moment. Slurm takes jobs that fit none, and lets them wait.
     fn rooms(&self) -> Result<Vec<Room>> {
         let nodes = output(self.options.command("scontrol").args(["--oneliner", "show", "nodes"]))?;
         Ok(nodes.lines().filter_map(room_of).collect())
     }
 
+    /// The job's script. Everything that came from a user is quoted; `exec` lets signals reach the program itself.
     fn script(&self, job: &Job, mark: &str) -> String {
         let mut script = String::from("#!/bin/sh\n");
         let env = self.env.iter().map(|(name, value)| (*name, value.as_str()));

@@ -34,8 +34,8 @@ pub enum Error {
     #[error("no text in the inputs: {inputs}")]
     NoDocuments { inputs: String },
     #[error(
-        "the inputs hold one document ({name}), so none can be held out for validation: add documents, set a \
-         separator between documents, or set the validation fraction to 0"
+        "the inputs hold one document ({name}), so none can be held out for validation: add documents, name the \
+         line between documents (--separator), or set the validation fraction to 0"
     )]
     OneDocument { name: String },
     #[error("dataset name {name:?} refused: it must be one part of an object name")]

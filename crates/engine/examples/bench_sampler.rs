@@ -8,7 +8,7 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use engine::{Engine, EngineLimits, Event, Request, Runner, RunnerError, Sampling, StepInput};
+use engine::{Engine, EngineLimits, Event, Request, Runner, RunnerError, RunnerShape, Sampling, StepInput};
 use telemetry::Metrics;
 
 const STREAMS: usize = 32;
@@ -94,17 +94,8 @@ impl Constant {
 }
 
 impl Runner for Constant {
-    fn vocab(&self) -> usize {
-        self.vocab
-    }
-    fn n_blocks(&self) -> usize {
-        1024
-    }
-    fn block_tokens(&self) -> usize {
-        16
-    }
-    fn context_max(&self) -> usize {
-        1024
+    fn shape(&self) -> RunnerShape {
+        RunnerShape { vocab: self.vocab, n_blocks: 1024, block_tokens: 16, context_max: 1024 }
     }
     fn step(&mut self, input: &StepInput) -> Result<&[f32], RunnerError> {
         Ok(&self.logits_rv[..input.n_logits() * self.vocab])

@@ -53,7 +53,7 @@ struct Making<'a> {
 impl DraftModel {
     pub(crate) fn new(runner: Box<dyn Runner>) -> DraftModel {
         DraftModel {
-            pool: BlockPool::new(runner.n_blocks()),
+            pool: BlockPool::new(runner.shape().n_blocks),
             runner,
             sequences: HashMap::new(),
             cost: Cost::default(),
@@ -101,7 +101,7 @@ impl DraftModel {
         for making in drafts.iter_mut().filter(|making| making.wish.n_max > 0) {
             let Wish { id, tokens, n_max } = *making.wish;
             let n_positions = tokens.len() + n_max;
-            if n_positions > self.runner.context_max() || !self.reserve(id, n_positions) {
+            if n_positions > self.runner.shape().context_max || !self.reserve(id, n_positions) {
                 making.is_over = true;
                 continue;
             }
@@ -125,7 +125,7 @@ impl DraftModel {
 
     fn reserve(&mut self, id: SequenceId, n_positions: usize) -> bool {
         let drafting = self.sequences.entry(id).or_default();
-        while drafting.blocks.len() * self.runner.block_tokens() < n_positions {
+        while drafting.blocks.len() * self.runner.shape().block_tokens < n_positions {
             let Some(block) = self.pool.take() else { return false };
             drafting.blocks.push(block);
         }
@@ -141,7 +141,7 @@ impl DraftModel {
     ) -> Result<(), RunnerError> {
         let start_time = clock::now();
         let mut input = StepInput::default();
-        let vocab = self.runner.vocab();
+        let vocab = self.runner.shape().vocab;
         for making in drafts.iter().filter(|making| !making.is_over) {
             let tokens = making.wish.tokens;
             let drafting = self.sequences.get_mut(&making.wish.id).expect("room was made for it");
@@ -176,7 +176,7 @@ impl DraftModel {
 
 /// One step whose panic is an error like any other, and whose logits are as many as were asked for.
 fn step<'a>(runner: &'a mut dyn Runner, input: &StepInput) -> Result<&'a [f32], RunnerError> {
-    let expected = input.n_logits() * runner.vocab();
+    let expected = input.n_logits() * runner.shape().vocab;
     let outcome = catch_unwind(AssertUnwindSafe(move || {
         let runner = runner; // Moved in, so that the logits may leave the closure.
         runner.step(input)

@@ -12,7 +12,7 @@ use telemetry::EngineMetrics;
 
 use crate::clock;
 use crate::request::{self, Request, SubmitError};
-use crate::runner::{Models, Runner};
+use crate::runner::{Models, Runner, RunnerShape};
 use crate::speculation::Speculation;
 use crate::stream::{self, Sender, Stream};
 use crate::worker::Worker;
@@ -175,18 +175,16 @@ impl Engine {
         limits: EngineLimits,
         metrics: EngineMetrics,
     ) -> Engine {
-        assert_eq!(draft.vocab(), runner.vocab(), "a draft model needs the same vocabulary");
+        assert_eq!(draft.shape().vocab, runner.shape().vocab, "a draft model needs the same vocabulary");
         Engine::start_with(Models { target: runner, draft: Some(draft) }, limits, metrics)
     }
 
     fn start_with(models: Models, limits: EngineLimits, metrics: EngineMetrics) -> Engine {
-        let runner = &models.target;
+        let RunnerShape { vocab, n_blocks, block_tokens, context_max } = models.target.shape();
         assert!(limits.max_running > 0, "max_running is 0");
         assert!(limits.max_batch_tokens >= limits.max_running, "every running sequence must fit into a step");
-        let kv_tokens = runner.n_blocks() * runner.block_tokens();
-        let vocab = runner.vocab();
-        let context_max = runner.context_max().min(kv_tokens);
-        let shared = Arc::new(Shared::new(runner.n_blocks()));
+        let context_max = context_max.min(n_blocks * block_tokens);
+        let shared = Arc::new(Shared::new(n_blocks));
         let worker = Worker::new(models, limits.clone(), shared.clone(), metrics);
         let thread = std::thread::Builder::new()
             .name("engine".into())

@@ -7,7 +7,7 @@
 use model::{BlockCopy, StepInput, StepRow};
 
 use crate::request::TokenId;
-use crate::runner::{Runner, RunnerError};
+use crate::runner::{Runner, RunnerError, RunnerShape};
 
 type LogitsOf = dyn Fn(&[TokenId], &mut [f32]) + Send;
 
@@ -99,20 +99,13 @@ impl FakeRunner {
 }
 
 impl Runner for FakeRunner {
-    fn vocab(&self) -> usize {
-        self.vocab
-    }
-
-    fn n_blocks(&self) -> usize {
-        self.cells.len() / self.block_tokens
-    }
-
-    fn block_tokens(&self) -> usize {
-        self.block_tokens
-    }
-
-    fn context_max(&self) -> usize {
-        self.cells.len()
+    fn shape(&self) -> RunnerShape {
+        RunnerShape {
+            vocab: self.vocab,
+            n_blocks: self.cells.len() / self.block_tokens,
+            block_tokens: self.block_tokens,
+            context_max: self.cells.len(),
+        }
     }
 
     fn step(&mut self, input: &StepInput) -> Result<&[f32], RunnerError> {

@@ -55,7 +55,7 @@ pub use request::{
     Event, FinishReason, Logprobs, Request, STOP_IDS_MAX, Sampling, SubmitError, TOP_LOGPROBS_MAX, TokenId,
     Usage,
 };
-pub use runner::{Runner, RunnerError};
+pub use runner::{Runner, RunnerError, RunnerShape};
 pub use speculation::{DRAFT_TOKENS_MAX, Speculation};
 pub use step_cost::StepWork;
 pub use stream::Stream;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use model::{BLOCK_TOKENS, KvCache, KvType, Scratch, StepInput, Transformer};
 use tensor::Pool;
 
-use crate::runner::{Runner, RunnerError};
+use crate::runner::{Runner, RunnerError, RunnerShape};
 
 /// See the module.
 pub struct ModelRunner {
@@ -54,20 +54,13 @@ impl ModelRunner {
 }
 
 impl Runner for ModelRunner {
-    fn vocab(&self) -> usize {
-        self.model.config().vocab
-    }
-
-    fn n_blocks(&self) -> usize {
-        self.kv.n_blocks()
-    }
-
-    fn block_tokens(&self) -> usize {
-        BLOCK_TOKENS
-    }
-
-    fn context_max(&self) -> usize {
-        self.context_max
+    fn shape(&self) -> RunnerShape {
+        RunnerShape {
+            vocab: self.model.config().vocab,
+            n_blocks: self.kv.n_blocks(),
+            block_tokens: BLOCK_TOKENS,
+            context_max: self.context_max,
+        }
     }
 
     fn step(&mut self, input: &StepInput) -> Result<&[f32], RunnerError> {

@@ -17,16 +17,23 @@ pub(crate) struct Models {
     pub(crate) draft: Option<Box<dyn Runner>>,
 }
 
+/// What the engine must know of a model before its first step.
+#[derive(Clone, Copy, Debug)]
+pub struct RunnerShape {
+    /// Size of the vocabulary: the width of a row of logits.
+    pub vocab: usize,
+    /// Blocks in the KV pool; ids are `0..n_blocks`.
+    pub n_blocks: usize,
+    /// Positions a block holds.
+    pub block_tokens: usize,
+    /// Positions the model was made for.
+    pub context_max: usize,
+}
+
 /// A model with its KV blocks, as the engine sees it. The engine's thread owns it and is its only caller.
 pub trait Runner: Send {
-    /// Size of the vocabulary: the width of a row of logits.
-    fn vocab(&self) -> usize;
-    /// Blocks in the KV pool; ids are `0..n_blocks`.
-    fn n_blocks(&self) -> usize;
-    /// Positions a block holds.
-    fn block_tokens(&self) -> usize;
-    /// Positions the model was made for.
-    fn context_max(&self) -> usize;
+    /// The same at every call.
+    fn shape(&self) -> RunnerShape;
     /// Copies blocks as the input says, writes keys and values of the new tokens into their blocks and returns `logits_rv`:
     /// a row of `vocab` numbers for each wanted position, rows in the order of the input.
     fn step(&mut self, input: &StepInput) -> Result<&[f32], RunnerError>;

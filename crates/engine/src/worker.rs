@@ -15,7 +15,7 @@ use crate::engine::{EngineLimits, Phase, Shared, Stats, Submission};
 use crate::live::{Live, Progress};
 use crate::pacer::Pacer;
 use crate::request::FinishReason;
-use crate::runner::{Models, Runner, panic_text};
+use crate::runner::{Models, Runner, RunnerShape, panic_text};
 use crate::sampler::Sampler;
 use crate::scheduler::{Limits, Plan, PlanRow, Scheduler};
 use crate::sequence::{Sequence, SequenceId};
@@ -68,25 +68,26 @@ impl Worker {
         metrics: EngineMetrics,
     ) -> Worker {
         let Models { target: runner, draft } = models;
+        let RunnerShape { vocab, n_blocks, block_tokens, .. } = runner.shape();
         let scheduler = Scheduler::new(Limits {
-            n_blocks: runner.n_blocks(),
-            block_tokens: runner.block_tokens(),
+            n_blocks,
+            block_tokens,
             max_running: limits.max_running,
             max_batch_tokens: limits.max_batch_tokens,
             max_prompt_logits: PROMPT_LOGITS_PER_STEP,
             max_draft_tokens: limits.max_draft_tokens,
             prefix_cache: limits.prefix_cache,
         });
-        metrics.set_cache_config(runner.block_tokens(), runner.n_blocks(), limits.prefix_cache);
+        metrics.set_cache_config(block_tokens, n_blocks, limits.prefix_cache);
         let pacer = Pacer::new(limits.max_prefill_beside_decode);
         let speculator = Speculator::new(limits.speculation, draft.map(DraftModel::new));
         let pool = runner.pool().unwrap_or_else(|| Arc::new(Pool::new(1)));
-        let stats = Stats { n_blocks: runner.n_blocks(), ..Stats::default() };
+        let stats = Stats { n_blocks, ..Stats::default() };
         Worker {
             shared,
             limits,
             metrics,
-            vocab: runner.vocab(),
+            vocab,
             runner,
             scheduler,
             pacer,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use engine::{
     Constraint, Continuation, Engine, EngineLimits, Event, FakeRunner, FinishReason, Health, Request, Runner,
-    RunnerError, Sampling, Speculation, StepInput, Stream, SubmitError, Usage,
+    RunnerError, RunnerShape, Sampling, Speculation, StepInput, Stream, SubmitError, Usage,
 };
 use telemetry::Metrics;
 
@@ -67,17 +67,8 @@ fn gated<R: Runner>(inner: R) -> (SyncSender<()>, Gated<R>) {
 }
 
 impl<R: Runner> Runner for Gated<R> {
-    fn vocab(&self) -> usize {
-        self.inner.vocab()
-    }
-    fn n_blocks(&self) -> usize {
-        self.inner.n_blocks()
-    }
-    fn block_tokens(&self) -> usize {
-        self.inner.block_tokens()
-    }
-    fn context_max(&self) -> usize {
-        self.inner.context_max()
+    fn shape(&self) -> RunnerShape {
+        self.inner.shape()
     }
     fn step(&mut self, input: &StepInput) -> Result<&[f32], RunnerError> {
         // Once the test is over nobody holds the gate any more.
@@ -305,17 +296,8 @@ struct Breaking {
 }
 
 impl Runner for Breaking {
-    fn vocab(&self) -> usize {
-        self.inner.vocab()
-    }
-    fn n_blocks(&self) -> usize {
-        self.inner.n_blocks()
-    }
-    fn block_tokens(&self) -> usize {
-        self.inner.block_tokens()
-    }
-    fn context_max(&self) -> usize {
-        self.inner.context_max()
+    fn shape(&self) -> RunnerShape {
+        self.inner.shape()
     }
     fn step(&mut self, input: &StepInput) -> Result<&[f32], RunnerError> {
         match self.is_broken.load(Ordering::SeqCst) {

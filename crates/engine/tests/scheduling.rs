@@ -4,8 +4,8 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 use engine::{
-    Engine, EngineLimits, Event, FakeRunner, FinishReason, Request, Runner, RunnerError, Sampling,
-    Speculation, StepInput, Stream, Usage,
+    Engine, EngineLimits, Event, FakeRunner, FinishReason, Request, Runner, RunnerError, RunnerShape,
+    Sampling, Speculation, StepInput, Stream, Usage,
 };
 use telemetry::Metrics;
 
@@ -45,17 +45,8 @@ fn slow(inner: FakeRunner) -> Before<impl FnMut() + Send> {
 }
 
 impl<F: FnMut() + Send> Runner for Before<F> {
-    fn vocab(&self) -> usize {
-        self.inner.vocab()
-    }
-    fn n_blocks(&self) -> usize {
-        self.inner.n_blocks()
-    }
-    fn block_tokens(&self) -> usize {
-        self.inner.block_tokens()
-    }
-    fn context_max(&self) -> usize {
-        self.inner.context_max()
+    fn shape(&self) -> RunnerShape {
+        self.inner.shape()
     }
     fn step(&mut self, input: &StepInput) -> Result<&[f32], RunnerError> {
         (self.before)();

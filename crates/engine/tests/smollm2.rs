@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use engine::{
-    Engine, EngineLimits, Event, FinishReason, ModelRunner, Request, Runner, RunnerError, Sampling,
-    Speculation, StepInput, Stream, Usage,
+    Engine, EngineLimits, Event, FinishReason, ModelRunner, Request, Runner, RunnerError, RunnerShape,
+    Sampling, Speculation, StepInput, Stream, Usage,
 };
 use model::{BLOCK_TOKENS, KvType, Transformer};
 use telemetry::Metrics;
@@ -118,17 +118,8 @@ struct Careless {
 }
 
 impl Runner for Careless {
-    fn vocab(&self) -> usize {
-        self.inner.vocab()
-    }
-    fn n_blocks(&self) -> usize {
-        self.inner.n_blocks()
-    }
-    fn block_tokens(&self) -> usize {
-        self.inner.block_tokens()
-    }
-    fn context_max(&self) -> usize {
-        self.inner.context_max()
+    fn shape(&self) -> RunnerShape {
+        self.inner.shape()
     }
     fn step(&mut self, input: &StepInput) -> Result<&[f32], RunnerError> {
         self.logits_rv.clear();

@@ -11,7 +11,7 @@ use clap::{Args, Parser, Subcommand};
 use tools::KvName;
 
 pub(crate) use cluster::{
-    Backup, JobCommand, KeyCommand, NeedFlags, NodeCommand, Offer, ProjectCommand, Restore, RoleName,
+    Backup, JobCommand, KeyCommand, NeedFlags, NodeCommand, Offer, ProjectCommand, Restore,
 };
 pub(crate) use serve::{Guess, Serve, spelled_out};
 pub(crate) use train::{DataChoice, DecayName, Method, OnLoss, Train};
@@ -139,6 +139,10 @@ pub(crate) struct Ingest {
     /// The field that holds the text, in formats that have fields.
     #[arg(long, default_value = "text")]
     pub(crate) text_field: String,
+    /// In text files, a line that stands between documents, such as <|endoftext|>; empty: a blank line. Without it a file is a
+    /// document.
+    #[arg(long, value_name = "LINE")]
+    pub(crate) separator: Option<String>,
     /// Use the tokenizer of this model instead of training one: what a model that is to learn on needs.
     #[arg(long, value_name = "MODEL", conflicts_with = "vocab")]
     pub(crate) tokenizer: Option<String>,

@@ -3,6 +3,8 @@
 //! A hub is another computer: names, lengths and checksums it gives are checked, the key goes to it alone and never along
 //! a redirect to another host, and a file gets its name only when its checksum is right.
 
+mod address;
+
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
@@ -12,7 +14,9 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde::Deserialize;
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
-use ureq::http::{HeaderMap, Response, StatusCode};
+use ureq::http::{Response, StatusCode};
+
+use self::address::{escape, range_start, redirect, retry_after, same_host, shown};
 
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(30);
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(60);
@@ -23,8 +27,6 @@ const BODY_TIME_MAX: Duration = Duration::from_secs(120);
 const ATTEMPTS_MAX: u32 = 4;
 /// The wait after the first failure; each further one doubles it.
 const PATIENCE: Duration = Duration::from_millis(500);
-/// The longest wait that a server's `Retry-After` is granted.
-const RETRY_AFTER_MAX: Duration = Duration::from_secs(300);
 const REDIRECTS_MAX: usize = 5;
 /// The list of a repository's files.
 const LIST_BYTES_MAX: u64 = 32 << 20;
@@ -407,55 +409,6 @@ fn check_file_name(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Percent-encodes a part of a path.
-fn escape(part: &str) -> String {
-    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.~".contains(&b);
-    part.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
-}
-
-/// Scheme and host with port, in lower case.
-fn origin(url: &str) -> Option<String> {
-    let (scheme, rest) = url.split_once("://")?;
-    let authority = rest.split(['/', '?', '#']).next()?;
-    Some(format!("{scheme}://{authority}").to_lowercase())
-}
-
-fn same_host(url: &str, other: &str) -> bool {
-    origin(url).is_some() && origin(url) == origin(other)
-}
-
-/// A URL without what may be a secret: signed addresses carry their signature after the question mark.
-fn shown(url: &str) -> String {
-    url.split('?').next().unwrap_or_default().chars().take(200).collect()
-}
-
-fn redirect(from: &str, headers: &HeaderMap) -> Result<String> {
-    let target = headers.get("location").and_then(|value| value.to_str().ok());
-    let target = target.with_context(|| format!("{} redirects to nowhere", shown(from)))?;
-    let from_origin = origin(from).with_context(|| format!("{} is no URL", shown(from)))?;
-    let url = match target {
-        absolute if absolute.contains("://") => absolute.to_owned(),
-        path if path.starts_with('/') && !path.starts_with("//") => format!("{from_origin}{path}"),
-        _ => bail!("{} redirects to {}, which is no address", shown(from), shown(target)),
-    };
-    let is_web = url.starts_with("https://") || url.starts_with("http://");
-    if !is_web || (from.starts_with("https://") && !url.starts_with("https://")) {
-        bail!("{} redirects to {}, which is refused", shown(from), shown(&url));
-    }
-    Ok(url)
-}
-
-/// The first byte of a partial answer.
-fn range_start(headers: &HeaderMap) -> Option<u64> {
-    let range = headers.get("content-range")?.to_str().ok()?.strip_prefix("bytes ")?;
-    range.split('-').next()?.parse().ok()
-}
-
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let seconds = headers.get("retry-after")?.to_str().ok()?.parse().ok()?;
-    Some(Duration::from_secs(seconds).min(RETRY_AFTER_MAX))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -476,32 +429,6 @@ mod tests {
         assert!(
             check_repo_name("HuggingFaceTB/SmolLM2-135M-Instruct").is_ok() && check_repo_name("gpt2").is_ok()
         );
-    }
-
-    #[test]
-    fn the_key_goes_to_the_hub_alone() {
-        assert!(same_host("https://hub.example/a/b", "https://HUB.example"));
-        for other in ["https://cdn.example/a", "http://hub.example/a", "https://hub.example:444/", "junk"] {
-            assert!(!same_host(other, "https://hub.example"), "{other}");
-        }
-        // What stands before an @ is a user's name, and the host is another.
-        assert!(!same_host("https://hub.example@evil.example/", "https://hub.example"));
-    }
-
-    #[test]
-    fn redirects_stay_on_the_web_and_encrypted() {
-        let to = |target: &str| {
-            let mut headers = HeaderMap::new();
-            headers.insert("location", target.parse().unwrap());
-            redirect("https://hub.example/a/b", &headers)
-        };
-        assert_eq!(to("/c").unwrap(), "https://hub.example/c");
-        assert_eq!(to("https://cdn.example/x?sig=1").unwrap(), "https://cdn.example/x?sig=1");
-        for bad in ["http://hub.example/c", "file:///etc/passwd", "//evil/x", "c"] {
-            assert!(to(bad).is_err(), "{bad}");
-        }
-        let error = to("http://x/y?secret").unwrap_err().to_string();
-        assert!(!error.contains("secret"), "{error}");
     }
 
     #[test]

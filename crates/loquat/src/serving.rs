@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex};
 use anyhow::{Context, Result, bail};
 use api::{AppState, LoadAdapter, ServedEmbedder, ServedModel};
 use engine::{Engine, EngineLimits, ModelRunner, Runner, Speculation};
-use model::{Adapter, BLOCK_TOKENS, Config, KvType, Loaded, TokenizerFiles, Transformer, gguf};
+use model::{Adapter, BLOCK_TOKENS, Config, KvType, Loaded, TokenizerFiles, Transformer};
 use telemetry::Metrics;
 use tensor::Pool;
-use tokenizer::{ChatTemplate, GgufVocab, Tokenizer, WordPiece};
+use tokenizer::{ChatTemplate, Tokenizer, WordPiece};
 
 use crate::args::{Guess, Listen};
 use crate::embedder::{ModelEmbedder, TextTokenizer};
@@ -96,11 +96,10 @@ pub(crate) fn load(id: &str, path: &Path, share: &Share, metrics: &Metrics) -> R
     let mut loaded =
         model::load(path).with_context(|| format!("cannot load the model {}", path.display()))?;
     let pool = Arc::new(Pool::new(share.n_threads));
-    let text = || format!("cannot load the tokenizer of {}", path.display());
     let (generator, model, tokenizer) = if loaded.weights.config.block().causal {
-        // Its text is as large as the tables made of it: neither copied nor kept.
-        let files = std::mem::replace(&mut loaded.tokenizer, TokenizerFiles::None);
-        let tokenizer = take_tokenizer(files).with_context(text)?;
+        let tokenizer = tokenizer_of(path, &loaded)?;
+        // Its text is as large as the tables made of it.
+        loaded.tokenizer = TokenizerFiles::None;
         check_vocab(path, tokenizer.vocab_size(), &loaded)?;
         let template = match &loaded.chat_template {
             Some(source) => Some(chat_template(source, &tokenizer).context("its chat template")?),
@@ -119,7 +118,8 @@ pub(crate) fn load(id: &str, path: &Path, share: &Share, metrics: &Metrics) -> R
         let TokenizerFiles::Json { tokenizer, .. } = &loaded.tokenizer else {
             bail!("there is no tokenizer.json beside it");
         };
-        let tokenizer = WordPiece::from_json(tokenizer).with_context(text)?;
+        let tokenizer = WordPiece::from_json(tokenizer)
+            .with_context(|| format!("cannot use the tokenizer of {}", path.display()))?;
         check_vocab(path, tokenizer.vocab_size(), &loaded)?;
         (None, Arc::new(Transformer::new(loaded.weights, &pool)?), TextTokenizer::Pieces(tokenizer))
     };
@@ -138,9 +138,7 @@ fn check_vocab(path: &Path, n_ids: usize, loaded: &Loaded) -> Result<()> {
 
 /// How adapters of a model of this shape are read.
 fn load_adapter(config: Config, pool: Arc<Pool>) -> Arc<LoadAdapter> {
-    Arc::new(move |dir| {
-        Adapter::load(dir, &config, &pool).map_err(|error| format!("{:#}", anyhow::Error::from(error)))
-    })
+    Arc::new(move |dir| Adapter::load(dir, &config, &pool).map_err(|error| telemetry::chain(&error)))
 }
 
 /// A model on its way into an engine.
@@ -155,11 +153,11 @@ fn start_engine(starting: Starting, share: &Share, metrics: &Metrics) -> Result<
     let speculation = share.speculation;
     let limits = EngineLimits { max_running: share.max_running, speculation, ..EngineLimits::default() };
     let runner = share.runner(starting.model.clone(), starting.pool)?;
-    let metrics = metrics.engine(starting.id, runner.context_max());
+    let metrics = metrics.engine(starting.id, runner.shape().context_max);
     let Some(path) = &share.draft else {
         return Ok(Engine::start(Box::new(runner), limits, metrics));
     };
-    let draft = draft_runner(path, &starting, share, runner.n_blocks());
+    let draft = draft_runner(path, &starting, share, runner.shape().n_blocks);
     let draft = draft.with_context(|| format!("cannot guess with the model {}", path.display()))?;
     Ok(Engine::start_with_draft(Box::new(runner), Box::new(draft), limits, metrics))
 }
@@ -171,7 +169,7 @@ fn draft_runner(path: &Path, target: &Starting, share: &Share, n_blocks: usize) 
     if n_ids != vocab {
         bail!("it has {n_ids} ids, {} has {vocab}", target.id);
     }
-    let tokenizer = tokenizer(&loaded.tokenizer).context("its tokenizer")?;
+    let tokenizer = tokenizer_of(path, &loaded)?;
     let differs = |&id: &u32| tokenizer.token_bytes(id) != target.tokenizer.token_bytes(id);
     if let Some(id) = (0..vocab as u32).find(differs) {
         bail!("its tokenizer is another one: they differ at the id {id}");
@@ -181,11 +179,9 @@ fn draft_runner(path: &Path, target: &Starting, share: &Share, n_blocks: usize) 
     Ok(ModelRunner::new(draft, target.pool.clone(), share.kv_type, kv_bytes, share.max_running)?)
 }
 
-fn take_tokenizer(files: TokenizerFiles) -> Result<Tokenizer> {
-    match files {
-        TokenizerFiles::Gguf(vocab) => from_gguf(vocab),
-        files => tokenizer(&files),
-    }
+/// The tokenizer of the model that was loaded from `path`.
+pub(crate) fn tokenizer_of(path: &Path, loaded: &Loaded) -> Result<Tokenizer> {
+    tokenizer(&loaded.tokenizer).with_context(|| format!("cannot use the tokenizer of {}", path.display()))
 }
 
 /// Builds the tokenizer that lies beside a model's weights.
@@ -195,25 +191,9 @@ pub(crate) fn tokenizer(files: &TokenizerFiles) -> Result<Tokenizer> {
             Ok(Tokenizer::from_json_with_config(tokenizer, config)?)
         }
         TokenizerFiles::Json { tokenizer, config: None } => Ok(Tokenizer::from_json(tokenizer)?),
-        TokenizerFiles::Gguf(vocab) => from_gguf(vocab.clone()),
+        TokenizerFiles::Gguf(vocab) => Ok(Tokenizer::from_gguf(vocab)?),
         TokenizerFiles::None => bail!("there is no tokenizer.json beside it"),
     }
-}
-
-fn from_gguf(vocab: gguf::Vocab) -> Result<Tokenizer> {
-    Ok(Tokenizer::from_gguf(GgufVocab {
-        model: vocab.model,
-        pre: vocab.pre,
-        tokens: vocab.tokens,
-        scores: vocab.scores,
-        token_types: vocab.token_types,
-        merges: vocab.merges,
-        bos: vocab.bos,
-        eos: vocab.eos,
-        unk: vocab.unk,
-        add_bos: vocab.add_bos,
-        add_space_prefix: vocab.add_space_prefix,
-    })?)
 }
 
 /// Compiles a template for a tokenizer's special tokens.

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Result;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 
 /// Exit status of a process that was told twice.
 const EXIT_KILLED: i32 = 130;
@@ -22,6 +22,16 @@ impl Stop {
             signal_hook::flag::register(signal, flag.clone())?;
         }
         Ok(Stop(flag))
+    }
+
+    /// SIGUSR1, too: it is what launchers pass on to every rank.
+    pub(crate) fn on_usr1(&self) -> Result<()> {
+        signal_hook::flag::register(SIGUSR1, self.0.clone())?;
+        Ok(())
+    }
+
+    pub(crate) fn flag(&self) -> &AtomicBool {
+        &self.0
     }
 
     pub(crate) fn is_set(&self) -> bool {

@@ -260,6 +260,16 @@ pub(crate) fn bar(share: f64, width: usize) -> String {
     format!("{}{}", "█".repeat(full), "░".repeat(width - full))
 }
 
+/// Overwrites the line that a terminal stands in. Progress is only for looking at.
+pub(crate) fn progress(text: &str) {
+    let mut stderr = std::io::stderr();
+    if stderr.is_terminal() {
+        eprint!("\r\x1b[K{text}");
+        // A terminal that is gone is no reason to stop.
+        let _ = stderr.flush();
+    }
+}
+
 pub(crate) fn duration(seconds: f64) -> String {
     let seconds = seconds.round() as u64;
     match (seconds / 3600, seconds / 60 % 60, seconds % 60) {

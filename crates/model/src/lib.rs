@@ -1,7 +1,7 @@
 //! Models: configuration, weights, forward, backward, cached forward; Hugging Face and GGUF formats.
 //!
-//! What it is not: it knows no optimizer, no request and no tokenizer. `train` and `engine` meet here, in the
-//! format of a model.
+//! What it is not: it knows no optimizer and no request, and encodes no text: of tokenizers it has what model files say.
+//! `train` and `engine` meet here, in the format of a model.
 //!
 //! Where to start: [`Block`] (what all architectures are instances of) and [`Config`] (the shape), then `forward` (the
 //! cached pass over a batch of sequences), `embed` or `train` (forward and backward over one flat vector of what is

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use tokenizer::GgufVocab;
+
 use crate::{Error, Result, Weights, gguf, hf};
 
 /// The longest tokenizer.json or template that is read: the largest published ones are some 35 MB.
@@ -18,7 +20,7 @@ pub struct Loaded {
     pub chat_template: Option<String>,
 }
 
-/// A tokenizer as it lies beside the weights. This crate does not know what is in it.
+/// A tokenizer as it lies beside the weights; this crate reads none.
 #[derive(Debug)]
 pub enum TokenizerFiles {
     /// `tokenizer.json`, and `tokenizer_config.json` where there is one.
@@ -29,7 +31,7 @@ pub enum TokenizerFiles {
         config: Option<Vec<u8>>,
     },
     /// Metadata of a GGUF file.
-    Gguf(gguf::Vocab),
+    Gguf(GgufVocab),
     /// None was found.
     None,
 }

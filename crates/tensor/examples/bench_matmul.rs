@@ -1,6 +1,7 @@
 //! Checks matmul against the plain version, then prints GFLOP/s and the share of the measured peak for square and
-//! training shapes. Usage: `bench_matmul [--quick] [THREADS..]` (default: 1 and all cores). `--quick` runs pieces of the
-//! training shapes that take about a millisecond, which a scheduler with other work often leaves in one piece.
+//! training shapes. Usage: `bench_matmul [--quick | --models] [THREADS..]` (default: 1 and all cores). `--quick` runs pieces
+//! of the training shapes that take about a millisecond, which a scheduler with other work often leaves in one piece;
+//! `--models` runs all products of a step of GPT-2 124M and of SmolLM2-135M, in f32 and bf16.
 //!
 //! Where other processes hold the cores, wall time says little; beside it stands the processor time this process used,
 //! divided by its threads: what the wall time would be without neighbours, and how well the kernel does its work.
@@ -15,9 +16,17 @@ const MEASURE_FOR: Duration = Duration::from_millis(500);
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let quick = args.first().is_some_and(|arg| arg == "--quick");
-    let threads = args.iter().skip(quick as usize);
-    let mut threads: Vec<usize> = threads.map(|x| x.parse().expect("a number of threads")).collect();
+    let (of, threads) = match args.split_first() {
+        Some((first, threads)) if first.starts_with("--") => (first.as_str(), threads),
+        _ => ("", &args[..]),
+    };
+    let cases: fn() -> Vec<Case> = match of {
+        "--quick" => quick_cases,
+        "--models" => model_cases,
+        "" => cases,
+        other => panic!("{other} is neither --quick nor --models"),
+    };
+    let mut threads: Vec<usize> = threads.iter().map(|x| x.parse().expect("a number of threads")).collect();
     if threads.is_empty() {
         threads = vec![1, std::thread::available_parallelism().map_or(1, |n| n.get())];
     }
@@ -34,7 +43,7 @@ fn main() {
             limits.cache_bytes_per_s / 1e9,
             limits.memory_bytes_per_s / 1e9,
         );
-        for case in if quick { quick_cases() } else { cases() } {
+        for case in cases() {
             case.run(&pool, &limits);
         }
     }
@@ -82,6 +91,21 @@ fn cases() -> Vec<Case> {
         cases.push(case(Forward, m, 1536, 576));
     }
     cases
+}
+
+/// The maps of a layer and the head, the latter of as many tokens as have logits at a time.
+fn model_cases() -> Vec<Case> {
+    use Kind::*;
+    let gpt2 =
+        [[2048, 768, 2304], [2048, 768, 768], [2048, 768, 3072], [2048, 3072, 768], [512, 768, 50_257]];
+    let smol = [[2048, 576, 960], [2048, 576, 576], [2048, 576, 3072], [2048, 1536, 576], [512, 576, 49_152]];
+    let kinds =
+        |[n, i, o]: [usize; 3]| [(Forward, n, o, i), (BackwardInput, n, i, o), (BackwardWeight, o, i, n)];
+    let cases = |bf16| {
+        let products = gpt2.into_iter().chain(smol).flat_map(kinds);
+        products.map(move |(kind, m, n, k)| Case { kind, m, n, k, bf16 })
+    };
+    cases(false).chain(cases(true)).collect()
 }
 
 fn quick_cases() -> Vec<Case> {

@@ -31,20 +31,12 @@ pub fn cross_entropy_reference(logits_v: &mut [f32], target: u32) -> f32 {
 /// `losses_n` gets the loss of every row of `logits_nv`; the logits become the gradient of the sum of the losses.
 /// Rows whose target is [`IGNORED`] get zeros.
 ///
+/// With `z` the gradient is that of `loss + z · (ln Σ_v e^{logit_v})²` (z-loss: de Brébisson & Vincent 2016; PaLM, Chowdhery
+/// et al. 2022), which keeps logits from drifting; `losses_n` gets the loss without that term.
+///
 /// # Panics
 /// If a target is neither below v nor ignored.
 pub fn cross_entropy_forward_backward(
-    pool: &Pool,
-    losses_n: &mut [f32],
-    logits_nv: &mut [f32],
-    targets_n: &[u32],
-) {
-    cross_entropy_z_forward_backward(pool, losses_n, logits_nv, targets_n, 0.0);
-}
-
-/// The same with z-loss (de Brébisson & Vincent 2016; PaLM, Chowdhery et al. 2022): the gradient is that of
-/// `loss + z · (ln Σ_v e^{logit_v})²`, which keeps logits from drifting. `losses_n` gets the loss without that term.
-pub fn cross_entropy_z_forward_backward(
     pool: &Pool,
     losses_n: &mut [f32],
     logits_nv: &mut [f32],
@@ -175,7 +167,7 @@ mod tests {
             for pool in every_pool() {
                 let (mut losses, mut alone, mut found) = (vec![9.0; n], vec![9.0; n], logits.clone());
                 cross_entropy_forward(&pool, &mut alone, &logits, &targets);
-                cross_entropy_forward_backward(&pool, &mut losses, &mut found, &targets);
+                cross_entropy_forward_backward(&pool, &mut losses, &mut found, &targets, 0.0);
                 assert_close(&losses, &expected_losses, 1e-5);
                 assert_close(&alone, &expected_losses, 1e-5);
                 assert_close(&found, &expected, 1e-5);
@@ -193,7 +185,7 @@ mod tests {
         };
         for pool in every_pool() {
             let mut grad = logits.clone();
-            cross_entropy_forward_backward(&pool, &mut [0.0; 3], &mut grad, &targets);
+            cross_entropy_forward_backward(&pool, &mut [0.0; 3], &mut grad, &targets, 0.0);
             check_gradient(&logits, &grad, loss);
         }
     }
@@ -204,7 +196,7 @@ mod tests {
         let expected = [0.040_817, 0.007_092_9, -0.817_07, 0.024_756_8, 0.819_83];
         for pool in every_pool() {
             let (mut loss, mut logits) = ([0.0], [0.5, -1.25, 2.0, 0.0, 3.5]);
-            cross_entropy_z_forward_backward(&pool, &mut loss, &mut logits, &[2], 0.01);
+            cross_entropy_forward_backward(&pool, &mut loss, &mut logits, &[2], 0.01);
             assert_close(&loss, &[1.771_374_6], 1e-6);
             assert_close(&logits, &expected, 3e-6);
         }
@@ -215,7 +207,7 @@ mod tests {
         for pool in every_pool() {
             let mut losses = [0.0; 2];
             let mut logits = [f32::NAN; 40];
-            cross_entropy_forward_backward(&pool, &mut losses, &mut logits, &[1, 19]);
+            cross_entropy_forward_backward(&pool, &mut losses, &mut logits, &[1, 19], 0.0);
             assert!(losses.iter().all(|x| !x.is_finite()), "{losses:?}");
         }
     }

@@ -25,7 +25,7 @@ pub struct Distill {
     /// T; above 1 unlikely tokens count more.
     pub temperature: f32,
     /// Of the square of the logits' logarithmic sum in the gradient, as in
-    /// [`crate::cross_entropy::cross_entropy_z_forward_backward`].
+    /// [`crate::cross_entropy::cross_entropy_forward_backward`].
     pub z_loss: f32,
 }
 
@@ -175,7 +175,7 @@ fn gradient<S: Simd>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cross_entropy::cross_entropy_z_forward_backward;
+    use crate::cross_entropy::cross_entropy_forward_backward;
     use crate::testing::{assert_close, check_gradient, every_pool, numbers};
 
     fn settings(weight: f32, temperature: f32) -> Distill {
@@ -230,7 +230,7 @@ mod tests {
         let (logits, teacher, targets) = (numbers(1, n * v), numbers(2, n * v), [3, 49]);
         for pool in every_pool() {
             let (mut losses, mut plain) = (vec![0.0; n], logits.clone());
-            cross_entropy_z_forward_backward(&pool, &mut losses, &mut plain, &targets, 0.02);
+            cross_entropy_forward_backward(&pool, &mut losses, &mut plain, &targets, 0.02);
             let (mut found_losses, mut found) = (vec![0.0; n], logits.clone());
             let none = Distill { z_loss: 0.02, ..settings(0.0, 2.0) };
             distill_forward_backward(&pool, &mut found_losses, (&mut found, &teacher), &targets, none);

@@ -17,35 +17,41 @@ const CONTROL: i32 = 3;
 const USER_DEFINED: i32 = 4;
 
 /// The `tokenizer.ggml.*` fields of a GGUF file; what a file lacks is empty or `None`.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct GgufVocab {
     /// `gpt2` (byte-level) or `llama` (SentencePiece with scores).
     pub model: String,
     /// Which split pattern; only for `gpt2`.
     pub pre: Option<String>,
+    /// By id.
     pub tokens: Vec<String>,
     /// One a token; only for `llama`.
     pub scores: Vec<f32>,
     /// One a token: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
     pub token_types: Vec<i32>,
-    /// `"a b"`; only for `gpt2`.
+    /// `"a b"`, in order of rank; only for `gpt2`.
     pub merges: Vec<String>,
+    /// Begins a text.
     pub bos: Option<TokenId>,
+    /// Ends a text.
     pub eos: Option<TokenId>,
+    /// Stands for what is not in the vocabulary.
     pub unk: Option<TokenId>,
+    /// Whether `bos` is put before every text.
     pub add_bos: Option<bool>,
+    /// Whether a space is put before every text.
     pub add_space_prefix: Option<bool>,
 }
 
-pub(crate) fn read(vocab: GgufVocab) -> Result<Spec> {
+pub(crate) fn read(vocab: &GgufVocab) -> Result<Spec> {
     let n = vocab.tokens.len();
     if !vocab.token_types.is_empty() && vocab.token_types.len() != n {
         let problem = format!("has {} entries for {n} tokens", vocab.token_types.len());
         return Err(Error::field("tokenizer.ggml.token_type", problem));
     }
     match vocab.model.as_str() {
-        "gpt2" => byte_level(&vocab),
-        "llama" => scored(&vocab),
+        "gpt2" => byte_level(vocab),
+        "llama" => scored(vocab),
         other => Err(Error::unsupported("tokenizer.ggml.model", format!("{other:?}"))),
     }
 }

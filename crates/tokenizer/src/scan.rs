@@ -1,7 +1,7 @@
 //! Hand-coded scanners for the split patterns that nearly all byte-level tokenizers use.
 //!
 //! Each `next_*` function returns where the match that starts at `at` ends. The patterns always match at least one
-//! character, so walking them covers a text without gaps; `tests/golden.rs` and a property test hold them to the regular
+//! character, so walking them covers a text without gaps; `tests/suite/golden.rs` and a property test hold them to the regular
 //! expressions they stand for.
 
 use crate::classes::{Classes, LETTER, NUMBER, OTHER, SPACE};

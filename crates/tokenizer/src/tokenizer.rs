@@ -86,7 +86,7 @@ impl Tokenizer {
     }
 
     /// Takes the vocabulary out of a GGUF file's metadata.
-    pub fn from_gguf(vocab: GgufVocab) -> Result<Tokenizer> {
+    pub fn from_gguf(vocab: &GgufVocab) -> Result<Tokenizer> {
         Tokenizer::new(gguf::read(vocab)?)
     }
 

@@ -10,7 +10,7 @@ use api::{
     AppState, Call, Cause, Cluster, Curve, Eval, KeyChecker, KeyOwner, Limits, LogPiece, Parts, Point,
     Refusal, Role, Runs, ServedModel,
 };
-use engine::{Engine, EngineLimits, FakeRunner, Runner, RunnerError, StepInput};
+use engine::{Engine, EngineLimits, FakeRunner, Runner, RunnerError, RunnerShape, StepInput};
 use serde_json::{Value, json};
 use telemetry::Metrics;
 use tokenizer::{ChatTemplate, Tokenizer};
@@ -141,17 +141,8 @@ struct Slow {
 }
 
 impl Runner for Slow {
-    fn vocab(&self) -> usize {
-        self.inner.vocab()
-    }
-    fn n_blocks(&self) -> usize {
-        self.inner.n_blocks()
-    }
-    fn block_tokens(&self) -> usize {
-        self.inner.block_tokens()
-    }
-    fn context_max(&self) -> usize {
-        self.inner.context_max()
+    fn shape(&self) -> RunnerShape {
+        self.inner.shape()
     }
     fn step(&mut self, input: &StepInput) -> Result<&[f32], RunnerError> {
         std::thread::sleep(self.step_time);

@@ -9,7 +9,7 @@ use model::{KvType, TokenizerFiles, Transformer};
 use serde_json::Value;
 use telemetry::Metrics;
 use tensor::Pool;
-use tokenizer::{GgufVocab, Tokenizer};
+use tokenizer::Tokenizer;
 
 use crate::gbnf::{ARITHMETIC, CHESS, JSON};
 
@@ -28,7 +28,8 @@ impl Served {
             return None;
         }
         let loaded = model::load(&path).expect("the model file is good");
-        let tokenizer = read_tokenizer(loaded.tokenizer);
+        let TokenizerFiles::Gguf(vocab) = &loaded.tokenizer else { panic!("a GGUF file has its vocabulary") };
+        let tokenizer = Tokenizer::from_gguf(vocab).expect("the vocabulary is good");
         let pool = Arc::new(Pool::new(2));
         let transformer = Transformer::new(loaded.weights, &pool).expect("the model is good");
         let kv_bytes = 64 * transformer.kv_block_bytes(KvType::Bf16);
@@ -58,24 +59,6 @@ impl Served {
         }
         (self.tokenizer.decode(&ids), is_whole)
     }
-}
-
-fn read_tokenizer(files: TokenizerFiles) -> Tokenizer {
-    let TokenizerFiles::Gguf(vocab) = files else { panic!("a GGUF file has its vocabulary") };
-    let vocab = GgufVocab {
-        model: vocab.model,
-        pre: vocab.pre,
-        tokens: vocab.tokens,
-        scores: vocab.scores,
-        token_types: vocab.token_types,
-        merges: vocab.merges,
-        bos: vocab.bos,
-        eos: vocab.eos,
-        unk: vocab.unk,
-        add_bos: vocab.add_bos,
-        add_space_prefix: vocab.add_space_prefix,
-    };
-    Tokenizer::from_gguf(vocab).expect("the vocabulary is good")
 }
 
 #[test]

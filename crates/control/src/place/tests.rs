@@ -5,6 +5,7 @@ use crate::nodes::{NodeLoad, NodeMode, NodeSpec};
 use crate::process::ProcessRef;
 use crate::projects::Quota;
 use crate::room::check_exists;
+use crate::testing::submitted;
 
 mod simulation;
 
@@ -29,26 +30,8 @@ fn needs(cores: u32, ranks: u32) -> Needs {
 
 /// Waits since `n` seconds before now for its number.
 fn waiting(n: i64, needs: Needs, priority: i32) -> Job {
-    Job {
-        id: JobId(n),
-        spec: JobSpec { name: format!("job{n}"), needs, priority, ..JobSpec::default() },
-        desired: Desired::Running,
-        state: JobState::Pending,
-        n_starts: 0,
-        n_failures: 0,
-        n_short: 0,
-        process: None,
-        placed: Vec::new(),
-        ending: None,
-        message: None,
-        log_path: None,
-        created_at: NOW,
-        waiting_at: NOW,
-        started_at: None,
-        finished_at: None,
-        retry_at: None,
-        stop_sent_at: None,
-    }
+    let spec = JobSpec { name: format!("job{n}"), needs, priority, ..JobSpec::default() };
+    submitted(JobId(n), spec, NOW)
 }
 
 fn process(n: i64, node: &str) -> ProcessRef {

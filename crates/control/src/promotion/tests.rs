@@ -8,6 +8,7 @@ use crate::deployments::Ask;
 use crate::job::JobSpec;
 use crate::jobs::End;
 use crate::leases::Lease;
+use crate::testing::Random;
 
 fn pipeline() -> Pipeline {
     let text = r#"{"model": "m", "train": {"args": ["--dataset", "d"]}, "evaluate": {"tasks": ["wet.jsonl"]},
@@ -60,7 +61,7 @@ const STEPS: usize = 400;
 /// Two controllers that take turns, are interrupted between their look and their word, and lose their lease; jobs that
 /// end as they like; people who cancel and deploy. The database is the real one.
 struct World {
-    random: u64,
+    random: Random,
     now: Arc<AtomicI64>,
     control: Control,
     leases: [Option<Lease>; 2],
@@ -84,7 +85,7 @@ impl World {
         let clock = Arc::clone(&now);
         let control = Control::in_memory(Clock::new(move || UnixMs(clock.load(Ordering::SeqCst)))).unwrap();
         let mut world = World {
-            random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
+            random: Random(seed),
             now,
             control,
             leases: [None, None],
@@ -101,10 +102,7 @@ impl World {
     }
 
     fn below(&mut self, n: usize) -> usize {
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        (self.random % n as u64) as usize
+        self.random.below(n as u64) as usize
     }
 
     fn percent(&mut self, share: usize) -> bool {

@@ -2,30 +2,13 @@ use super::*;
 use crate::job::JobSpec;
 use crate::nodes::Node;
 use crate::place::{Cluster, place};
+use crate::testing::submitted;
 
 const NOW: UnixMs = UnixMs(1_800_000_000_000);
 
 fn job() -> Job {
-    Job {
-        id: JobId(1),
-        spec: JobSpec { name: "train".to_owned(), max_restarts: 2, ..JobSpec::default() },
-        desired: Desired::Running,
-        state: JobState::Pending,
-        n_starts: 0,
-        n_failures: 0,
-        n_short: 0,
-        process: None,
-        placed: Vec::new(),
-        waiting_at: NOW,
-        ending: None,
-        message: None,
-        log_path: None,
-        created_at: NOW,
-        started_at: None,
-        finished_at: None,
-        retry_at: None,
-        stop_sent_at: None,
-    }
+    let spec = JobSpec { name: "train".to_owned(), max_restarts: 2, ..JobSpec::default() };
+    submitted(JobId(1), spec, NOW)
 }
 
 fn process() -> ProcessRef {

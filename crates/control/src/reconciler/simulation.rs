@@ -17,10 +17,11 @@ use telemetry::Metrics;
 use super::*;
 use crate::clock::Clock;
 use crate::job::{Desired, JobSpec, JobState, Needs};
+use crate::testing::Random;
 
 mod world;
 
-use world::{Crash, Life, Random, SharedWorkers, SharedWorld, SimulatedLauncher, World, lock};
+use world::{Crash, Life, SharedWorkers, SharedWorld, SimulatedLauncher, World, lock};
 
 /// Histories of a usual run; `LOQUAT_SIMULATION_SEEDS` asks for another number, `LOQUAT_SIMULATION_SEED` for one.
 const SEEDS: u64 = 2_000;

@@ -49,7 +49,7 @@ impl TextRows {
         }
         if too_long {
             let reason = format!(
-                "a document longer than {} bytes begins here: set a separator, or use JSONL",
+                "a document longer than {} bytes begins here: name the line between documents (--separator), or use JSONL",
                 self.lines.bytes_max
             );
             return Err(Error::row(&self.lines.path, Place::Line(first_line), reason));

@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Subcommand};
+use control::Role;
 
 /// What this machine gives to jobs, where that is not all it has.
 #[derive(Args, Clone, Default)]
@@ -144,29 +146,24 @@ pub(crate) enum ProjectCommand {
     },
 }
 
-#[derive(Clone, Copy, clap::ValueEnum)]
-pub(crate) enum RoleName {
-    /// Ask models.
-    Use,
-    /// Also see the cluster, and cancel and retry jobs.
-    Member,
-    /// Everything.
-    Admin,
-}
-
 #[derive(Subcommand)]
 pub(crate) enum KeyCommand {
     /// Make a key. It is shown once.
     Create {
         name: String,
-        /// What it may do.
-        #[arg(long, value_enum, default_value_t = RoleName::Use)]
-        role: RoleName,
+        /// What it may do: ask models; also see the cluster, and cancel and retry jobs; everything.
+        #[arg(long, default_value = Role::Use.as_str(), value_parser = roles())]
+        role: Role,
     },
     List,
     Revoke {
         id: i64,
     },
+}
+
+fn roles() -> impl TypedValueParser<Value = Role> {
+    let names = PossibleValuesParser::new(Role::ALL.map(Role::as_str));
+    names.try_map(|name| Role::named(&name).ok_or("there is no such role"))
 }
 
 #[derive(Args)]

@@ -1,6 +1,6 @@
 //! `loquat backup` and `loquat restore`: the database and the store of a cluster, copied while it runs, and brought back.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,6 +15,7 @@ use crate::args;
 use crate::home::Home;
 use crate::machine::bytes_text;
 use crate::service::BUNDLE;
+use crate::view::progress;
 
 /// Tables are read before objects are copied, so what they speak of was there; what went meanwhile is not in tables that are
 /// read after it.
@@ -232,17 +233,15 @@ impl Shown {
         Shown { done, started: now, told: now, is_terminal: std::io::stderr().is_terminal(), drawn: false }
     }
 
-    fn show(&mut self, progress: &Progress) {
+    fn show(&mut self, so_far: &Progress) {
         let every = if self.is_terminal { Duration::from_millis(150) } else { Duration::from_secs(10) };
         if self.told.elapsed() < every {
             return;
         }
         self.told = Instant::now();
-        let text = progress_text(self.done, progress, self.started.elapsed().as_secs_f64());
+        let text = progress_text(self.done, so_far, self.started.elapsed().as_secs_f64());
         if self.is_terminal {
-            eprint!("\r\x1b[K{text}");
-            // A terminal that is gone is no reason to stop.
-            let _ = std::io::stderr().flush();
+            progress(&text);
             self.drawn = true;
         } else {
             eprintln!("{text}");

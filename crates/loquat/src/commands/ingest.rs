@@ -1,6 +1,5 @@
 //! `loquat ingest`: text to a dataset, with its progress shown.
 
-use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -12,13 +11,14 @@ use tokenizer::{ChatTemplate, Tokenizer};
 use crate::args;
 use crate::home::Home;
 use crate::serving;
-use crate::view::bar;
+use crate::view::{bar, progress};
 
 pub(crate) fn run(home: &Home, args: &args::Ingest) -> Result<ExitCode> {
     let trained = TokenizerSource::Train { vocab_size: args.vocab };
     let mut plan = IngestPlan::new(&args.name, args.inputs.clone(), trained);
     plan.validation_fraction = args.validation;
     plan.read.text_field = args.text_field.clone();
+    plan.read.separator = args.separator.clone();
     if args.skip_bad_rows {
         plan.read.bad_rows = BadRows::Skip;
     }
@@ -38,8 +38,7 @@ pub(crate) fn run(home: &Home, args: &args::Ingest) -> Result<ExitCode> {
 fn of_model(home: &Home, model: &str) -> Result<(Tokenizer, ChatTemplate)> {
     let path = super::model::resolve(home, model)?;
     let loaded = model::load(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let tokenizer = serving::tokenizer(&loaded.tokenizer)
-        .with_context(|| format!("cannot use the tokenizer of {}", path.display()))?;
+    let tokenizer = serving::tokenizer_of(&path, &loaded)?;
     let template = match &loaded.chat_template {
         Some(source) => serving::chat_template(source, &tokenizer)
             .with_context(|| format!("the chat template of {}", path.display()))?,
@@ -60,9 +59,9 @@ fn form_named(name: &str) -> Result<Option<Form>> {
 /// Ingests with progress on the terminal, and says what came of it.
 pub(crate) fn ingest(home: &Home, plan: &IngestPlan) -> Result<()> {
     let store = home.store()?;
-    let mut shown = Shown { terminal: std::io::stdout().is_terminal(), percent: None };
-    let info = data::ingest(plan, &store, &mut |progress| shown.show(&progress))?;
-    shown.end();
+    let mut shown = None;
+    let info = data::ingest(plan, &store, &mut |so_far| show(&so_far, &mut shown))?;
+    progress("");
     tell(&plan.name, &info);
     Ok(())
 }
@@ -90,33 +89,20 @@ fn tell(name: &str, info: &DatasetInfo) {
     }
 }
 
-struct Shown {
-    terminal: bool,
-    percent: Option<(IngestStage, u64)>,
-}
-
-impl Shown {
-    fn show(&mut self, progress: &IngestProgress) {
-        let share = progress.done as f64 / progress.total.max(1) as f64;
-        let now = Some((progress.stage, (share * 100.0) as u64));
-        if self.terminal && now != self.percent {
-            let doing = match progress.stage {
-                IngestStage::Checksums => "checking the files",
-                IngestStage::Scan => "reading documents",
-                IngestStage::Tokenizer => "training the tokenizer",
-                IngestStage::Tokens => "writing tokens",
-                IngestStage::Publish => "publishing",
-            };
-            print!("\r\x1b[K{} {:>3.0} % {doing}", bar(share, 24), share * 100.0);
-            // Progress is only for looking at.
-            let _ = std::io::stdout().flush();
-        }
-        self.percent = now;
+/// Draws a stage and its percentage where they are not those that are `shown`.
+fn show(so_far: &IngestProgress, shown: &mut Option<(IngestStage, u64)>) {
+    let share = so_far.done as f64 / so_far.total.max(1) as f64;
+    let now = Some((so_far.stage, (share * 100.0) as u64));
+    if now == *shown {
+        return;
     }
-
-    fn end(&self) {
-        if self.terminal && self.percent.is_some() {
-            print!("\r\x1b[K");
-        }
-    }
+    *shown = now;
+    let doing = match so_far.stage {
+        IngestStage::Checksums => "checking the files",
+        IngestStage::Scan => "reading documents",
+        IngestStage::Tokenizer => "training the tokenizer",
+        IngestStage::Tokens => "writing tokens",
+        IngestStage::Publish => "publishing",
+    };
+    progress(&format!("{} {:>3.0} % {doing}", bar(share, 24), share * 100.0));
 }

@@ -3,16 +3,16 @@
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
-use control::{KeyId, Role};
+use control::KeyId;
 
-use crate::args::{KeyCommand, RoleName};
+use crate::args::KeyCommand;
 use crate::home::Home;
 
 pub(crate) fn run(home: &Home, command: &KeyCommand) -> Result<ExitCode> {
     let control = home.control()?;
     match command {
         KeyCommand::Create { name, role } => {
-            println!("{}", control.create_key(name, role_of(*role))?.expose());
+            println!("{}", control.create_key(name, *role)?.expose());
             eprintln!("keep it: it is shown this once and cannot be read back");
         }
         KeyCommand::List => {
@@ -27,12 +27,4 @@ pub(crate) fn run(home: &Home, command: &KeyCommand) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn role_of(name: RoleName) -> Role {
-    match name {
-        RoleName::Use => Role::Use,
-        RoleName::Member => Role::Member,
-        RoleName::Admin => Role::Admin,
-    }
 }

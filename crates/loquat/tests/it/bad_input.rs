@@ -34,7 +34,10 @@ fn bad_text_is_named() {
     ingest(&file("cut.jsonl.gz", &[0x1f, 0x8b, 8, 0, 0, 0]), &["cut.jsonl.gz"]);
     ingest(&file("bad.jsonl", b"{\"text\":\"fine\"}\n{\"text\":"), &["bad.jsonl", "2"]);
     ingest(&file("cut.parquet", b"PAR1 and no more"), &["cut.parquet"]);
-    ingest(&file("one.txt", b"A single short document."), &[]);
+    let one = file("one.txt", b"A first short document.\n\nA second one.");
+    ingest(&one, &["one.txt", "--separator"]);
+    let lines = ["--separator", "", "--vocab", "260", "--validation", "0.5"];
+    succeed(&home, &[&["ingest", "--name", "two", &one], &lines[..]].concat());
     check(&home, &["ingest", "--name", "../x", &file("a.txt", b"some text")], &["../x"]);
 }
 

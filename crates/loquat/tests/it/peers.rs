@@ -13,7 +13,7 @@ use model::{BLOCK_TOKENS, Conversion, KvType, Scratch, StepInput, Transformer, g
 use serde_json::{Value, json};
 use tensor::Pool;
 use tensor::packed::WeightKind;
-use tokenizer::{BpeTrainer, Tokenizer};
+use tokenizer::{BpeTrainer, GgufVocab, Tokenizer};
 
 use crate::support::{PATIENCE, chat_model, root, succeed};
 
@@ -279,13 +279,13 @@ fn write_golden(name: &str, path: &Path) {
     let exact = Conversion { kind: WeightKind::F32, pure: true, vectors: false };
     loaded.weights.convert(exact, &Arc::new(Pool::new(1)));
     let tokens = (0..loaded.weights.config.vocab).map(|id| format!("t{id}")).collect();
-    let vocab = gguf::Vocab {
+    let vocab = GgufVocab {
         model: "gpt2".into(),
         pre: Some("gpt-2".into()),
         tokens,
         merges: vec!["t 1".into()],
         eos: Some(130),
-        ..gguf::Vocab::default()
+        ..GgufVocab::default()
     };
     let extras = gguf::Extras { name, vocab: Some(&vocab), chat_template: None };
     let mut file = BufWriter::new(File::create(path).unwrap());

@@ -19,6 +19,7 @@ pub use crate::names::to_gguf as tensor_name;
 use metadata::Metadata;
 use reader::{Reader, bad};
 use tensors::read_infos;
+use tokenizer::GgufVocab;
 pub use write::{Extras, write};
 
 use crate::source::Source;
@@ -33,36 +34,9 @@ pub struct Gguf {
     /// Shape and tensors.
     pub weights: Weights,
     /// The tokenizer's fields as they stand in the file; `None` if it has none.
-    pub vocab: Option<Vocab>,
+    pub vocab: Option<GgufVocab>,
     /// Jinja source of the chat template.
     pub chat_template: Option<String>,
-}
-
-/// Metadata `tokenizer.ggml.*`, which a tokenizer can be built of.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Vocab {
-    /// `gpt2` (byte-level BPE) or `llama` (SentencePiece).
-    pub model: String,
-    /// Name of the rule that splits text into words.
-    pub pre: Option<String>,
-    /// By id.
-    pub tokens: Vec<String>,
-    /// One a token, or empty.
-    pub scores: Vec<f32>,
-    /// One a token, or empty.
-    pub token_types: Vec<i32>,
-    /// `"left right"`, in order of rank.
-    pub merges: Vec<String>,
-    /// Begins a text.
-    pub bos: Option<u32>,
-    /// Ends a text.
-    pub eos: Option<u32>,
-    /// Stands for what is not in the vocabulary.
-    pub unk: Option<u32>,
-    /// Whether `bos` is put before every text.
-    pub add_bos: Option<bool>,
-    /// Whether a space is put before every text.
-    pub add_space_prefix: Option<bool>,
 }
 
 /// Reads the file at `path`, but for the tensors' numbers, which are read when they are wanted.
@@ -93,9 +67,9 @@ fn read_from(source: &Source) -> Result<Gguf> {
     Ok(Gguf { vocab: vocab(&mut metadata, weights.config.vocab)?, weights, chat_template })
 }
 
-fn vocab(metadata: &mut Metadata, n_ids: usize) -> Result<Option<Vocab>> {
+fn vocab(metadata: &mut Metadata, n_ids: usize) -> Result<Option<GgufVocab>> {
     let Some(model) = metadata.text("tokenizer.ggml.model")?.map(str::to_owned) else { return Ok(None) };
-    let vocab = Vocab {
+    let vocab = GgufVocab {
         model,
         pre: metadata.text("tokenizer.ggml.pre")?.map(str::to_owned),
         tokens: metadata.take_texts("tokenizer.ggml.tokens")?,

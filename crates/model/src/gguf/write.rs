@@ -4,10 +4,11 @@ use std::borrow::Cow;
 use std::io::Write;
 
 use tensor::packed::WeightKind;
+use tokenizer::GgufVocab;
 
+use super::MAGIC;
 use super::config::{GEMMA3_GROUP, gemma3_query_scalar};
 use super::tensors::{ROPE_DIVISORS, interleaved, kind_id};
-use super::{MAGIC, Vocab};
 use crate::names::{LayerPart, Part, split_suffix, to_gguf};
 use crate::weights::unreadable;
 use crate::{Architecture, Config, Error, Result, RopeScaling, WeightTensor, Weights, Window};
@@ -32,7 +33,7 @@ pub struct Extras<'a> {
     /// What people call the model.
     pub name: &'a str,
     /// Its tokenizer. Ids that the model has and the tokenizer does not are written as unused.
-    pub vocab: Option<&'a Vocab>,
+    pub vocab: Option<&'a GgufVocab>,
     /// Jinja source.
     pub chat_template: Option<&'a str>,
 }
@@ -259,7 +260,7 @@ fn describe_scaling(pairs: &mut Pairs, config: &Config) {
     }
 }
 
-fn describe_vocab(pairs: &mut Pairs, vocab: &Vocab, config: &Config) -> Result<()> {
+fn describe_vocab(pairs: &mut Pairs, vocab: &GgufVocab, config: &Config) -> Result<()> {
     let n_tokens = vocab.tokens.len();
     let n_unused = config.vocab.checked_sub(n_tokens).ok_or_else(|| {
         bad("tokenizer.ggml.tokens", format!("{n_tokens} tokens for a model of {}", config.vocab))
@@ -387,8 +388,8 @@ mod tests {
         read_from(&Source::Memory(Arc::new(bytes))).unwrap()
     }
 
-    fn vocab() -> Vocab {
-        Vocab {
+    fn vocab() -> GgufVocab {
+        GgufVocab {
             model: "gpt2".into(),
             pre: Some("llama-bpe".into()),
             tokens: (0..48).map(|i| format!("t{i}")).collect(),
@@ -473,7 +474,7 @@ mod tests {
         let config = tiny();
         let table = ParamTable::new(&config);
         let mut weights = table.to_weights(&config, &table.init(3), WeightKind::F32);
-        let many = Vocab { tokens: vec!["x".into(); 51], ..Vocab::default() };
+        let many = GgufVocab { tokens: vec!["x".into(); 51], ..GgufVocab::default() };
         let extras = Extras { vocab: Some(&many), ..Extras::default() };
         let error = write(&mut Vec::new(), &weights, extras).unwrap_err().to_string();
         assert!(error.contains("51 tokens for a model of 50"), "{error}");

@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 use tensor::adamw::{AdamW, AdamWState, adamw};
+use tensor::{Accumulate, Buf, Mat, matmul};
 
 use super::*;
 use crate::{Architecture, Rope, Trainable};
@@ -91,6 +92,24 @@ impl Case {
 #[track_caller]
 pub(super) fn assert_near(what: &str, found: f64, expected: f64, tolerance: f64) {
     assert!((found - expected).abs() <= tolerance, "{what}: {found}, PyTorch says {expected}");
+}
+
+impl TrainModel {
+    /// The logits of the first `n` tokens of the last forward pass, `[n, v]`.
+    fn last_logits(&mut self, pool: &Pool, params: &[f32], n: usize) -> Buf<f32> {
+        let Shape { c, v, precision, .. } = self.shape;
+        let mut nothing = Flat(&mut []);
+        let pass = self.pass(pool, Params::Trained(Some(params)), MicroBatch::default(), &mut nothing);
+        let values = &pass.matrices.values;
+        let norm = Norm::of(values, &values.table.final_norm, pass.shape.norm_eps);
+        let last = 2 * values.table.layers.len();
+        norm.again(pool, &mut pass.scratch.normed_nc, &pass.streams[last]);
+        let mut logits = Buf::zeroed(n * v);
+        let head = Mat::new(values.of(&values.table.head), v, c);
+        let rows = Mat::new(&pass.scratch.normed_nc[..n * c], n, c);
+        matmul(pool, &mut logits, rows, head.t(), precision, Accumulate::Overwrite);
+        logits
+    }
 }
 
 #[test]

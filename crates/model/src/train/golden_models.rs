@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use serde_json::Value;
+use tensor::Buf;
 use tensor::adamw::{AdamW, AdamWState, adamw};
 use tensor::cross_entropy::IGNORED;
 

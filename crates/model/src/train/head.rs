@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use tensor::cross_entropy::{IGNORED, cross_entropy_forward, cross_entropy_z_forward_backward};
+use tensor::cross_entropy::{IGNORED, cross_entropy_forward, cross_entropy_forward_backward};
 use tensor::distill::{Distill, distill_forward_backward};
 use tensor::rows::scale_rows;
 use tensor::{Accumulate, Buf, Mat, matmul};
@@ -31,6 +31,9 @@ pub(super) struct Counted {
     /// Rows of a matrix, side by side where they are not neighbours, and their gradients.
     gathered: Buf<f32>,
     dgathered: Buf<f32>,
+    /// The ids of a micro-batch in order, and where gradients of the embedding are still added to.
+    ids: Vec<u32>,
+    open: Vec<Range<usize>>,
 }
 
 impl Counted {
@@ -142,7 +145,7 @@ impl Pass<'_> {
                 let of_both = (&mut *logits, teacher.logits(pool, rows));
                 distill_forward_backward(pool, losses, of_both, targets, *distill);
             }
-            _ => cross_entropy_z_forward_backward(pool, losses, logits, targets, self.z_loss),
+            _ => cross_entropy_forward_backward(pool, losses, logits, targets, self.z_loss),
         }
         if let Sum::Weighted(factors_n) = sum {
             counted.factors.clear();
@@ -177,19 +180,21 @@ impl Pass<'_> {
         if !self.grads.all {
             return;
         }
-        let mut tokens = self.batch.tokens_bt.to_vec();
-        tokens.sort_unstable();
-        tokens.dedup();
-        let row = |token: u32| table.embedding.start + token as usize * self.shape.c;
-        let mut open: Vec<Range<usize>> = Vec::new();
-        let rows = tokens.into_iter().map(|token| row(token)..row(token + 1));
+        let Counted { ids, open, .. } = &mut self.scratch.counted;
+        ids.clear();
+        ids.extend_from_slice(self.batch.tokens_bt);
+        ids.sort_unstable();
+        ids.dedup();
+        open.clear();
+        let row = |id: u32| table.embedding.start + id as usize * self.shape.c;
+        let rows = ids.iter().map(|id| row(*id)..row(id + 1));
         for range in rows.chain(table.positions.clone()) {
             match open.last_mut() {
                 Some(last) if last.end == range.start => last.end = range.end,
                 _ => open.push(range),
             }
         }
-        self.grads.keeper.settled(0, &open);
+        self.grads.keeper.settled(0, open);
     }
 
     /// Needs what comes after the layers, and the head: the unit it lies in.

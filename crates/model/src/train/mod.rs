@@ -32,7 +32,7 @@ mod teacher;
 use tensor::embedding::{embedding_add, embedding_backward, embedding_forward};
 use tensor::rope::RopeTable;
 use tensor::rows::scale;
-use tensor::{Accumulate, Buf, Mat, Pool, Precision, matmul};
+use tensor::{Pool, Precision};
 
 pub use batch::MicroBatch;
 pub use budget::ActivationBytes;
@@ -232,22 +232,6 @@ impl TrainModel {
         keeper: &mut dyn Keeper,
     ) -> LossSum {
         objective::loss(self, pool, params, (batch, objective), keeper)
-    }
-
-    /// The logits of the first `n` tokens of the last forward pass, `[n, v]`. For comparisons with other programs.
-    pub fn last_logits(&mut self, pool: &Pool, params: &[f32], n: usize) -> Buf<f32> {
-        let Shape { c, v, precision, .. } = self.shape;
-        let mut nothing = Flat(&mut []);
-        let pass = self.pass(pool, Params::Trained(Some(params)), MicroBatch::default(), &mut nothing);
-        let values = &pass.matrices.values;
-        let norm = Norm::of(values, &values.table.final_norm, pass.shape.norm_eps);
-        let last = 2 * values.table.layers.len();
-        norm.again(pool, &mut pass.scratch.normed_nc, &pass.streams[last]);
-        let mut logits = Buf::zeroed(n * v);
-        let head = Mat::new(values.of(&values.table.head), v, c);
-        let rows = Mat::new(&pass.scratch.normed_nc[..n * c], n, c);
-        matmul(pool, &mut logits, rows, head.t(), precision, Accumulate::Overwrite);
-        logits
     }
 
     fn pass<'a>(

@@ -1,3 +1,4 @@
+use tensor::Buf;
 use tensor::cross_entropy::IGNORED;
 use tensor::packed::WeightKind;
 

@@ -3,42 +3,12 @@
 
 use model::{KvType, Transformer, gguf};
 use tensor::Pool;
-use tokenizer::{GgufVocab, Tokenizer};
+use tokenizer::Tokenizer;
 
 use crate::{Session, argmax, find, ids, log_prob};
 
 /// Over all of the five likeliest ids at every position.
 const TOLERANCE: f64 = 1e-2;
-
-fn tokenizer(vocab: gguf::Vocab) -> Tokenizer {
-    let gguf::Vocab {
-        model,
-        pre,
-        tokens,
-        scores,
-        token_types,
-        merges,
-        bos,
-        eos,
-        unk,
-        add_bos,
-        add_space_prefix,
-    } = vocab;
-    let vocab = GgufVocab {
-        model,
-        pre,
-        tokens,
-        scores,
-        token_types,
-        merges,
-        bos,
-        eos,
-        unk,
-        add_bos,
-        add_space_prefix,
-    };
-    Tokenizer::from_gguf(vocab).unwrap()
-}
 
 #[test]
 fn gemma_agrees_with_transformers() {
@@ -47,7 +17,7 @@ fn gemma_agrees_with_transformers() {
     let golden: serde_json::Value = serde_json::from_slice(&golden).unwrap();
     let pool = Pool::new(2);
     let gguf::Gguf { weights, vocab, .. } = gguf::read(&file).unwrap();
-    let tokenizer = tokenizer(vocab.unwrap());
+    let tokenizer = Tokenizer::from_gguf(&vocab.unwrap()).unwrap();
     let model = Transformer::new(weights, &pool).unwrap();
     let mut worst = 0.0f64;
     for entry in golden["entries"].as_array().unwrap() {

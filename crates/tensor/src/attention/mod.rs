@@ -43,7 +43,7 @@ pub struct AttentionDims {
     pub n_kv_heads: usize,
     /// d
     pub head_width: usize,
-    /// Factor of scores, see [`AttentionDims::default_scale`].
+    /// Factor of scores: 1/√d, but for models that say otherwise.
     pub scale: f32,
 }
 
@@ -83,11 +83,6 @@ impl Mask<'_> {
 }
 
 impl AttentionDims {
-    /// 1/√d
-    pub fn default_scale(head_width: usize) -> f32 {
-        1.0 / (head_width as f32).sqrt()
-    }
-
     /// Width of a row of queries, keys and values: (h + 2g)·d.
     pub fn qkv_width(&self) -> usize {
         (self.n_heads + 2 * self.n_kv_heads) * self.head_width
@@ -300,7 +295,7 @@ mod tests {
         n_kv_heads: usize,
         head_width: usize,
     ) -> AttentionDims {
-        let scale = AttentionDims::default_scale(head_width);
+        let scale = 1.0 / (head_width as f32).sqrt();
         AttentionDims { n_rows, n_positions, n_heads, n_kv_heads, head_width, scale }
     }
 

@@ -44,7 +44,7 @@ fn written_for_gguf_it_gives_the_same_ids() {
     for name in ["gpt2", "smollm2", "llama3", "qwen2", "llama2"] {
         let tokenizer = golden_tokenizer(name);
         let vocab = tokenizer.to_gguf().unwrap_or_else(|error| panic!("{name}: {error}"));
-        let again = Tokenizer::from_gguf(vocab).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let again = Tokenizer::from_gguf(&vocab).unwrap_or_else(|error| panic!("{name}: {error}"));
         assert_eq!(
             (again.bos(), again.eos(), again.add_bos()),
             (tokenizer.bos(), tokenizer.eos(), tokenizer.add_bos()),

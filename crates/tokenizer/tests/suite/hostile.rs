@@ -91,10 +91,10 @@ fn lying_vocabularies_are_refused_by_name() {
         merges: vec!["a b".into()],
         ..GgufVocab::default()
     };
-    let tokenizer = Tokenizer::from_gguf(good.clone()).expect("a good vocabulary");
+    let tokenizer = Tokenizer::from_gguf(&good).expect("a good vocabulary");
     assert_eq!(tokenizer.encode("abba?"), [2, 1, 0]);
     let scored = GgufVocab { model: "llama".into(), scores: vec![0.0; 3], ..good.clone() };
-    assert!(Tokenizer::from_gguf(scored.clone()).is_ok());
+    assert!(Tokenizer::from_gguf(&scored).is_ok());
     for (bad, named) in [
         (GgufVocab { model: "bert".into(), ..good.clone() }, "tokenizer.ggml.model"),
         (GgufVocab { pre: Some("exotic".into()), ..good.clone() }, "tokenizer.ggml.pre"),
@@ -109,7 +109,7 @@ fn lying_vocabularies_are_refused_by_name() {
         (GgufVocab { scores: vec![f32::NAN; 3], ..scored.clone() }, "scores"),
         (GgufVocab { unk: Some(9), ..scored.clone() }, "unk"),
     ] {
-        let error = Tokenizer::from_gguf(bad).expect_err(named);
+        let error = Tokenizer::from_gguf(&bad).expect_err(named);
         assert!(error.to_string().contains(named), "{error}");
     }
 }

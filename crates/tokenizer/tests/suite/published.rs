@@ -28,7 +28,7 @@ fn parity_entries() -> Option<Vec<Value>> {
 fn smollm2_has_the_ids_of_llama_cpp() {
     let Some(path) = optional("var/cache/smollm2-135m-instruct-q4_1.gguf") else { return };
     let metadata = gguf_metadata::read(&path).expect("a GGUF file");
-    let tokenizer = Tokenizer::from_gguf(gguf_metadata::vocab(&metadata)).expect("a good vocabulary");
+    let tokenizer = Tokenizer::from_gguf(&gguf_metadata::vocab(&metadata)).expect("a good vocabulary");
     assert_eq!(tokenizer.vocab_size(), 49_152);
     let source = metadata["tokenizer.chat_template"].as_str().expect("a template");
     let template = ChatTemplate::new(source, "<|im_start|>", "<|im_end|>").expect("a good template");

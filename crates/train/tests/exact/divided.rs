@@ -3,11 +3,15 @@
 use std::sync::atomic::AtomicBool;
 
 use store::Bundle;
-use train::{Context, Error, Event, Muon, Outcome, Plan, Zero};
+use train::{Context, Error, Event, Muon, Plan, Zero};
 
-use crate::{carry_out_as, context, prepared, results};
+use crate::{Layout, carry_out, context, prepared, results, run_in_parts, whole_run};
 
 const ALL: [Zero; 4] = [Zero::Nothing, Zero::Optimizer, Zero::Gradients, Zero::Parameters];
+
+fn on(layout: [usize; 2], zero: Zero) -> Layout {
+    Layout { zero, ..layout.into() }
+}
 
 /// A model of several shards, some of whose layers begin inside of one.
 fn wider(plan: Plan) -> Plan {
@@ -34,14 +38,12 @@ fn whatever_is_divided_changes_no_bit() {
     untied.model["tie_word_embeddings"] = false.into();
     for (kind, plan) in [("tied", wider(plan.clone())), ("untied", untied), ("gpt2", other_kind(plan))] {
         let whole = format!("{kind}-whole");
-        train::create(&store, &whole, &plan, None).unwrap();
-        carry_out_as(&store, &whole, ([1, 1], Zero::Nothing), None);
-        let whole = results(&store, &whole);
+        let whole = whole_run(&store, &plan, &whole, [1, 1]);
         for n_ranks in [1, 2, 3, 4, 8] {
             for zero in ALL {
                 let run = format!("{kind}-{n_ranks}-{}", zero.stage());
                 train::create(&store, &run, &plan, None).unwrap();
-                let (_, events) = carry_out_as(&store, &run, ([n_ranks, 2], zero), None);
+                let (_, events) = carry_out(&store, &run, on([n_ranks, 2], zero), None);
                 assert!(results(&store, &run) == whole, "{kind}: {n_ranks} ranks, {zero:?}");
                 let is_eval = |e: &&Event| matches!(e, Event::Eval { .. });
                 assert!(events.iter().filter(is_eval).count() > 2, "{events:?}");
@@ -54,31 +56,21 @@ fn whatever_is_divided_changes_no_bit() {
 fn checkpoints_of_divided_state_load_on_any_layout() {
     let (store, plan) = prepared();
     let plan = wider(plan);
-    train::create(&store, "whole", &plan, None).unwrap();
-    carry_out_as(&store, "whole", ([1, 1], Zero::Nothing), None);
-    let whole = results(&store, "whole");
+    let whole = whole_run(&store, &plan, "whole", [1, 1]);
     let then = [
-        ([1, 1], Zero::Nothing),
-        ([2, 1], Zero::Nothing),
-        ([2, 1], Zero::Optimizer),
-        ([2, 1], Zero::Gradients),
-        ([3, 1], Zero::Nothing),
-        ([3, 1], Zero::Parameters),
-        ([8, 1], Zero::Parameters),
+        on([1, 1], Zero::Nothing),
+        on([2, 1], Zero::Nothing),
+        on([2, 1], Zero::Optimizer),
+        on([2, 1], Zero::Gradients),
+        on([3, 1], Zero::Nothing),
+        on([3, 1], Zero::Parameters),
+        on([8, 1], Zero::Parameters),
     ];
     for (i, then) in then.into_iter().enumerate() {
         let run = format!("parts-{i}");
-        train::create(&store, &run, &plan, None).unwrap();
-        let until =
-            [(([4, 4], Zero::Parameters), Some(2)), (then, Some(3)), (([2, 1], Zero::Parameters), None)];
-        for (layout, until) in until {
-            let (outcome, events) = carry_out_as(&store, &run, layout, until);
-            assert_eq!(outcome, if until.is_some() { Outcome::Interrupted } else { Outcome::Finished });
-            let went_wrong =
-                |e: &Event| matches!(e, Event::CheckpointRefused { .. } | Event::CheckpointFailed { .. });
-            assert!(!events.iter().any(went_wrong), "{events:?}");
-        }
-        assert!(results(&store, &run) == whole, "{then:?}");
+        let (first, last) = (on([4, 4], Zero::Parameters), on([2, 1], Zero::Parameters));
+        let parts = [(first, Some(2)), (then, Some(3)), (last, None)];
+        assert!(run_in_parts(&store, &plan, &run, parts) == whole, "{then:?}");
     }
 }
 
@@ -90,7 +82,7 @@ fn every_rank_writes_its_own_part() {
     for zero in [Zero::Optimizer, Zero::Parameters] {
         let run = format!("written-{}", zero.stage());
         train::create(&store, &run, &plan, None).unwrap();
-        carry_out_as(&store, &run, ([4, 4], zero), Some(2));
+        carry_out(&store, &run, on([4, 4], zero), Some(2));
         let checkpoint = format!("runs/{run}/checkpoints/00000002");
         let bundle = Bundle::open(&store, &checkpoint).unwrap().unwrap();
         let files = &bundle.manifest().files;
@@ -117,15 +109,14 @@ fn every_rank_writes_its_own_part() {
 fn ranks_that_share_no_nodes_change_no_bit() {
     let (store, plan) = prepared();
     let plan = Plan { micro_batches: 12, steps: 3, ..wider(plan) };
-    train::create(&store, "whole", &plan, None).unwrap();
-    carry_out_as(&store, "whole", ([1, 1], Zero::Nothing), None);
-    let whole = results(&store, "whole");
+    let whole = whole_run(&store, &plan, "whole", [1, 1]);
     for n_ranks in [3, 4, 5, 12] {
         for zero in [Zero::Nothing, Zero::Gradients, Zero::Parameters] {
             let run = format!("{n_ranks}-{}", zero.stage());
-            train::create(&store, &run, &plan, None).unwrap();
-            carry_out_as(&store, &run, ([n_ranks, 2], zero), None);
-            assert!(results(&store, &run) == whole, "{n_ranks} ranks, {zero:?}");
+            assert!(
+                whole_run(&store, &plan, &run, on([n_ranks, 2], zero)) == whole,
+                "{n_ranks} ranks, {zero:?}"
+            );
         }
     }
 }

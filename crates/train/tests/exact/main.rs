@@ -21,6 +21,8 @@ mod pipelines;
 mod teams;
 
 const STEPS: u64 = 6;
+/// Of a loss, between layouts that round otherwise.
+const LOSS_TOLERANCE: f64 = 1e-4;
 
 /// A store with a small dataset of real text, and a plan for it.
 fn prepared() -> (Arc<dyn Store>, Plan) {
@@ -90,29 +92,40 @@ fn context<'a>(store: &Arc<dyn Store>, run: &str, stop: &'a AtomicBool) -> Conte
     }
 }
 
-/// Carries `run` out on so many ranks; stops it after step `stop_after` if that is `Some`.
+/// What carries a run out.
+#[derive(Clone, Copy, Debug)]
+struct Layout {
+    n_ranks: usize,
+    /// Of all ranks together.
+    n_threads: usize,
+    n_team: usize,
+    n_stages: usize,
+    zero: Zero,
+}
+
+/// Ranks that compute whole models, and their threads.
+impl From<[usize; 2]> for Layout {
+    fn from([n_ranks, n_threads]: [usize; 2]) -> Layout {
+        Layout { n_ranks, n_threads, n_team: 1, n_stages: 1, zero: Zero::Nothing }
+    }
+}
+
+/// Carries `run` out; stops it after step `until` if that is `Some`.
 fn carry_out(
     store: &Arc<dyn Store>,
     run: &str,
-    [n_ranks, n_threads]: [usize; 2],
-    stop_after: Option<u64>,
-) -> (Outcome, Vec<Event>) {
-    carry_out_as(store, run, ([n_ranks, n_threads], Zero::Nothing), stop_after)
-}
-
-fn carry_out_as(
-    store: &Arc<dyn Store>,
-    run: &str,
-    ([n_ranks, n_threads], zero): ([usize; 2], Zero),
-    stop_after: Option<u64>,
+    layout: impl Into<Layout>,
+    until: Option<u64>,
 ) -> (Outcome, Vec<Event>) {
     let stop = AtomicBool::new(false);
+    let Layout { n_ranks, n_threads, n_team, n_stages, zero } = layout.into();
     // Some layouts compute layers again, and change no bit either.
-    let recompute = n_ranks == 4;
-    let context = Context { n_ranks, zero, n_threads, recompute, ..context(store, run, &stop) };
+    let recompute = n_ranks == 4 * n_stages;
+    let start = Context { recompute, ..context(store, run, &stop) };
+    let context = Context { n_ranks, n_threads, n_team, n_stages, zero, ..start };
     let mut events = Vec::new();
     let outcome = train::run(&context, &mut |event| {
-        if matches!(event, Event::Step(s) if Some(s.step) == stop_after) {
+        if matches!(event, Event::Step(s) if Some(s.step) == until) {
             stop.store(true, Ordering::Relaxed);
         }
         events.push(event.clone());
@@ -120,22 +133,25 @@ fn carry_out_as(
     (outcome.unwrap(), events)
 }
 
-/// Until a step, with no checkpoint that fails.
-fn carry_out_until(context: &Context, stop: &AtomicBool, until: Option<u64>) -> Outcome {
-    let outcome = train::run(context, &mut |event| {
-        if matches!(event, Event::Step(s) if Some(s.step) == until) {
-            stop.store(true, Ordering::Relaxed);
-        }
-        assert!(
-            !matches!(event, Event::CheckpointFailed { .. } | Event::CheckpointRefused { .. }),
-            "{event:?}"
-        );
-    });
-    outcome.unwrap()
+/// Carries `run` out on one layout after the other, each until its step, with no checkpoint that fails.
+fn carry_out_parts(
+    store: &Arc<dyn Store>,
+    run: &str,
+    parts: impl IntoIterator<Item = (impl Into<Layout>, Option<u64>)>,
+) {
+    for (layout, until) in parts {
+        let (outcome, events) = carry_out(store, run, layout, until);
+        assert_eq!(outcome == Outcome::Finished, until.is_none(), "{run}");
+        let went_wrong =
+            |e: &Event| matches!(e, Event::CheckpointRefused { .. } | Event::CheckpointFailed { .. });
+        assert!(!events.iter().any(went_wrong), "{run}: {events:?}");
+    }
 }
 
-/// The published weights, and the losses that the metrics log holds.
-fn results(store: &Arc<dyn Store>, run: &str) -> (Vec<u8>, Vec<(u64, u64)>) {
+/// The published weights, and the losses that the metrics log holds, with their steps, as bits.
+type Results = (Vec<u8>, Vec<(u64, u64)>);
+
+fn results(store: &Arc<dyn Store>, run: &str) -> Results {
     let weights = Bundle::open(store, "models/tiny").unwrap().unwrap().read("model.safetensors").unwrap();
     let losses = train::read_metrics(store.as_ref(), run).unwrap();
     let losses = losses.iter().filter_map(|event| match event {
@@ -145,15 +161,28 @@ fn results(store: &Arc<dyn Store>, run: &str) -> (Vec<u8>, Vec<(u64, u64)>) {
     (weights, losses.collect())
 }
 
-fn whole_run(
+fn run_in_parts(
     store: &Arc<dyn Store>,
     plan: &Plan,
     run: &str,
-    layout: [usize; 2],
-) -> (Vec<u8>, Vec<(u64, u64)>) {
+    parts: impl IntoIterator<Item = (impl Into<Layout>, Option<u64>)>,
+) -> Results {
     train::create(store, run, plan, None).unwrap();
-    assert_eq!(carry_out(store, run, layout, None).0, Outcome::Finished);
+    carry_out_parts(store, run, parts);
     results(store, run)
+}
+
+fn whole_run(store: &Arc<dyn Store>, plan: &Plan, run: &str, layout: impl Into<Layout>) -> Results {
+    run_in_parts(store, plan, run, [(layout, None)])
+}
+
+/// Losses of a layout that rounds otherwise: sums of several parts instead of one.
+fn assert_near(one: &[(u64, u64)], other: &[(u64, u64)]) {
+    assert_eq!(one.len(), other.len());
+    for ((step, a), (_, b)) in one.iter().zip(other) {
+        let (a, b) = (f64::from_bits(*a), f64::from_bits(*b));
+        assert!((a - b).abs() < LOSS_TOLERANCE * a, "step {step}: {a} and {b}");
+    }
 }
 
 #[test]

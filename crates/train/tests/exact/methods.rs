@@ -10,9 +10,9 @@ use store::{Bundle, Store};
 use tensor::Pool;
 use tensor::packed::WeightKind;
 use tokenizer::{BpeTrainer, ChatTemplate};
-use train::{Context, Error, Event, Method, Outcome, Plan, Teacher};
+use train::{Context, Error, Event, Method, Plan, Teacher};
 
-use crate::{carry_out, context, prepared};
+use crate::{carry_out_parts, context, prepared};
 
 const TEMPLATE: &str = "{% for m in messages %}{{ m.role + ':' + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}";
 
@@ -72,10 +72,7 @@ impl FineTune {
             train::keep_teacher(&self.store, run, teacher).unwrap();
         }
         train::create(&self.store, run, &self.plan, Some(&self.files)).unwrap();
-        for (layout, stop_after) in parts {
-            let outcome = carry_out(&self.store, run, *layout, *stop_after).0;
-            assert_eq!(outcome == Outcome::Finished, stop_after.is_none());
-        }
+        carry_out_parts(&self.store, run, parts.iter().copied());
         let (bundle, file) = file.split_once("/tiny/").unwrap();
         let bundle = Bundle::open(&self.store, &format!("{bundle}/tiny")).unwrap().expect("it is published");
         let steps = train::read_metrics(self.store.as_ref(), run).unwrap();

@@ -4,23 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use store::Store;
-use train::{Context, Diloco, Event, Muon, Outcome, Plan, Zero};
+use train::{Context, Diloco, Event, Muon, Plan, Zero};
 
-use crate::{carry_out_until, context, prepared, results, whole_run};
+use crate::{Layout, assert_near, context, prepared, run_in_parts, whole_run};
 
-/// So many ranks, in pipelines of so many stages, until a step.
-#[derive(Clone, Copy)]
-struct Layout {
-    n_ranks: usize,
-    n_stages: usize,
-    /// Ranks that share the layers of a stage.
-    n_team: usize,
-    zero: Zero,
-    until: Option<u64>,
-}
-
+/// So many ranks, in pipelines of so many stages.
 fn on(n_ranks: usize, n_stages: usize) -> Layout {
-    Layout { n_ranks, n_stages, n_team: 1, zero: Zero::Nothing, until: None }
+    Layout { n_stages, ..[n_ranks, n_ranks].into() }
 }
 
 fn deep() -> (Arc<dyn Store>, Plan) {
@@ -32,28 +22,6 @@ fn deep() -> (Arc<dyn Store>, Plan) {
 fn untied(mut plan: Plan) -> Plan {
     plan.model["tie_word_embeddings"] = false.into();
     plan
-}
-
-fn carry_out(store: &Arc<dyn Store>, run: &str, layout: Layout) -> Outcome {
-    let stop = AtomicBool::new(false);
-    let Layout { n_ranks, n_stages, n_team, zero, until } = layout;
-    // Some layouts compute layers again.
-    let recompute = n_ranks == 8;
-    let of_model = Context { n_stages, n_team, zero, ..context(store, run, &stop) };
-    let context = Context { n_ranks, recompute, n_threads: n_ranks, ..of_model };
-    carry_out_until(&context, &stop, until)
-}
-
-/// Weights and losses.
-type Results = (Vec<u8>, Vec<(u64, u64)>);
-
-fn run_on(store: &Arc<dyn Store>, plan: &Plan, run: &str, layouts: &[Layout]) -> Results {
-    train::create(store, run, plan, None).unwrap();
-    for layout in layouts {
-        let outcome = carry_out(store, run, *layout);
-        assert_eq!(outcome == Outcome::Finished, layout.until.is_none(), "{run}");
-    }
-    results(store, run)
 }
 
 /// Norms of gradients, and what held-out text loses.
@@ -74,7 +42,7 @@ fn stages_change_no_bit() {
         let one = whole_run(&store, &plan, &format!("one-{name}"), [1, 1]);
         for (n_ranks, n_stages) in [(2, 2), (4, 4), (4, 2), (8, 4), (8, 2)] {
             let run = format!("{name}-{n_ranks}-{n_stages}");
-            assert!(run_on(&store, &plan, &run, &[on(n_ranks, n_stages)]) == one, "{run}");
+            assert!(whole_run(&store, &plan, &run, on(n_ranks, n_stages)) == one, "{run}");
             assert_eq!(norms(&store, &run), norms(&store, &format!("one-{name}")), "{run}");
         }
     }
@@ -99,7 +67,7 @@ fn stages_of_every_kind_change_no_bit() {
         let one = whole_run(&store, &plan, &format!("one-{name}"), [1, 1]);
         for n_stages in [2, 4] {
             let run = format!("{name}-{n_stages}");
-            assert!(run_on(&store, &plan, &run, &[on(n_stages, n_stages)]) == one, "{run}");
+            assert!(whole_run(&store, &plan, &run, on(n_stages, n_stages)) == one, "{run}");
         }
     }
 }
@@ -111,7 +79,7 @@ fn fewer_micro_batches_than_stages_change_no_bit() {
         let plan = Plan { micro_batches, ..plan.clone() };
         let one = whole_run(&store, &plan, &format!("one-{micro_batches}"), [1, 1]);
         let run = format!("few-{micro_batches}");
-        assert!(run_on(&store, &plan, &run, &[on(4, 4)]) == one, "{run}");
+        assert!(whole_run(&store, &plan, &run, on(4, 4)) == one, "{run}");
     }
 }
 
@@ -119,11 +87,16 @@ fn fewer_micro_batches_than_stages_change_no_bit() {
 fn checkpoints_of_pipelines_load_on_any_layout() {
     let (store, plan) = deep();
     let one = whole_run(&store, &plan, "one", [1, 1]);
-    let until = |layout: Layout, step: u64| Layout { until: Some(step), ..layout };
-    let parts = [until(on(4, 4), 1), until(on(1, 1), 2), until(on(4, 2), 3), until(on(2, 1), 4), on(2, 2)];
-    assert!(run_on(&store, &plan, "parts", &parts) == one);
-    let same = [until(on(4, 2), 1), until(on(4, 2), 3), on(4, 2)];
-    assert!(run_on(&store, &plan, "same", &same) == one);
+    let parts = [
+        (on(4, 4), Some(1)),
+        (on(1, 1), Some(2)),
+        (on(4, 2), Some(3)),
+        (on(2, 1), Some(4)),
+        (on(2, 2), None),
+    ];
+    assert!(run_in_parts(&store, &plan, "parts", parts) == one);
+    let same = [(on(4, 2), Some(1)), (on(4, 2), Some(3)), (on(4, 2), None)];
+    assert!(run_in_parts(&store, &plan, "same", same) == one);
 }
 
 #[test]
@@ -134,7 +107,7 @@ fn what_pipelines_divide_changes_no_bit() {
         [(4, 2, Zero::Optimizer), (4, 2, Zero::Gradients), (8, 2, Zero::Optimizer), (8, 4, Zero::Gradients)]
     {
         let run = format!("divided-{n_ranks}-{n_stages}-{zero:?}");
-        assert!(run_on(&store, &plan, &run, &[Layout { zero, ..on(n_ranks, n_stages) }]) == one, "{run}");
+        assert!(whole_run(&store, &plan, &run, Layout { zero, ..on(n_ranks, n_stages) }) == one, "{run}");
         assert_eq!(norms(&store, &run), norms(&store, "one"), "{run}");
     }
 }
@@ -143,27 +116,23 @@ fn what_pipelines_divide_changes_no_bit() {
 fn stages_of_teams_learn_what_one_rank_does() {
     let (store, plan) = deep();
     let one = whole_run(&store, &plan, "one", [1, 1]);
-    let near = |losses: &[(u64, u64)]| {
-        assert_eq!(losses.len(), one.1.len());
-        for ((step, a), (_, b)) in one.1.iter().zip(losses) {
-            let (a, b) = (f64::from_bits(*a), f64::from_bits(*b));
-            assert!((a - b).abs() < 1e-4 * a, "step {step}: {a} and {b}");
-        }
-    };
     let of = |n_ranks: usize, zero: Zero| Layout { n_team: 2, zero, ..on(n_ranks, 2) };
-    let alone = run_on(&store, &plan, "alone", &[of(4, Zero::Nothing)]);
-    near(&alone.1);
+    let alone = whole_run(&store, &plan, "alone", of(4, Zero::Nothing));
+    assert_near(&one.1, &alone.1);
     for (n_ranks, zero) in
         [(4, Zero::Nothing), (8, Zero::Nothing), (8, Zero::Optimizer), (8, Zero::Gradients)]
     {
         let run = format!("teams-{n_ranks}-{zero:?}");
-        assert!(run_on(&store, &plan, &run, &[of(n_ranks, zero)]) == alone, "{run}");
+        assert!(whole_run(&store, &plan, &run, of(n_ranks, zero)) == alone, "{run}");
     }
-    let until = |layout: Layout, step: u64| Layout { until: Some(step), ..layout };
     let divided = Layout { zero: Zero::Gradients, ..on(4, 2) };
-    let parts =
-        [until(of(8, Zero::Optimizer), 1), until(on(1, 1), 2), until(divided, 4), of(4, Zero::Nothing)];
-    near(&run_on(&store, &plan, "parts", &parts).1);
+    let parts = [
+        (of(8, Zero::Optimizer), Some(1)),
+        (on(1, 1), Some(2)),
+        (divided, Some(4)),
+        (of(4, Zero::Nothing), None),
+    ];
+    assert_near(&one.1, &run_in_parts(&store, &plan, "parts", parts).1);
 }
 
 #[test]

@@ -5,21 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use store::{Bundle, Store};
-use train::{Context, Diloco, Error, Muon, Outcome, Plan, Zero};
+use train::{Context, Diloco, Error, Muon, Plan, Zero};
 
-use crate::{carry_out_until, context, prepared, results, whole_run};
-
-/// Of the losses of one rank; sums of four parts are rounded otherwise than one.
-const BOUND: f64 = 1e-4;
-
-/// So many ranks, so many of which compute a model together, what they divide, until a step.
-#[derive(Clone, Copy)]
-struct Layout {
-    n_ranks: usize,
-    n_team: usize,
-    zero: Zero,
-    until: Option<u64>,
-}
+use crate::{Layout, assert_near, carry_out_parts, context, prepared, run_in_parts, whole_run};
 
 const ALL: [Zero; 4] = [Zero::Nothing, Zero::Optimizer, Zero::Gradients, Zero::Parameters];
 
@@ -30,28 +18,9 @@ fn prepared_for_teams() -> (Arc<dyn Store>, Plan) {
     (store, plan)
 }
 
-fn carry_out(store: &Arc<dyn Store>, run: &str, layout: &Layout) -> Outcome {
-    let stop = AtomicBool::new(false);
-    let Layout { n_ranks, n_team, zero, until } = *layout;
-    let context = Context { n_ranks, n_team, zero, n_threads: n_ranks, ..context(store, run, &stop) };
-    carry_out_until(&context, &stop, until)
-}
-
-fn run_on(store: &Arc<dyn Store>, plan: &Plan, run: &str, layouts: &[Layout]) -> (Vec<u8>, Vec<(u64, u64)>) {
-    train::create(store, run, plan, None).unwrap();
-    for layout in layouts {
-        let outcome = carry_out(store, run, layout);
-        assert_eq!(outcome == Outcome::Finished, layout.until.is_none(), "{run}");
-    }
-    results(store, run)
-}
-
-fn assert_near(one: &[(u64, u64)], other: &[(u64, u64)]) {
-    assert_eq!(one.len(), other.len());
-    for ((step, a), (_, b)) in one.iter().zip(other) {
-        let (a, b) = (f64::from_bits(*a), f64::from_bits(*b));
-        assert!((a - b).abs() < BOUND * a, "step {step}: {a} and {b}");
-    }
+/// So many ranks, so many of which compute a model together.
+fn on(n_ranks: usize, n_team: usize, zero: Zero) -> Layout {
+    Layout { n_team, zero, ..[n_ranks, n_ranks].into() }
 }
 
 #[test]
@@ -60,8 +29,8 @@ fn teams_learn_what_one_rank_does() {
     let one = whole_run(&store, &plan, "one", [1, 1]);
     for n_team in [2, 4] {
         let of = |n_teams: usize, zero: Zero, run: &str| {
-            let layout = Layout { n_ranks: n_teams * n_team, n_team, zero, until: None };
-            run_on(&store, &plan, &format!("{run}-{n_teams}-{n_team}-{}", zero.stage()), &[layout])
+            let run = format!("{run}-{n_teams}-{n_team}-{}", zero.stage());
+            whole_run(&store, &plan, &run, on(n_teams * n_team, n_team, zero))
         };
         let alone = of(1, Zero::Nothing, "team");
         assert_near(&one.1, &alone.1);
@@ -101,8 +70,8 @@ fn teams_learn_every_architecture() {
         let plan = Plan { model, ..plan.clone() };
         let one = whole_run(&store, &plan, &format!("{name}-one"), [1, 1]);
         let of = |n_ranks: usize, zero: Zero| {
-            let layout = Layout { n_ranks, n_team: 2, zero, until: None };
-            run_on(&store, &plan, &format!("{name}-{n_ranks}-{}", zero.stage()), &[layout])
+            let run = format!("{name}-{n_ranks}-{}", zero.stage());
+            whole_run(&store, &plan, &run, on(n_ranks, 2, zero))
         };
         let alone = of(2, Zero::Nothing);
         assert_near(&one.1, &alone.1);
@@ -114,24 +83,20 @@ fn teams_learn_every_architecture() {
 fn checkpoints_of_teams_load_on_any_layout() {
     let (store, plan) = prepared_for_teams();
     let one = whole_run(&store, &plan, "one", [1, 1]);
-    let layout = |n_ranks, n_team, zero, until| Layout { n_ranks, n_team, zero, until };
     let (nothing, parameters) = (Zero::Nothing, Zero::Parameters);
     let parts = [
-        layout(4, 2, nothing, Some(1)),
-        layout(1, 1, nothing, Some(2)),
-        layout(4, 4, nothing, Some(3)),
-        layout(6, 2, parameters, Some(4)),
-        layout(8, 2, nothing, None),
+        (on(4, 2, nothing), Some(1)),
+        (on(1, 1, nothing), Some(2)),
+        (on(4, 4, nothing), Some(3)),
+        (on(6, 2, parameters), Some(4)),
+        (on(8, 2, nothing), None),
     ];
-    assert_near(&one.1, &run_on(&store, &plan, "parts", &parts).1);
+    assert_near(&one.1, &run_in_parts(&store, &plan, "parts", parts).1);
     // Where the number of parts stays the same, stopping changes no bit.
-    let whole = run_on(&store, &plan, "whole", &[layout(4, 2, nothing, None)]);
-    let parts = [
-        layout(4, 2, parameters, Some(3)),
-        layout(6, 2, Zero::Optimizer, Some(4)),
-        layout(2, 2, nothing, None),
-    ];
-    assert!(run_on(&store, &plan, "stopped", &parts) == whole);
+    let whole = whole_run(&store, &plan, "whole", on(4, 2, nothing));
+    let parts =
+        [(on(4, 2, parameters), Some(3)), (on(6, 2, Zero::Optimizer), Some(4)), (on(2, 2, nothing), None)];
+    assert!(run_in_parts(&store, &plan, "stopped", parts) == whole);
 }
 
 /// A checkpoint that 4 ranks have written, ZeRO 3 in teams of 2, is gone on from by 1, 2 and 3.
@@ -139,14 +104,13 @@ fn checkpoints_of_teams_load_on_any_layout() {
 fn what_four_ranks_write_one_two_and_three_read() {
     let (store, plan) = prepared_for_teams();
     let one = whole_run(&store, &plan, "one", [1, 1]);
-    let four = Layout { n_ranks: 4, n_team: 2, zero: Zero::Parameters, until: Some(3) };
+    let four = on(4, 2, Zero::Parameters);
     let mut ends = Vec::new();
     for (n_ranks, zero) in
         [(1, Zero::Nothing), (2, Zero::Optimizer), (3, Zero::Parameters), (3, Zero::Nothing)]
     {
         let run = format!("then-{n_ranks}-{}", zero.stage());
-        let then = Layout { n_ranks, n_team: 1, zero, until: None };
-        ends.push(run_on(&store, &plan, &run, &[four, then]));
+        ends.push(run_in_parts(&store, &plan, &run, [(four, Some(3)), (on(n_ranks, 1, zero), None)]));
         assert_near(&one.1, &ends[0].1);
     }
     assert!(ends.iter().all(|end| *end == ends[0]), "whoever goes on gives the same bytes");
@@ -159,7 +123,7 @@ fn every_rank_of_a_team_writes_its_own_part() {
     for (zero, n_files) in [(Zero::Nothing, 6), (Zero::Parameters, 12)] {
         let run = format!("written-{}", zero.stage());
         train::create(&store, &run, &plan, None).unwrap();
-        carry_out(&store, &run, &Layout { n_ranks: 4, n_team: 2, zero, until: Some(2) });
+        carry_out_parts(&store, &run, [(on(4, 2, zero), Some(2))]);
         let bundle = Bundle::open(&store, &format!("runs/{run}/checkpoints/00000002")).unwrap().unwrap();
         let files = &bundle.manifest().files;
         assert_eq!(files.len(), n_files, "{files:?}");

@@ -3,6 +3,7 @@
 //! database does it.
 
 use super::*;
+use crate::testing::Random;
 
 /// Histories of a usual run; `LOQUAT_SIMULATION_SEEDS` asks for another number.
 const SEEDS: u64 = 100;
@@ -14,23 +15,6 @@ const JOBS_MAX: usize = 16;
 /// All work there can be then, one job after the other.
 const CALM_STEPS: usize = 2_000;
 const PRIORITIES: u64 = 6;
-
-/// SplitMix64 (Steele, Lea, Flood 2014).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % n
-    }
-
-    fn percent(&mut self, n: u64) -> bool {
-        self.below(100) < n
-    }
-}
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Tally {

@@ -15,27 +15,7 @@ use crate::nodes::NodeSpec;
 use crate::process::ProcessRef;
 use crate::reconcile::EXIT_INTERRUPTED;
 use crate::reconciler::{Worker, lease_name};
-
-/// SplitMix64 (Steele, Lea, Flood 2014).
-pub(super) struct Random(pub(super) u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    pub(super) fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-
-    pub(super) fn percent(&mut self, n: u64) -> bool {
-        self.below(100) < n
-    }
-}
+use crate::testing::Random;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Life {

@@ -5,7 +5,6 @@
 
 mod table;
 
-use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -17,6 +16,7 @@ use tensor::limits::{Limits, measure, read_bytes_per_s};
 use crate::args;
 use crate::home::Home;
 use crate::session::{self, Row, Session};
+use crate::view::progress;
 use table::{Measured, Table};
 
 /// Tokens of one step of a long prompt, as the engine cuts it.
@@ -281,15 +281,6 @@ struct Caches<'a> {
 impl<'a> Caches<'a> {
     fn session(&mut self) -> Result<&mut Session<'a>> {
         self.session.as_mut().context("no cache was prepared")
-    }
-}
-
-fn progress(text: &str) {
-    let mut stderr = std::io::stderr();
-    if stderr.is_terminal() {
-        eprint!("\r\x1b[K{text}");
-        // Progress is only for looking at.
-        let _ = stderr.flush();
     }
 }
 

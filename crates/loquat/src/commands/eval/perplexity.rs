@@ -1,6 +1,5 @@
 //! `loquat eval perplexity`: how well a model foretells a text.
 
-use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -11,6 +10,7 @@ use crate::args::Perplexity;
 use crate::home::Home;
 use crate::serving;
 use crate::session::{self, Row, Session};
+use crate::view::progress;
 
 /// Tokens whose logits are in memory at once: 64 · 262,144 · 4 B = 64 MiB with the largest vocabularies.
 const SCORED_AT_ONCE: usize = 64;
@@ -25,8 +25,7 @@ pub(super) fn run(home: &Home, args: &Perplexity) -> Result<ExitCode> {
     let path = crate::commands::model::resolve(home, &args.model)?;
     let pool = Pool::new(args.threads.unwrap_or_else(crate::n_threads));
     let (model, loaded) = session::load(&path, &pool)?;
-    let tokenizer = serving::tokenizer(&loaded.tokenizer)
-        .with_context(|| format!("cannot load the tokenizer of {}", path.display()))?;
+    let tokenizer = serving::tokenizer_of(&path, &loaded)?;
     let bos = tokenizer.bos().filter(|_| tokenizer.add_bos());
     let tokens: Vec<u32> = bos.into_iter().chain(tokenizer.encode(&text)).collect();
     let n_chunks = (tokens.len() / args.context).min(args.chunks.unwrap_or(usize::MAX));
@@ -40,8 +39,9 @@ pub(super) fn run(home: &Home, args: &Perplexity) -> Result<ExitCode> {
         // Every context begins as a text does.
         chunk[0] = bos.unwrap_or(chunk[0]);
         score(&mut session, &pool, &chunk, &mut surprise)?;
-        progress(i + 1, n_chunks, &surprise);
+        progress(&format!("{}/{n_chunks} contexts, perplexity {:.4}", i + 1, surprise.perplexity()));
     }
+    progress("");
     tell(args, n_chunks, &surprise);
     Ok(ExitCode::SUCCESS)
 }
@@ -106,17 +106,6 @@ impl Surprise {
         let mean = self.sum / n;
         let variance = (self.sum_of_squares / n - mean * mean).max(0.0);
         (variance / (n - 1.0).max(1.0)).sqrt() * self.perplexity()
-    }
-}
-
-fn progress(done: usize, n_chunks: usize, surprise: &Surprise) {
-    if std::io::stderr().is_terminal() {
-        eprint!("\r\x1b[K{done}/{n_chunks} contexts, perplexity {:.4}", surprise.perplexity());
-        if done == n_chunks {
-            eprint!("\r\x1b[K");
-        }
-        // Progress is only for looking at.
-        let _ = std::io::stderr().flush();
     }
 }
 

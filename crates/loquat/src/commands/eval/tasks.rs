@@ -1,6 +1,5 @@
 //! `loquat eval tasks`: a table of scores.
 
-use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -18,7 +17,7 @@ use crate::machine::{bytes_text, memory_available};
 use crate::service::BUNDLE;
 use crate::serving;
 use crate::session;
-use crate::view::bar;
+use crate::view::{bar, progress};
 
 pub(super) fn run(home: &Home, args: &args::Tasks) -> Result<ExitCode> {
     // All files are read before the model is: a wrong one is told at once.
@@ -33,8 +32,7 @@ pub(super) fn run(home: &Home, args: &args::Tasks) -> Result<ExitCode> {
     let path = crate::commands::model::resolve(home, &args.model)?;
     let pool = Pool::new(args.threads.unwrap_or_else(crate::n_threads));
     let (model, loaded) = session::load(&path, &pool)?;
-    let tokenizer = serving::tokenizer(&loaded.tokenizer)
-        .with_context(|| format!("cannot load the tokenizer of {}", path.display()))?;
+    let tokenizer = serving::tokenizer_of(&path, &loaded)?;
     drop(loaded);
     let block_bytes = model.kv_block_bytes(args.kv.kv_type());
     let n_positions = ((args.kv_mib << 20) / block_bytes * BLOCK_TOKENS).max(BLOCK_TOKENS);
@@ -49,8 +47,8 @@ pub(super) fn run(home: &Home, args: &args::Tasks) -> Result<ExitCode> {
     let mut reports = Vec::new();
     for (task, file) in tasks.iter().zip(&files) {
         let started = Instant::now();
-        let report = eval::run(task, &mut reader, &tokenizer, &mut |progress| show(&task.name, progress));
-        clear();
+        let report = eval::run(task, &mut reader, &tokenizer, &mut |so_far| show(&task.name, so_far));
+        progress("");
         let report = report.with_context(|| format!("cannot evaluate {}", file.display()))?;
         let seconds = started.elapsed().as_secs_f64();
         match args.json {
@@ -118,22 +116,11 @@ fn to_json(args: &args::Tasks, report: &Report, seconds: f64) -> Result<Value> {
     Ok(json)
 }
 
-/// Only for looking at.
-fn show(task: &str, progress: Progress) {
-    if !std::io::stderr().is_terminal() {
-        return;
-    }
-    let Progress { done, total, metric } = progress;
+fn show(task: &str, so_far: Progress) {
+    let Progress { done, total, metric } = so_far;
     let share = done as f64 / total.max(1) as f64;
     let metric = metric.map_or(String::new(), |m| format!("  {} {:.4} ± {:.4}", m.name, m.value, m.stderr));
-    eprint!("\r\x1b[K{task} {} {done}/{total}{metric}", bar(share, 24));
-    let _ = std::io::stderr().flush();
-}
-
-fn clear() {
-    if std::io::stderr().is_terminal() {
-        eprint!("\r\x1b[K");
-    }
+    progress(&format!("{task} {} {done}/{total}{metric}", bar(share, 24)));
 }
 
 #[cfg(test)]

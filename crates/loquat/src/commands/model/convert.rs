@@ -1,23 +1,24 @@
 //! `loquat model export` and `quantize`: a model in another format or with other weights.
 
 use std::fs::{self, File};
-use std::io::{BufWriter, IsTerminal, Write};
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use model::gguf::{self, Extras, Vocab};
+use model::gguf::{self, Extras};
 use model::{Conversion, Loaded, TokenizerFiles, Weights, hf};
 use store::{Bundle, ObjectName};
 use tensor::Pool;
 use tensor::packed::WeightKind;
+use tokenizer::GgufVocab;
 
 use super::{name_of, resolve};
 use crate::args::{Export, ExportFormat, Quantize};
 use crate::home::Home;
 use crate::machine::bytes_text;
 use crate::serving;
-use crate::view::bar;
+use crate::view::{bar, progress};
 
 pub(super) fn export(home: &Home, args: &Export) -> Result<()> {
     let kind = args.kind.as_deref().map(|name| kind_named(name, false)).transpose()?;
@@ -123,9 +124,7 @@ impl Shown {
     }
 
     fn finish(self) -> std::io::Result<()> {
-        if std::io::stderr().is_terminal() {
-            eprint!("\r\x1b[K");
-        }
+        progress("");
         self.file.into_inner().map_err(|error| error.into_error())?.sync_all()
     }
 }
@@ -135,11 +134,9 @@ impl Write for Shown {
         let n = self.file.write(bytes)?;
         self.n_written += n as u64;
         let percent = (100 * self.n_written / self.n_total).min(100);
-        if percent > self.percent && std::io::stderr().is_terminal() {
+        if percent > self.percent {
             self.percent = percent;
-            eprint!("\r\x1b[K{} {percent} %", bar(percent as f64 / 100.0, 24));
-            // Progress is only for looking at.
-            let _ = std::io::stderr().flush();
+            progress(&format!("{} {percent} %", bar(percent as f64 / 100.0, 24)));
         }
         Ok(n)
     }
@@ -173,25 +170,12 @@ fn part_of(out: &Path) -> PathBuf {
 }
 
 /// The tokenizer as GGUF metadata: a GGUF file's own, or built from `tokenizer.json`.
-fn gguf_vocab(files: &TokenizerFiles) -> Result<Option<Vocab>> {
+fn gguf_vocab(files: &TokenizerFiles) -> Result<Option<GgufVocab>> {
     match files {
         TokenizerFiles::Gguf(vocab) => Ok(Some(vocab.clone())),
         TokenizerFiles::None => Ok(None),
         TokenizerFiles::Json { .. } => {
-            let vocab = serving::tokenizer(files)?.to_gguf().context("the tokenizer")?;
-            Ok(Some(Vocab {
-                model: vocab.model,
-                pre: vocab.pre,
-                tokens: vocab.tokens,
-                scores: vocab.scores,
-                token_types: vocab.token_types,
-                merges: vocab.merges,
-                bos: vocab.bos,
-                eos: vocab.eos,
-                unk: vocab.unk,
-                add_bos: vocab.add_bos,
-                add_space_prefix: vocab.add_space_prefix,
-            }))
+            Ok(Some(serving::tokenizer(files)?.to_gguf().context("the tokenizer")?))
         }
     }
 }

@@ -16,7 +16,7 @@ use crate::serving;
 /// What a GGUF file is called inside a bundle, whatever it was called before.
 pub(super) const GGUF_FILE: &str = "model.gguf";
 /// Files of a Hugging Face directory that a model needs, beside its tensors.
-const BESIDE: [&str; 7] = [
+pub(super) const BESIDE: [&str; 7] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -80,8 +80,7 @@ fn files(path: &Path) -> Result<Vec<(String, std::path::PathBuf)>> {
 /// A model whose header is damaged, or whose tokenizer or template cannot be used, is refused before it is kept.
 fn check(path: &Path) -> Result<Loaded> {
     let loaded = model::load(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let tokenizer = serving::tokenizer(&loaded.tokenizer)
-        .with_context(|| format!("cannot use the tokenizer of {}", path.display()))?;
+    let tokenizer = serving::tokenizer_of(path, &loaded)?;
     if let Some(source) = &loaded.chat_template {
         serving::chat_template(source, &tokenizer)
             .with_context(|| format!("cannot use the chat template of {}", path.display()))?;

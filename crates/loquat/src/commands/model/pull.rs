@@ -1,28 +1,17 @@
 //! `loquat model pull`: from the Hugging Face hub into the store.
 
-use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use super::keep;
+use super::keep::{self, BESIDE};
 use crate::home::Home;
 use crate::hub::{Hub, RemoteFile, Repo, check_repo_name};
 use crate::machine::bytes_text;
-use crate::view::bar;
+use crate::view::{bar, progress};
 
 const ENDPOINT: &str = "https://huggingface.co";
-/// Files of a directory that are fetched beside the tensors.
-const BESIDE: [&str; 7] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "model.safetensors.index.json",
-];
 /// Kinds in the order in which one is taken when a repository has several GGUF files and none is named.
 const PREFERRED: [&str; 5] = ["Q4_K_M", "Q4_1", "Q4_0", "Q8_0", "F16"];
 
@@ -122,7 +111,7 @@ fn fetch_all(hub: &Hub, repo: &Repo, files: &[RemoteFile], dir: &Path) -> Result
         hub.fetch(repo, file, &path, &mut |have| shown.show(&file.name, have))?;
         shown.before += file.bytes;
     }
-    shown.end();
+    progress("");
     Ok(())
 }
 
@@ -153,20 +142,16 @@ impl Shown {
         let (since, first) = *self.started.get_or_insert((Instant::now(), done));
         let share = done as f64 / self.total.max(1) as f64;
         let percent = Some((share * 100.0) as u64);
-        if std::io::stderr().is_terminal() && percent != self.percent {
+        if percent != self.percent {
             let speed = (done.saturating_sub(first)) as f64 / since.elapsed().as_secs_f64().max(1e-3);
             let (done, total) = (bytes_text(done), bytes_text(self.total));
-            eprint!("\r\x1b[K{} {done} of {total}, {}/s  {name}", bar(share, 24), bytes_text(speed as u64));
-            // Progress is only for looking at.
-            let _ = std::io::stderr().flush();
+            progress(&format!(
+                "{} {done} of {total}, {}/s  {name}",
+                bar(share, 24),
+                bytes_text(speed as u64)
+            ));
         }
         self.percent = percent;
-    }
-
-    fn end(&self) {
-        if std::io::stderr().is_terminal() {
-            eprint!("\r\x1b[K");
-        }
     }
 }
 

@@ -12,10 +12,9 @@ mod supervise;
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use tensor::Pool;
 use train::{Event, Outcome, Plan, Zero};
 
@@ -25,6 +24,7 @@ use crate::args;
 use crate::home::Home;
 use crate::machine::{memory_available, process_memory_left};
 use crate::pods::Group;
+use crate::signals::Stop;
 use crate::view::View;
 
 /// Micro-batches that are tried out to know how long a step takes.
@@ -35,16 +35,11 @@ const AFTER: &str = "LOQUAT_AFTER";
 
 pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
     let launched = Launched::of(&|name| std::env::var(name).ok());
-    if launched.is_none() && !args.dry_run {
-        if let Some(group) = Group::of(&|name| std::env::var(name).ok()) {
-            if args.ranks != 1 && args.ranks != group.n_pods() {
-                bail!("--ranks {} was asked for, and there are {} pods", args.ranks, group.n_pods());
-            }
-            return group.run(home, args.run_name(), |machines| supervise::run(home, args, machines));
-        }
-        if args.distributed.launch.is_some() {
-            return supervise::run(home, args, &supervise::machines(args)).map(ExitCode::from);
-        }
+    if launched.is_none()
+        && !args.dry_run
+        && let Some(ended) = start_ranks(home, args)
+    {
+        return ended;
     }
     let store = home.store()?;
     let n_local = launched.as_ref().map_or(1, |launched| launched.n_local);
@@ -72,14 +67,9 @@ pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
     // Of all ranks together: processes have as many each.
     let n_threads = if member.is_some() { n_threads * n_ranks } else { n_threads };
     drop(pool);
-    // SIGINT and SIGTERM end the run after its step, with a checkpoint; a second one ends it at once.
-    let stop = Arc::new(AtomicBool::new(false));
-    // SIGUSR1 is what launchers pass on to every rank.
-    signal_hook::flag::register(signal_hook::consts::SIGUSR1, stop.clone())?;
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        signal_hook::flag::register_conditional_shutdown(signal, 130, stop.clone())?;
-        signal_hook::flag::register(signal, stop.clone())?;
-    }
+    // The run then ends after its step, with a checkpoint.
+    let stop = Stop::on_signals()?;
+    stop.on_usr1()?;
     let start = Instant::now();
     let context = train::Context {
         store: store.clone(),
@@ -93,7 +83,7 @@ pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
         n_threads,
         recompute: args.recompute,
         peak_flops,
-        stop: &stop,
+        stop: stop.flag(),
         seconds: &|| start.elapsed().as_secs_f64(),
         started_unix: crate::now_unix_s() as f64,
     };
@@ -113,6 +103,19 @@ pub(crate) fn run(home: &Home, args: &args::Train) -> Result<ExitCode> {
         Outcome::Finished => ExitCode::SUCCESS,
         Outcome::Interrupted => ExitCode::from(control::EXIT_INTERRUPTED as u8),
     })
+}
+
+/// Where the ranks are processes of their own, and this one starts them and waits.
+fn start_ranks(home: &Home, args: &args::Train) -> Option<Result<ExitCode>> {
+    if let Some(group) = Group::of(&|name| std::env::var(name).ok()) {
+        if args.ranks != 1 && args.ranks != group.n_pods() {
+            let (asked, n_pods) = (args.ranks, group.n_pods());
+            return Some(Err(anyhow!("--ranks {asked} was asked for, and there are {n_pods} pods")));
+        }
+        return Some(group.run(home, args.run_name(), |machines| supervise::run(home, args, machines)));
+    }
+    args.distributed.launch?;
+    Some(supervise::run(home, args, &supervise::machines(args)).map(ExitCode::from))
 }
 
 /// Plans a run that does not exist; one that does is refused where the flags ask for another, or memory does not suffice.

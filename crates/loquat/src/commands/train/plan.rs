@@ -211,8 +211,7 @@ fn shape(args: &args::Train, (dataset, teacher): (&Dataset, Option<&train::Teach
 fn start_weights(home: &Home, init: &str, datasets: &[Dataset]) -> Result<Weights> {
     let path = resolve(home, init)?;
     let loaded = model::load(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let tokenizer = crate::serving::tokenizer(&loaded.tokenizer)
-        .with_context(|| format!("cannot use the tokenizer of {}", path.display()))?;
+    let tokenizer = crate::serving::tokenizer_of(&path, &loaded)?;
     // As datasets keep it: a GGUF file's tokenizer, written and read again, gives the same ids by other rules.
     let (json, config) = (tokenizer.to_json(), tokenizer.config_json(None));
     let tokenizer = tokenizer::Tokenizer::from_json_with_config(json.as_bytes(), config.as_bytes())?;

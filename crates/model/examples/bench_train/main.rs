@@ -1,10 +1,12 @@
 //! Training speed: tokens/s of whole steps (forward, backward, clipping, AdamW) and their share of the measured peak.
-//! `fixtures/torch/bench_train.py` prints the same for PyTorch. Usage: `bench_train [SHAPE] [f32|bf16] [SECONDS]`, the shapes
-//! being those of [`Case::all`]; one alone, in one precision, says what memory it needs. Lines of JSON are for `cargo xtask
-//! bench train`, which prints ratios.
+//! `fixtures/torch/bench_train.py` prints the same for PyTorch. Usage: `bench_train [SHAPE] [f32|bf16] [SECONDS]
+//! [parts]`, the shapes being those of [`Case::all`]; one alone, in one precision, says what memory it needs. `parts` shows
+//! where the time goes. Lines of JSON are for `cargo xtask bench train`, which prints ratios.
 //!
 //! Where other processes hold the cores, wall time says little; beside it stands the processor time this process used,
 //! divided by its threads: what the wall time would be without neighbours.
+
+mod parts;
 
 use std::time::Instant;
 
@@ -12,6 +14,8 @@ use model::{Architecture, Config, Lora, LossSum, MicroBatch, Objective, Rope, Tr
 use tensor::adamw::{AdamW, AdamWState, adamw, sum_squares};
 use tensor::packed::WeightKind;
 use tensor::{Buf, Pool, Precision, cpu, limits};
+
+use parts::Parts;
 
 const CLIP: f64 = 1.0;
 
@@ -36,7 +40,11 @@ fn main() {
         {
             if !named(&["f32", "bf16"]) || named(&[label]) {
                 print!("{:12} {label:4} ", case.name);
-                case.bench(&pool, (label, precision, peak), seconds);
+                let step_s = case.bench(&pool, (label, precision, peak), seconds);
+                if named(&["parts"]) {
+                    let parts_s = case.parts(precision).print(&limits);
+                    println!("all parts {:.0} ms, a step {:.0} ms", 1e3 * parts_s, 1e3 * step_s);
+                }
             }
         }
     }
@@ -142,7 +150,23 @@ impl Run {
 }
 
 impl Case {
-    fn bench(&self, pool: &Pool, (label, precision, peak_per_s): (&str, Precision, f64), seconds: f64) {
+    fn parts(&self, precision: Precision) -> Parts<'_> {
+        Parts {
+            config: &self.config,
+            rank: self.lora.as_ref().map(|lora| lora.rank),
+            rows: self.rows,
+            positions: self.positions,
+            precision,
+        }
+    }
+
+    /// Gives the seconds of the fastest step.
+    fn bench(
+        &self,
+        pool: &Pool,
+        (label, precision, peak_per_s): (&str, Precision, f64),
+        seconds: f64,
+    ) -> f64 {
         let mut run = Run::new(self.trainable(pool), [self.rows, self.positions], precision);
         let vocab = self.config.vocab as u64;
         let ids = |salt: u32| -> Vec<u32> {
@@ -184,6 +208,7 @@ impl Case {
             "tokens_per_s": (n / wall[0]).round(), "tokens_per_s_by_cpu_time": (n / cpu[0]).round(),
         });
         println!("{line}");
+        wall[0]
     }
 }
 
