@@ -400,8 +400,12 @@ impl Shared {
             while n_looks <= self.spin_pauses {
                 let gate = self.gate.0.word.load(Ordering::Relaxed);
                 if self.is_new(gate, last_run) {
-                    let entered =
-                        self.gate.0.word.compare_exchange(gate, gate + 1, Ordering::SeqCst, Ordering::Relaxed);
+                    let entered = self.gate.0.word.compare_exchange(
+                        gate,
+                        gate + 1,
+                        Ordering::SeqCst,
+                        Ordering::Relaxed,
+                    );
                     if entered.is_ok() {
                         return Some(gate >> RUN_SHIFT);
                     }

@@ -120,8 +120,9 @@ fn quantize_simd<S: Dot>(s: S, out: &Out<'_>, x_ni: &[f32], cols: Range<usize>) 
             let (scale, inverse) = if amax < AMAX_MIN { (0.0, 0.0) } else { (amax / X_MAX, X_MAX / amax) };
             let at = b * out.n + col;
             // SAFETY: the promise of `quantize`.
-            let (q, sums) =
-                unsafe { (out.q.slice(at * X_BYTES..(at + 1) * X_BYTES), out.sums.slice(2 * at..2 * at + 2)) };
+            let (q, sums) = unsafe {
+                (out.q.slice(at * X_BYTES..(at + 1) * X_BYTES), out.sums.slice(2 * at..2 * at + 2))
+            };
             // Whole numbers below 2^24: exact in f32, in any order.
             let mut halves = [0.0f32; 2];
             for (i, x) in x.chunks_exact(S::LANES).enumerate() {
