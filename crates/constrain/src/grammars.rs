@@ -82,12 +82,20 @@ impl Grammars {
     }
 
     fn compile_here(&self, source: &Source) -> Result<State, CompileError> {
-        let grammar = source.grammar()?;
+        let grammar = source.grammar(&|spelled| self.token(spelled))?;
         let factory = self.factory.get_or_init(|| self.new_factory());
         let factory = factory.as_ref().map_err(|why| CompileError::Internal(why.clone()))?;
         let invalid = |why: &str| CompileError::Invalid(plain(why));
         let parser = factory.create_parser(grammar).map_err(|e| invalid(&e.to_string()))?;
         State::new(Matcher::new(Ok(parser))).map_err(|e| invalid(&e))
+    }
+
+    /// The token that a grammar names, by its text or by its number: `<think>`, `<[1000]>`.
+    fn token(&self, spelled: &str) -> Option<TokenId> {
+        match spelled.strip_prefix("<[").and_then(|rest| rest.strip_suffix("]>")) {
+            Some(number) => number.parse().ok().filter(|id| (*id as usize) < self.tokenizer.vocab_size()),
+            None => self.tokenizer.id_of(spelled),
+        }
     }
 
     fn new_factory(&self) -> Result<ParserFactory, String> {

@@ -3,7 +3,8 @@
 use llguidance::api::TopLevelGrammar;
 use serde_json::{Value, json};
 
-use crate::{CompileError, gbnf};
+use crate::CompileError;
+use crate::gbnf::{self, FindToken};
 
 /// Bytes of a schema or grammar. OpenAI takes 120,000 characters of names and values in a schema.
 const TEXT_BYTES_MAX: usize = 256 << 10;
@@ -57,7 +58,7 @@ impl Source {
     }
 
     /// The same in llguidance's words, if it is within our bounds.
-    pub(crate) fn grammar(&self) -> Result<TopLevelGrammar, CompileError> {
+    pub(crate) fn grammar(&self, find_token: FindToken<'_>) -> Result<TopLevelGrammar, CompileError> {
         match self {
             Source::JsonObject => Ok(json_grammar(&json!({"type": "object"}))),
             Source::JsonSchema(schema) => {
@@ -83,7 +84,7 @@ impl Source {
             }
             Source::Gbnf(grammar) => {
                 bound(grammar.len(), TEXT_BYTES_MAX, "bytes")?;
-                Ok(TopLevelGrammar::from_lark(gbnf::to_lark(grammar)?))
+                Ok(TopLevelGrammar::from_lark(gbnf::to_lark(grammar, find_token)?))
             }
         }
     }

@@ -266,3 +266,59 @@ fn a_thousand_disconnects_at_any_stage_leave_nothing() {
         assert!(text.lines().any(|l| l.starts_with(&line)), "{gauge} is not 0:\n{text}");
     }
 }
+
+/// Pearson's statistic of drawn ids against the probabilities that a model gives them.
+fn chi_square(n_drawn: &[u32], p_v: &[f64]) -> f64 {
+    let n = f64::from(n_drawn.iter().sum::<u32>());
+    n_drawn.iter().zip(p_v).map(|(&drawn, p)| (f64::from(drawn) - n * p).powi(2) / (n * p)).sum()
+}
+
+fn id_of(event: &Event) -> Option<usize> {
+    if let Event::Token { id, .. } = event { Some(*id as usize) } else { None }
+}
+
+/// Guesses of a model with another taste leave the probabilities of what is drawn as they are.
+#[test]
+fn drafts_do_not_change_the_distribution() {
+    const IDS: usize = 6;
+    const SEEDS: u64 = 400;
+    const NEW_TOKENS: usize = 64;
+    // At 5 degrees of freedom chance exceeds this once in 100,000 times, and the seeds are fixed.
+    const CHI_SQUARE_MAX: f64 = 31.0;
+    let flat = |i: usize, last: u32| (i as f32 * 0.4 + last as f32) % 1.5;
+    let tilted = |i: usize, last: u32| (i as f32 * 0.4 + last as f32) % 1.5 + i as f32 * 0.15;
+    let model = |logit_of: fn(usize, u32) -> f32| {
+        FakeRunner::with_logits(IDS, 64, 4, move |context, logits_v| {
+            let last = context[context.len() - 1];
+            logits_v.iter_mut().enumerate().for_each(|(i, logit)| *logit = logit_of(i, last));
+        })
+    };
+    let limits = EngineLimits { speculation: Speculation::Draft { k_max: 4 }, ..EngineLimits::default() };
+    let metrics = Metrics::new().engine("test", 64);
+    let engine =
+        Engine::start_with_draft(Box::new(slow(model(flat))), Box::new(model(tilted)), limits, metrics);
+    // How often an id followed each: the model looks at the last one only.
+    let mut n_drawn = [[0; IDS]; IDS];
+    for first in (0..SEEDS).step_by(8) {
+        let request = |seed| Request::new(vec![1], NEW_TOKENS, Sampling { seed, ..Sampling::default() });
+        let streams: Vec<_> = (first..first + 8).map(|seed| engine.submit(request(seed)).unwrap()).collect();
+        for stream in streams {
+            let ids: Vec<_> = events(stream).iter().filter_map(id_of).collect();
+            assert_eq!(ids.len(), NEW_TOKENS);
+            ids.windows(2).for_each(|pair| n_drawn[pair[0]][pair[1]] += 1);
+        }
+    }
+    let stats = engine.stats();
+    assert!(stats.accepted_tokens > 500 && stats.accepted_tokens < stats.draft_tokens, "{stats:?}");
+    for (last, n_drawn) in (0..).zip(&n_drawn) {
+        let weights: Vec<f64> = (0..IDS).map(|i| f64::from(flat(i, last)).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        let p_v: Vec<f64> = weights.iter().map(|w| w / sum).collect();
+        let x = chi_square(n_drawn, &p_v);
+        assert!(x < CHI_SQUARE_MAX, "after {last}: {n_drawn:?} against {p_v:?}: {x}");
+        // The statistic would see the draft's own taste.
+        let guesses: Vec<f64> = (0..IDS).map(|i| f64::from(tilted(i, last)).exp()).collect();
+        let sum: f64 = guesses.iter().sum();
+        assert!(chi_square(n_drawn, &guesses.iter().map(|w| w / sum).collect::<Vec<_>>()) > CHI_SQUARE_MAX);
+    }
+}

@@ -105,6 +105,8 @@ pub(crate) fn load(id: &str, path: &Path, share: &Share, metrics: &Metrics) -> R
             Some(source) => Some(chat_template(source, &tokenizer).context("its chat template")?),
             None => None,
         };
+        // The peak of memory is still to come.
+        tensor::heap::give_back_freed();
         let model = Arc::new(Transformer::new(loaded.weights, &pool)?);
         let adapters = load_adapter(model.config().clone(), pool.clone());
         let engine = start_engine(

@@ -7,7 +7,7 @@
 use tensor::gelu::{Gelu, geglu_forward, gelu_forward};
 use tensor::head_norm::{HeadNorm, head_norm_forward};
 use tensor::layernorm::{LayerNorm, layernorm_forward, residual_layernorm_forward};
-use tensor::packed::{PackedScratch, project};
+use tensor::packed::{Packed, PackedScratch, project_before};
 use tensor::paged_attention::{AttentionScratch, BLOCK_TOKENS, KvCache, PagedRow, paged_attention};
 use tensor::rmsnorm::{Residual, residual_rmsnorm_forward, rmsnorm_forward};
 use tensor::rows::{add_bias, scale};
@@ -235,7 +235,7 @@ impl<'a> Pass<'a> {
         let qkv_no = &mut s.qkv_no[..self.n * width];
         let heads_nhd = &mut s.heads_nhd[..self.n * config.q_width()];
         let cells = ..self.n * config.width;
-        layer.qkv.forward(pool, qkv_no, &s.normed_nc[cells], &mut s.packed);
+        layer.qkv.forward((pool, &layer.output.stack), qkv_no, &s.normed_nc[cells], &mut s.packed);
         self.adapted.add(pool, (layer.l, Site::Qkv), qkv_no, &s.normed_nc[cells], &mut s.adapter);
         if let Some([q_d, k_d]) = &layer.head_norms_d {
             let q = HeadNorm { n_heads: config.n_heads, w_d: q_d };
@@ -244,7 +244,7 @@ impl<'a> Pass<'a> {
         }
         kv.append(pool, l, qkv_no, rows, self.model.rope_of(layer));
         paged_attention(pool, heads_nhd, qkv_no, (kv, l, layer.attention), rows, &mut s.attention);
-        layer.output.forward(pool, &mut s.delta_nc[cells], heads_nhd, &mut s.packed);
+        layer.output.forward((pool, &layer.up.stack), &mut s.delta_nc[cells], heads_nhd, &mut s.packed);
         let delta_nc = &mut s.delta_nc[cells];
         self.adapted.add(pool, (layer.l, Site::Output), delta_nc, heads_nhd, &mut s.adapter);
         self.post_norm(layer.attention_post_norm.as_ref());
@@ -259,19 +259,19 @@ impl<'a> Pass<'a> {
         let act_nf = &mut s.act_nf[..self.n * f];
         if activation.is_gated() {
             let gate_up_n2f = &mut s.gate_up_n2f[..self.n * 2 * f];
-            layer.up.forward(pool, gate_up_n2f, &s.normed_nc[cells], &mut s.packed);
+            layer.up.forward((pool, &layer.down.stack), gate_up_n2f, &s.normed_nc[cells], &mut s.packed);
             self.adapted.add(pool, (layer.l, Site::Up), gate_up_n2f, &s.normed_nc[cells], &mut s.adapter);
             match activation {
                 Activation::GeGlu => geglu_forward(pool, act_nf, gate_up_n2f, f),
                 _ => swiglu_forward(pool, act_nf, gate_up_n2f, f),
             }
         } else {
-            layer.up.forward(pool, act_nf, &s.normed_nc[cells], &mut s.packed);
+            layer.up.forward((pool, &layer.down.stack), act_nf, &s.normed_nc[cells], &mut s.packed);
             self.adapted.add(pool, (layer.l, Site::Up), act_nf, &s.normed_nc[cells], &mut s.adapter);
             let form = if activation == Activation::GeluErf { Gelu::Erf } else { Gelu::Tanh };
             gelu_forward(pool, act_nf, form);
         }
-        layer.down.forward(pool, &mut s.delta_nc[cells], act_nf, &mut s.packed);
+        layer.down.forward((pool, self.model.after(layer)), &mut s.delta_nc[cells], act_nf, &mut s.packed);
         self.adapted.add(pool, (layer.l, Site::Down), &mut s.delta_nc[cells], act_nf, &mut s.adapter);
         self.post_norm(layer.ff_post_norm.as_ref());
     }
@@ -295,17 +295,25 @@ impl<'a> Pass<'a> {
         let (x_rc, normed_rc) = (&s.x_nc[0][cells], &mut s.normed_nc[cells]);
         self.model.norm.forward(self.pool, normed_rc, x_rc, &mut s.rstd_n[..r], norm_eps);
         logits_rv.resize(r * v, 0.0);
-        project(self.pool, logits_rv, &[self.model.head()], &s.normed_nc[cells], &mut s.packed);
+        let stacks = (&[self.model.head()][..], &self.model.layers[0].qkv.stack[..]);
+        project_before(self.pool, logits_rv, stacks, &s.normed_nc[cells], &mut s.packed);
     }
 }
 
 impl Linear {
-    fn forward(&self, pool: &Pool, y_no: &mut [f32], x_ni: &[f32], scratch: &mut PackedScratch) {
+    /// `next` is what will be multiplied after it.
+    fn forward(
+        &self,
+        (pool, next): (&Pool, &[Packed]),
+        y_no: &mut [f32],
+        x_ni: &[f32],
+        scratch: &mut PackedScratch,
+    ) {
         // On the stack: a step has hundreds of these.
         match &self.stack[..] {
-            [a] => project(pool, y_no, &[a], x_ni, scratch),
-            [a, b] => project(pool, y_no, &[a, b], x_ni, scratch),
-            [a, b, c] => project(pool, y_no, &[a, b, c], x_ni, scratch),
+            [a] => project_before(pool, y_no, (&[a], next), x_ni, scratch),
+            [a, b] => project_before(pool, y_no, (&[a, b], next), x_ni, scratch),
+            [a, b, c] => project_before(pool, y_no, (&[a, b, c], next), x_ni, scratch),
             other => unreachable!("a stack of {} matrices", other.len()),
         }
         if let Some(bias_o) = &self.bias_o {

@@ -178,6 +178,14 @@ impl Transformer {
         self.head_vc.as_ref().unwrap_or(&self.embedding_vc)
     }
 
+    /// What is multiplied after the last product of `layer`.
+    pub(crate) fn after(&self, layer: &Layer) -> &[Packed] {
+        match self.layers.get(layer.l + 1) {
+            Some(next) => &next.qkv.stack,
+            None => std::slice::from_ref(self.head()),
+        }
+    }
+
     /// The angles of a layer; `None` where positions are learned.
     pub(crate) fn rope_of(&self, layer: &Layer) -> Option<&RopeTable> {
         self.ropes[layer.rope_idx].as_ref()

@@ -34,6 +34,7 @@ pub mod distill;
 pub mod embedding;
 pub mod gelu;
 pub mod head_norm;
+pub mod heap;
 pub mod layernorm;
 pub mod limits;
 pub mod logits;

@@ -4,6 +4,9 @@
 //! a thread that loses its core to another process costs the task it holds, not its share. The caller works too, and
 //! waits only for threads that hold a task: one that has not even woken up yet is not waited for.
 //!
+//! An operation whose neighbouring tasks lie side by side in memory gives each thread a share of neighbours first
+//! ([`Pool::run_shares`]); a thread that is done with its own helps with the others'.
+//!
 //! Idle threads look for work for some tens of microseconds (the gap between two ops of a step), then sleep until woken.
 //! They never spin longer, because the machine belongs to others as well.
 
@@ -16,7 +19,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+mod ahead;
+#[cfg(test)]
+mod tests;
+
 use crate::cpu::{self, Level};
+use ahead::Ahead;
 
 /// Most threads of one pool: far above any machine, low enough to catch a wrong unit.
 const THREADS_MAX: usize = 1024;
@@ -48,11 +56,11 @@ impl Pool {
         let n_cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         // With more threads than cores a spinning thread keeps a working one from its core.
         let spin_pauses = if n_threads <= n_cores { SPIN_PAUSES } else { 0 };
-        let shared = Arc::new(Shared::new(spin_pauses));
+        let shared = Arc::new(Shared::new(n_threads, spin_pauses));
         let spawn = |i| {
             let shared = Arc::clone(&shared);
             let thread = std::thread::Builder::new().name(format!("tensor-{i}"));
-            thread.spawn(move || shared.worker()).ok()
+            thread.spawn(move || shared.worker(i)).ok()
         };
         let workers = (1..n_threads).map_while(spawn).collect();
         Self { shared, workers, level: level.available(), turn: Mutex::new(()) }
@@ -77,12 +85,38 @@ impl Pool {
     /// # Panics
     /// If a task panics, the remaining tasks are dropped and the (first) panic continues here.
     pub fn run(&self, n_tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        self.run_job(n_tasks, n_tasks, task, &|_| &[]);
+    }
+
+    /// As [`Pool::run`], but each thread begins with neighbouring tasks, and helps the others when it is done with them: what
+    /// a kernel asks memory for ahead of itself, its own thread uses. A thread that has nothing to do afterwards fetches what
+    /// `ahead` names for it, by its number (0 is the caller, who can only while the others end), into its second-level
+    /// cache: what it will read first in the next operation of this kind.
+    ///
+    /// # Panics
+    /// As [`Pool::run`].
+    pub fn run_shares<'a>(
+        &self,
+        n_tasks: usize,
+        task: &(dyn Fn(usize) + Sync),
+        ahead: &dyn Fn(usize) -> &'a [u8],
+    ) {
+        self.run_job(n_tasks, n_tasks.div_ceil(self.n_threads()), task, ahead);
+    }
+
+    fn run_job<'a>(
+        &self,
+        n_tasks: usize,
+        share: usize,
+        task: &(dyn Fn(usize) + Sync),
+        ahead: &dyn Fn(usize) -> &'a [u8],
+    ) {
         if n_tasks <= 1 || self.workers.is_empty() || INSIDE.get() {
             return (0..n_tasks).for_each(task);
         }
         let turn = lock(&self.turn);
         INSIDE.set(true);
-        self.shared.run(n_tasks, task);
+        self.shared.run(n_tasks, share, task, ahead);
         INSIDE.set(false);
         let panic = lock(&self.shared.panic).take();
         drop(turn);
@@ -178,6 +212,36 @@ struct Alone<T>(T);
 struct Job {
     task: *const (dyn Fn(usize) + Sync),
     n_tasks: usize,
+    /// Neighbouring tasks that one thread begins with; the last share may be smaller.
+    share: usize,
+}
+
+impl Job {
+    fn n_shares(&self) -> usize {
+        self.n_tasks.div_ceil(self.share)
+    }
+}
+
+/// What a thread begins a run with.
+#[derive(Default)]
+struct Share {
+    /// Next of its tasks to hand out.
+    cursor: AtomicUsize,
+    /// For the time after the run. Written and read as the job is.
+    ahead: Cell<Ahead>,
+}
+
+/// Side by side, because each trip of a cache line from core to core takes a tenth of a microsecond: who has seen the word
+/// has the job.
+struct Gate {
+    word: AtomicU64,
+    job: UnsafeCell<Job>,
+}
+
+impl Default for Gate {
+    fn default() -> Self {
+        Self { word: AtomicU64::new(0), job: UnsafeCell::new(Job { task: &|_| (), n_tasks: 0, share: 1 }) }
+    }
 }
 
 /// What caller and workers share.
@@ -185,10 +249,9 @@ struct Job {
 /// `gate` is one word: the run's number, whether workers may still enter, and how many are inside. A worker enters by
 /// adding one to an open gate, so it can never enter a run that the caller has already closed.
 struct Shared {
-    gate: Alone<AtomicU64>,
-    /// Next task to hand out.
-    cursor: Alone<AtomicUsize>,
-    job: UnsafeCell<Job>,
+    gate: Alone<Gate>,
+    /// One for each thread; a run of one share uses the first.
+    shares: Box<[Alone<Share>]>,
     /// First panic of the run.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     /// Idle workers sleep on `wake`; `n_asleep` lets a caller skip the lock when nobody does.
@@ -206,18 +269,17 @@ const OPEN: u64 = 1 << 31;
 const INSIDE_MASK: u64 = OPEN - 1;
 const RUN_SHIFT: u32 = 32;
 
-// SAFETY: `job` is the only field that is not Sync. It is written by the one caller that holds the turn, while the gate
-// is closed and empty, and read by workers between entering and leaving; the gate's operations order the two.
+// SAFETY: `job` and each share's `ahead` are all that is not Sync. They are written by the one caller that holds the turn,
+// while the gate is closed and empty, and read by workers between entering and leaving; the gate's operations order the two.
 unsafe impl Sync for Shared {}
 // SAFETY: as above; the closure a job points to is Sync.
 unsafe impl Send for Shared {}
 
 impl Shared {
-    fn new(spin_pauses: u32) -> Self {
+    fn new(n_threads: usize, spin_pauses: u32) -> Self {
         Self {
-            gate: Alone(AtomicU64::new(0)),
-            cursor: Alone(AtomicUsize::new(0)),
-            job: UnsafeCell::new(Job { task: &|_| (), n_tasks: 0 }),
+            gate: Alone(Gate::default()),
+            shares: std::iter::repeat_with(|| Alone(Share::default())).take(n_threads).collect(),
             panic: Mutex::new(None),
             sleep: Mutex::new(()),
             wake: Condvar::new(),
@@ -230,19 +292,29 @@ impl Shared {
     }
 
     /// The caller's side: publish, wake, take part, close, wait for those inside.
-    fn run(&self, n_tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+    fn run<'a>(
+        &self,
+        n_tasks: usize,
+        share: usize,
+        task: &(dyn Fn(usize) + Sync),
+        ahead: &dyn Fn(usize) -> &'a [u8],
+    ) {
         // SAFETY: only the lifetime is erased. Workers use the job only inside the gate, and this function does not
         // return (or unwind: `work` catches) before the gate is closed and empty.
         let task: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(task) };
-        let job = Job { task, n_tasks };
+        let job = Job { task, n_tasks, share };
         // SAFETY: the gate is closed and empty, and the turn keeps other callers out.
-        unsafe { *self.job.get() = job };
-        self.cursor.0.store(0, Ordering::Relaxed);
-        let run = (self.gate.0.load(Ordering::Relaxed) >> RUN_SHIFT).wrapping_add(1) << RUN_SHIFT;
-        self.gate.0.store(run | OPEN, Ordering::SeqCst);
+        unsafe { *self.gate.0.job.get() = job };
+        // At 128 threads these are as many cache lines that others hold: some us.
+        for (i, Alone(mine)) in self.shares[..job.n_shares()].iter().enumerate() {
+            mine.cursor.store(i * share, Ordering::Relaxed);
+            mine.ahead.set(Ahead::new(ahead(i)));
+        }
+        let run = (self.gate.0.word.load(Ordering::Relaxed) >> RUN_SHIFT).wrapping_add(1) << RUN_SHIFT;
+        self.gate.0.word.store(run | OPEN, Ordering::SeqCst);
         self.wake_workers(n_tasks - 1);
-        self.work(job);
-        self.gate.0.fetch_and(!OPEN, Ordering::SeqCst);
+        self.work(job, 0);
+        self.gate.0.word.fetch_and(!OPEN, Ordering::SeqCst);
         self.wait_until_all_out();
     }
 
@@ -264,12 +336,15 @@ impl Shared {
     }
 
     fn wait_until_all_out(&self) {
-        let is_empty = || self.gate.0.load(Ordering::SeqCst) & INSIDE_MASK == 0;
+        let is_empty = || self.gate.0.word.load(Ordering::SeqCst) & INSIDE_MASK == 0;
+        let mut ahead = self.shares[0].0.ahead.get();
         for _ in 0..self.spin_pauses {
             if is_empty() {
                 return;
             }
-            std::hint::spin_loop();
+            if !ahead.fetch_some() {
+                std::hint::spin_loop();
+            }
         }
         let mut guard = lock(&self.sleep);
         self.caller_asleep.store(true, Ordering::SeqCst);
@@ -279,50 +354,66 @@ impl Shared {
         self.caller_asleep.store(false, Ordering::SeqCst);
     }
 
-    /// Takes tasks until none is left. A panic is kept for the caller and ends the run early.
-    fn work(&self, job: Job) {
+    /// Takes tasks until none is left: of the thread's own share, then of the others'. A panic is kept for the caller and ends
+    /// the run early.
+    fn work(&self, job: Job, thread: usize) {
+        let shares = &self.shares[..job.n_shares()];
         let tasks = AssertUnwindSafe(|| {
-            loop {
-                let i = self.cursor.0.fetch_add(1, Ordering::Relaxed);
-                if i >= job.n_tasks {
-                    break;
+            for i in (0..shares.len()).map(|i| (thread + i) % shares.len()) {
+                let (cursor, end) = (&shares[i].0.cursor, job.n_tasks.min((i + 1) * job.share));
+                // A look first: it leaves the line where others that are done look as well.
+                while cursor.load(Ordering::Relaxed) < end {
+                    let task = cursor.fetch_add(1, Ordering::Relaxed);
+                    if task < end {
+                        // SAFETY: the closure outlives the run, see `run`.
+                        unsafe { (*job.task)(task) };
+                    }
                 }
-                // SAFETY: the closure outlives the run, see `run`.
-                unsafe { (*job.task)(i) };
             }
         });
         if let Err(payload) = catch_unwind(tasks) {
-            self.cursor.0.store(job.n_tasks, Ordering::Relaxed);
+            shares.iter().for_each(|share| share.0.cursor.store(job.n_tasks, Ordering::Relaxed));
             lock(&self.panic).get_or_insert(payload);
         }
     }
 
     /// A worker's life.
-    fn worker(&self) {
+    fn worker(&self, thread: usize) {
         INSIDE.set(true);
-        let mut last_run = 0;
-        while let Some(run) = self.enter_next(last_run) {
+        let (mut last_run, mut ahead) = (0, Ahead::default());
+        while let Some(run) = self.enter_next(last_run, &mut ahead) {
             last_run = run;
             // SAFETY: inside the gate the job is not written.
-            let job = unsafe { *self.job.get() };
-            self.work(job);
+            let job = unsafe { *self.gate.0.job.get() };
+            self.work(job, thread);
+            if thread < job.n_shares() {
+                ahead = self.shares[thread].0.ahead.get();
+            }
             self.leave();
         }
     }
 
     /// Enters the next run (not `last_run` again) and returns its number; `None` when the pool is being dropped.
-    fn enter_next(&self, last_run: u64) -> Option<u64> {
+    fn enter_next(&self, last_run: u64, ahead: &mut Ahead) -> Option<u64> {
         loop {
-            for _ in 0..=self.spin_pauses {
-                let gate = self.gate.0.load(Ordering::Relaxed);
+            let mut n_looks = 0;
+            while n_looks <= self.spin_pauses {
+                let gate = self.gate.0.word.load(Ordering::Relaxed);
                 if self.is_new(gate, last_run) {
-                    let entered =
-                        self.gate.0.compare_exchange(gate, gate + 1, Ordering::SeqCst, Ordering::Relaxed);
+                    let entered = self.gate.0.word.compare_exchange(
+                        gate,
+                        gate + 1,
+                        Ordering::SeqCst,
+                        Ordering::Relaxed,
+                    );
                     if entered.is_ok() {
                         return Some(gate >> RUN_SHIFT);
                     }
                 }
-                std::hint::spin_loop();
+                if self.spin_pauses == 0 || !ahead.fetch_some() {
+                    n_looks += 1;
+                    std::hint::spin_loop();
+                }
             }
             self.sleep_until_open(last_run);
             if self.stopping.load(Ordering::SeqCst) {
@@ -338,7 +429,7 @@ impl Shared {
     fn sleep_until_open(&self, last_run: u64) {
         let mut guard = lock(&self.sleep);
         self.n_asleep.fetch_add(1, Ordering::SeqCst);
-        while !self.is_new(self.gate.0.load(Ordering::SeqCst), last_run)
+        while !self.is_new(self.gate.0.word.load(Ordering::SeqCst), last_run)
             && !self.stopping.load(Ordering::SeqCst)
         {
             guard = self.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);
@@ -347,148 +438,11 @@ impl Shared {
     }
 
     fn leave(&self) {
-        let gate = self.gate.0.fetch_sub(1, Ordering::SeqCst);
+        let gate = self.gate.0.word.fetch_sub(1, Ordering::SeqCst);
         let is_last = gate & INSIDE_MASK == 1 && gate & OPEN == 0;
         if is_last && self.caller_asleep.load(Ordering::SeqCst) {
             drop(lock(&self.sleep));
             self.all_out.notify_one();
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::sync::atomic::AtomicU32;
-    use std::time::{Duration, Instant};
-
-    #[test]
-    fn every_task_runs_once() {
-        for n_threads in [0, 1, 2, 3, 8] {
-            let pool = Pool::new(n_threads);
-            for n_tasks in [0, 1, 2, 3, 7, 100, 1000] {
-                let counts: Vec<AtomicU32> = (0..n_tasks).map(|_| AtomicU32::new(0)).collect();
-                for round in 1..=20 {
-                    pool.run(n_tasks, &|i| _ = counts[i].fetch_add(1, Ordering::Relaxed));
-                    assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == round));
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn chunks_cover_the_slice() {
-        let pool = Pool::new(3);
-        let mut data = vec![0; 1001];
-        pool.run_chunks(&mut data, 10, |i, chunk| chunk.iter_mut().for_each(|x| *x += i + 1));
-        assert!(data.iter().enumerate().all(|(i, &x)| x == i / 10 + 1));
-    }
-
-    #[test]
-    fn nested_runs_go_inline() {
-        let pool = Pool::new(4);
-        let n = AtomicU32::new(0);
-        pool.run(8, &|_| {
-            let thread = std::thread::current().id();
-            pool.run(8, &|_| {
-                assert_eq!(std::thread::current().id(), thread);
-                n.fetch_add(1, Ordering::Relaxed);
-            });
-        });
-        assert_eq!(n.into_inner(), 64);
-    }
-
-    #[test]
-    fn panic_propagates_and_the_pool_lives_on() {
-        let pool = Pool::new(4);
-        for round in 0..50 {
-            let result = catch_unwind(AssertUnwindSafe(|| {
-                pool.run(100, &|i| assert!(i != 37 + round % 3, "task {i} fails"));
-            }));
-            let payload = result.expect_err("the panic of a task reaches the caller");
-            let text = payload.downcast_ref::<String>().expect("a formatted message");
-            assert!(text.contains("fails"));
-            let sum = AtomicUsize::new(0);
-            pool.run(100, &|i| _ = sum.fetch_add(i, Ordering::Relaxed));
-            assert_eq!(sum.into_inner(), 4950);
-        }
-    }
-
-    #[test]
-    fn runs_from_many_threads_take_turns() {
-        let pool = Pool::new(3);
-        std::thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| {
-                    for _ in 0..200 {
-                        let sum = AtomicUsize::new(0);
-                        pool.run(50, &|i| _ = sum.fetch_add(i, Ordering::Relaxed));
-                        assert_eq!(sum.into_inner(), 1225);
-                    }
-                });
-            }
-        });
-    }
-
-    /// Tasks that sleep need no core, so the gain shows even where other processes hold all of them.
-    #[test]
-    fn workers_take_part() {
-        let pool = Pool::new(4);
-        for _ in 0..3 {
-            let started = Instant::now();
-            pool.run(40, &|_| std::thread::sleep(Duration::from_millis(5)));
-            let took = started.elapsed();
-            assert!(took < Duration::from_millis(150), "200 ms of sleep took 4 threads {took:?}");
-        }
-    }
-
-    /// Waking after a pause goes through the condition variable, unlike the tight loops above.
-    #[test]
-    fn wakes_after_sleep() {
-        let pool = Pool::new(3);
-        for _ in 0..20 {
-            std::thread::sleep(Duration::from_millis(2));
-            let n = AtomicU32::new(0);
-            pool.run(10, &|_| _ = n.fetch_add(1, Ordering::Relaxed));
-            assert_eq!(n.into_inner(), 10);
-        }
-    }
-
-    /// Some 100 us of arithmetic that the compiler cannot shorten.
-    fn spin_work() {
-        let mut x = 1u64;
-        for i in 0..100_000u64 {
-            x = std::hint::black_box(x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(i));
-        }
-    }
-
-    /// Barriers that wait for a thread without a core stall for a scheduler tick (4 ms and more) per run. Four times as
-    /// many threads as cores, busy neighbours on every core: the work must take about its fair share of the machine.
-    #[test]
-    fn keeps_its_speed_on_an_overcommitted_machine() {
-        let n_cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let stop = AtomicBool::new(false);
-        let (n_runs, n_tasks) = (100, 4);
-        std::thread::scope(|scope| {
-            for _ in 0..n_cores {
-                scope.spawn(|| {
-                    while !stop.load(Ordering::Relaxed) {
-                        spin_work();
-                    }
-                });
-            }
-            let started = Instant::now();
-            (0..n_runs * n_tasks).for_each(|_| spin_work());
-            let alone = started.elapsed();
-            let pool = Pool::new(4 * n_cores);
-            let started = Instant::now();
-            (0..n_runs).for_each(|_| pool.run(n_tasks, &|_| spin_work()));
-            let pooled = started.elapsed();
-            stop.store(true, Ordering::Relaxed);
-            eprintln!("overcommitted: {n_runs} runs of {n_tasks} tasks: {pooled:?}, one thread {alone:?}");
-            // Even without any gain from the other cores it may not be much slower than one thread.
-            let bound = 3 * alone + Duration::from_millis(200);
-            assert!(pooled < bound, "{n_runs} runs took {pooled:?}, one thread needs {alone:?}");
-        });
     }
 }

@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use crate::spec::{Merge, Tokens};
+use crate::spec::{Merge, Tokens, VOCAB_MAX};
 use crate::tokenizer::TokenId;
 
 /// Up to here, looking for the lowest rank by scanning beats a heap: a word's ranks fit in a few cache lines.
@@ -12,7 +12,7 @@ const SCAN_MAX: usize = 48;
 const KEEP_SYMBOLS_MAX: usize = 1 << 16;
 const NO_RANK: u32 = u32::MAX;
 
-/// (left, right) → (rank, result): open addressing at most two thirds full, 16 bytes an entry, mostly one cache line a
+/// (left, right) → (rank, result): open addressing at most two thirds full, 12 bytes an entry, mostly one cache line a
 /// look-up. Its size follows the number of merges, of which a vocabulary of 262,144 has half a million, not the next power
 /// of two.
 #[derive(Debug)]
@@ -20,16 +20,45 @@ pub(crate) struct MergeTable {
     entries: Vec<Entry>,
 }
 
+/// The id of the left token with the low bits of the result above it, that of the right one with the high bits, and the rank;
+/// [`NO_RANK`] marks a free entry.
 #[derive(Debug, Clone, Copy)]
 struct Entry {
-    left: TokenId,
-    right: TokenId,
-    /// [`NO_RANK`] marks a free entry.
+    left: u32,
+    right: u32,
     rank: u32,
-    result: TokenId,
 }
 
-const FREE: Entry = Entry { left: 0, right: 0, rank: NO_RANK, result: 0 };
+const FREE: Entry = Entry { left: 0, right: 0, rank: NO_RANK };
+
+/// Bits of an id; in two words of 32 bits those of a third one are left over.
+const ID_BITS: u32 = VOCAB_MAX.ilog2();
+const ID_MASK: u32 = (1 << ID_BITS) - 1;
+const REST_BITS: u32 = u32::BITS - ID_BITS;
+const _: () = assert!(VOCAB_MAX == 1 << ID_BITS && 2 * REST_BITS >= ID_BITS);
+
+impl Entry {
+    fn new(merge: &Merge) -> Entry {
+        let Merge { left, right, result, rank } = *merge;
+        assert!(left.max(right).max(result) <= ID_MASK, "{merge:?} is of a larger vocabulary than any");
+        Entry { left: left | result << ID_BITS, right: right | result >> REST_BITS << ID_BITS, rank }
+    }
+
+    #[inline(always)]
+    fn is_of(&self, left: TokenId, right: TokenId) -> bool {
+        self.left & ID_MASK == left && self.right & ID_MASK == right
+    }
+
+    #[inline(always)]
+    fn result(&self) -> TokenId {
+        self.left >> ID_BITS | self.right >> ID_BITS << REST_BITS
+    }
+
+    fn merge(&self) -> Merge {
+        let [left, right] = [self.left, self.right].map(|word| word & ID_MASK);
+        Merge { left, right, result: self.result(), rank: self.rank }
+    }
+}
 
 impl MergeTable {
     /// A pair that is listed twice keeps its last rank, as in Hugging Face's map.
@@ -38,8 +67,7 @@ impl MergeTable {
         let mut table = MergeTable { entries: vec![FREE; n_entries] };
         for merge in merges {
             let at = table.find(merge.left, merge.right);
-            let Merge { left, right, result, rank } = *merge;
-            table.entries[at] = Entry { left, right, rank, result };
+            table.entries[at] = Entry::new(merge);
         }
         table
     }
@@ -47,8 +75,7 @@ impl MergeTable {
     /// The merges in the order in which every loader lists them.
     pub(crate) fn listed(&self, tokens: &Tokens) -> Vec<Merge> {
         let used = self.entries.iter().filter(|entry| entry.rank != NO_RANK);
-        let merge = |&Entry { left, right, result, rank }: &Entry| Merge { left, right, result, rank };
-        let mut merges: Vec<Merge> = used.map(merge).collect();
+        let mut merges: Vec<Merge> = used.map(Entry::merge).collect();
         // Of equal ranks there are several only by score, where results follow each other, each cut ever further behind.
         merges.sort_unstable_by_key(|merge| (merge.rank, merge.result, tokens.bytes(merge.left).len()));
         merges
@@ -58,7 +85,7 @@ impl MergeTable {
     #[inline(always)]
     fn get(&self, left: TokenId, right: TokenId) -> (u32, TokenId) {
         let entry = &self.entries[self.find(left, right)];
-        (entry.rank, entry.result)
+        (entry.rank, entry.result())
     }
 
     /// Where the pair is, or the free entry where it would go.
@@ -70,7 +97,7 @@ impl MergeTable {
         let mut at = (((mixed >> 32) * self.entries.len() as u64) >> 32) as usize;
         loop {
             let entry = &self.entries[at];
-            if entry.rank == NO_RANK || (entry.left == left && entry.right == right) {
+            if entry.rank == NO_RANK || entry.is_of(left, right) {
                 return at;
             }
             at = if at + 1 == self.entries.len() { 0 } else { at + 1 };
@@ -195,6 +222,18 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn ids_of_any_vocabulary_fit_an_entry(
+            left in 0..=ID_MASK, right in 0..=ID_MASK, result in 0..=ID_MASK, rank in 0..NO_RANK,
+        ) {
+            let merge = Merge { left, right, result, rank };
+            prop_assert_eq!(Entry::new(&merge).merge(), merge);
+            prop_assert!(Entry::new(&merge).is_of(left, right));
+            let table = MergeTable::new(&[merge]);
+            prop_assert_eq!(table.get(left, right), (rank, result));
+            prop_assert_eq!(table.get(left ^ 1, right).0, NO_RANK);
+        }
+
         #[test]
         fn both_ways_of_merging_follow_the_definition(
             pairs in prop::collection::vec((0u32..12, 0u32..12, 0u32..20), 1..40),

@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use tokenizer::TokenId;
+
 /// An expression of the grammar. What it is made of has smaller ids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct ExprId(u32);
@@ -20,6 +22,8 @@ pub(super) enum Expr {
     /// At least so many times, and at most.
     Repeat(ExprId, u32, Option<u32>),
     Rule(RuleId),
+    /// A single token of the vocabulary, which is no text: never a part of a lexeme.
+    Token(TokenId),
 }
 
 #[derive(Debug)]
@@ -124,7 +128,7 @@ impl Exprs {
     /// What an expression is made of; not what is in the body of a rule that it names.
     pub(super) fn parts(&self, id: ExprId) -> &[ExprId] {
         match self.get(id) {
-            Expr::Class(_) | Expr::Rule(_) => &[],
+            Expr::Class(_) | Expr::Rule(_) | Expr::Token(_) => &[],
             Expr::Sequence(parts) | Expr::Either(parts) => parts,
             Expr::Repeat(part, ..) => std::slice::from_ref(part),
         }

@@ -17,7 +17,7 @@ impl Facts {
     }
 
     /// Classes in it and in the rules it names; `None` where one of those is recursive, so that no automaton of
-    /// finitely many states can follow.
+    /// finitely many states can follow, and where a token is named, which is no text.
     pub(super) fn n_characters(&self, id: ExprId) -> Option<usize> {
         self.n_characters[id.index()]
     }
@@ -34,7 +34,7 @@ pub(super) fn find(grammar: &mut Grammar, text: &str) -> Result<Facts, CompileEr
     // What an expression is made of comes before it.
     for id in grammar.exprs.ids() {
         let nullable = match grammar.exprs.get(id) {
-            Expr::Class(_) => false,
+            Expr::Class(_) | Expr::Token(_) => false,
             Expr::Sequence(parts) => parts.iter().all(|part| facts.is_nullable(*part)),
             Expr::Either(parts) => parts.iter().any(|part| facts.is_nullable(*part)),
             Expr::Repeat(part, n_min, _) => *n_min == 0 || facts.is_nullable(*part),
@@ -75,7 +75,7 @@ impl Nullability<'_> {
     /// Looks at all that can come first, and at nothing else.
     fn expr(&mut self, id: ExprId, within: RuleId) -> Result<bool, CompileError> {
         match self.grammar.exprs.get(id) {
-            Expr::Class(_) => Ok(false),
+            Expr::Class(_) | Expr::Token(_) => Ok(false),
             Expr::Sequence(parts) => {
                 for part in parts {
                     if !self.expr(*part, within)? {
@@ -161,7 +161,7 @@ fn tails(exprs: &mut Exprs, id: ExprId, rule: RuleId) -> Option<Tails> {
             all.done.push(empty);
             Some(all)
         }
-        Expr::Repeat(..) | Expr::Class(_) => None,
+        Expr::Repeat(..) | Expr::Class(_) | Expr::Token(_) => None,
     }
 }
 
@@ -212,6 +212,7 @@ fn collect_names(exprs: &Exprs, id: ExprId, named: &mut Vec<RuleId>) {
 fn size(exprs: &Exprs, id: ExprId, rules: &[Option<usize>]) -> Option<usize> {
     match exprs.get(id) {
         Expr::Class(_) => Some(1),
+        Expr::Token(_) => None,
         Expr::Rule(rule) => rules[rule.index()],
         _ => exprs
             .parts(id)

@@ -7,6 +7,7 @@ use std::collections::HashSet;
 use std::fmt::Write as _;
 
 use serde_json::Value;
+use tokenizer::TokenId;
 
 use super::expr::{Expr, ExprId, Grammar, RuleId};
 use super::facts::Facts;
@@ -70,6 +71,7 @@ impl Writer<'_> {
         }
         match self.grammar.exprs.get(id) {
             Expr::Rule(rule) => self.name(Name::Rule(*rule)),
+            Expr::Token(id) => token(*id),
             Expr::Sequence(parts) if parts.is_empty() => "\"\"".into(),
             _ => self.name(Name::Expr(id)),
         }
@@ -99,6 +101,7 @@ impl Writer<'_> {
                 format!("({}){{{n_min},{n_max}}}", all(&[*part], ""))
             }
             Expr::Rule(rule) => all(&[grammar.body(*rule)], ""),
+            Expr::Token(id) => token(*id),
         }
     }
 
@@ -117,6 +120,11 @@ fn spell(name: Name) -> String {
         Name::Terminal(id) => format!("X{}", id.index()),
         Name::NonEmpty(id) => format!("N{}", id.index()),
     }
+}
+
+/// By its number: llguidance knows only special tokens by their names.
+fn token(id: TokenId) -> String {
+    format!("<[{id}]>")
 }
 
 /// A class; single characters as strings, which Lark spells as JSON does.

@@ -182,7 +182,7 @@ impl Neighbours {
             return Ok(());
         }
         match choice.grammar.exprs.get(id) {
-            Expr::Class(_) => Ok(()),
+            Expr::Class(_) | Expr::Token(_) => Ok(()),
             Expr::Rule(rule) => {
                 let is_new = !self.behind.contains_key(rule);
                 let known = self.behind.entry(*rule).or_default();
@@ -235,7 +235,7 @@ impl Neighbours {
         let grammar = choice.grammar;
         match grammar.exprs.get(id) {
             Expr::Rule(rule) => first = self.first(choice, grammar.body(*rule))?,
-            Expr::Class(_) => (),
+            Expr::Class(_) | Expr::Token(_) => (),
             Expr::Sequence(parts) => {
                 for part in parts {
                     first.extend(self.first(choice, *part)?);

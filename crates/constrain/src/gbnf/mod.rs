@@ -2,7 +2,8 @@
 //!
 //! GBNF has no tokens of its own: its rules go down to single characters. llguidance wants lexemes, and takes the longest
 //! one that matches. So that both mean the same texts, parts of a grammar become lexemes only where the longest match is the
-//! only one that can go on (`lexemes.rs`); what is left are single characters, where longest and shortest are one.
+//! only one that can go on (`lexemes.rs`); what is left are single characters, where longest and shortest are one, and
+//! tokens that the grammar names as such, which are no text.
 //!
 //! The way of a grammar: `parse.rs` reads it into expressions (`expr.rs`), `facts.rs` finds what is recursive and refuses
 //! what has no meaning, `lexemes.rs` chooses, with the automata of `positions.rs`, and `lark.rs` writes.
@@ -17,11 +18,16 @@ mod positions;
 #[cfg(test)]
 mod tests;
 
+use tokenizer::TokenId;
+
 use crate::CompileError;
 
+/// Finds the id of a token that a grammar spells: `<think>`, or `<[1000]>` by its number.
+pub(crate) type FindToken<'t> = &'t dyn Fn(&str) -> Option<TokenId>;
+
 /// The same language in Lark. Errors name the line and column.
-pub(crate) fn to_lark(text: &str) -> Result<String, CompileError> {
-    let mut grammar = parse::parse(text)?;
+pub(crate) fn to_lark(text: &str, find_token: FindToken<'_>) -> Result<String, CompileError> {
+    let mut grammar = parse::parse(text, find_token)?;
     let facts = facts::find(&mut grammar, text)?;
     let lexemes = lexemes::choose(&grammar, &facts)?;
     Ok(lark::write(&grammar, &facts, &lexemes))

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use super::expr::{Expr, ExprId, Exprs, Grammar, Mention, Rule, RuleId};
-use super::invalid;
+use super::{FindToken, invalid};
 use crate::CompileError;
 
 const RULES_MAX: usize = 2048;
@@ -15,12 +15,15 @@ const EXPRS_MAX: usize = 1 << 16;
 /// Groups within groups: this parser is recursive.
 const NESTING_MAX: usize = 128;
 const REPEATS_MAX: u32 = 10_000;
+/// Of a token that is named.
+const TOKEN_BYTES_MAX: usize = 256;
 
 type Result<T> = std::result::Result<T, CompileError>;
 
-pub(super) fn parse(text: &str) -> Result<Grammar> {
+pub(super) fn parse(text: &str, find_token: FindToken<'_>) -> Result<Grammar> {
     let mut parser = Parser {
         text,
+        find_token,
         at: 0,
         exprs: Exprs::default(),
         names: HashMap::new(),
@@ -40,6 +43,7 @@ pub(super) fn is_name(c: char) -> bool {
 
 struct Parser<'t> {
     text: &'t str,
+    find_token: FindToken<'t>,
     /// Byte of what comes next.
     at: usize,
     exprs: Exprs,
@@ -149,7 +153,8 @@ impl<'t> Parser<'t> {
                 }
                 inner
             }
-            Some('<' | '!') => return self.fail("single tokens of a vocabulary are not supported"),
+            Some('<') => self.token()?,
+            Some('!') => return self.fail("all tokens but one are not supported"),
             Some(c) if is_name(c) && !self.at_rule() => {
                 let name = self.name();
                 let named = self.rule_id(name)?;
@@ -196,6 +201,20 @@ impl<'t> Parser<'t> {
             return Err(invalid(self.text, start, "no character is in this class"));
         }
         Ok(self.exprs.add(Expr::Class(ranges)))
+    }
+
+    /// A token of the vocabulary, by its text or its number.
+    fn token(&mut self) -> Result<ExprId> {
+        let rest = self.rest();
+        let end = rest.find(['>', ' ', '\t', '\r', '\n']).filter(|end| *end <= TOKEN_BYTES_MAX);
+        let Some(spelled) = end.filter(|end| rest[*end..].starts_with('>')).map(|end| &rest[..=end]) else {
+            return self.fail("expected the name of a token, and `>` behind it");
+        };
+        let Some(id) = (self.find_token)(spelled) else {
+            return self.fail(&format!("`{spelled}` is no token of this model"));
+        };
+        self.at += spelled.len();
+        Ok(self.exprs.add(Expr::Token(id)))
     }
 
     /// One character of a literal or class.

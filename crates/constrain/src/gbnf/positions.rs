@@ -51,7 +51,7 @@ struct Ends {
 }
 
 impl<'g> Positions<'g> {
-    /// Of an expression that names no recursive rule.
+    /// Of an expression that names no recursive rule and no token.
     pub(super) fn of(grammar: &'g Grammar, id: ExprId) -> Positions<'g> {
         let mut positions =
             Positions { classes: Vec::new(), first: Vec::new(), is_last: Vec::new(), next: Vec::new() };
@@ -75,6 +75,7 @@ impl<'g> Positions<'g> {
                 Ends { is_nullable: false, first: vec![at], last: vec![at] }
             }
             Expr::Rule(rule) => self.add(grammar, grammar.body(*rule)),
+            Expr::Token(_) => unreachable!("a lexeme has no tokens"),
             Expr::Sequence(parts) => {
                 let empty = Ends { is_nullable: true, first: Vec::new(), last: Vec::new() };
                 parts.iter().fold(empty, |before, part| {

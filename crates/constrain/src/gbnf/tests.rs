@@ -1,4 +1,12 @@
-use super::{is_gbnf, to_lark};
+use super::is_gbnf;
+use crate::CompileError;
+
+/// With a vocabulary of two tokens.
+fn to_lark(text: &str) -> Result<String, CompileError> {
+    super::to_lark(text, &|spelled| {
+        ["<think>", "<[1]>"].iter().position(|token| *token == spelled).map(|id| id as u32)
+    })
+}
 
 fn refused(text: &str) -> String {
     to_lark(text).expect_err(text).to_string()
@@ -37,7 +45,12 @@ fn what_has_no_meaning_is_refused_where_it_stands() {
         ("root ::= \"a\"{1000000000}", "line 1, column 14: there can be at most 10000 repetitions"),
         ("root ::= \"a\"{99999999999999999999}", "line 1, column 14: there can be at most 10000 repetitions"),
         ("root ::= \"a\"{1", "line 1, column 15: expected `}`"),
-        ("root ::= <think>", "line 1, column 10: single tokens of a vocabulary are not supported"),
+        ("root ::= <thin>", "line 1, column 10: `<thin>` is no token of this model"),
+        ("root ::= <[2]>", "line 1, column 10: `<[2]>` is no token of this model"),
+        ("root ::= <think", "line 1, column 10: expected the name of a token"),
+        ("root ::= <think >", "line 1, column 10: expected the name of a token"),
+        ("root ::= <\u{2003}>", "line 1, column 10: `<\u{2003}>` is no token of this model"),
+        ("root ::= !<think>", "line 1, column 10: all tokens but one are not supported"),
     ] {
         assert!(refused(text).starts_with(why), "{text:?}: {}", refused(text));
     }

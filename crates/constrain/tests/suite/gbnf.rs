@@ -1,8 +1,9 @@
 //! Grammars as people write them for llama.cpp: what they say is accepted, what they do not say is refused.
 
 use constrain::Source;
+use engine::Continuation;
 
-use crate::walk::Model;
+use crate::walk::{Model, ids_of};
 
 /// Everything that the language has: white space and comments anywhere, escapes, repetitions, rules over many lines.
 pub(crate) const JSON: &str = r#"
@@ -190,4 +191,34 @@ fn no_text_is_lost_to_a_longer_one() {
     ] {
         check(&format!("{grammar}{nested}"), fitting, others);
     }
+}
+
+/// A special token by its name, and one that is text elsewhere by its number: both only where the grammar names them.
+#[test]
+fn single_tokens() {
+    let model = Model::new();
+    let id = |text: &str| model.tokenizer.id_of(text).expect("the vocabulary has it");
+    let (start, b) = (id("<|im_start|>"), id("b"));
+    let grammar = format!("root ::= turn+\nturn ::= <|im_start|> [c-z]+ <[{b}]> (\"b\" | <|im_start|>)?");
+    let mut constraint = model.grammars.compile(&Source::from_grammar(grammar)).unwrap();
+    assert_eq!(ids_of(constraint.allowed()), [start]);
+    let mut take = |id: u32| {
+        assert_eq!(constraint.commit(id), Ok(Continuation::Open), "{id}");
+        ids_of(constraint.allowed())
+    };
+    let is_word = |id: &u32| {
+        let bytes = model.tokenizer.token_bytes(*id);
+        !bytes.is_empty() && bytes.iter().all(|byte| (b'c'..=b'z').contains(byte))
+    };
+    let allowed = take(start);
+    assert!(allowed.contains(&id("the")) && allowed.iter().all(is_word), "{allowed:?}");
+    let (named, words): (Vec<u32>, Vec<u32>) = take(id("the")).into_iter().partition(|id| *id == b);
+    assert!(named == [b] && words.iter().all(is_word), "{words:?}");
+    // Behind the token comes the letter, another turn, or the end.
+    let mut expected = vec![start, b, model.end];
+    expected.sort_unstable();
+    let mut allowed = take(b);
+    allowed.sort_unstable();
+    assert_eq!(allowed, expected);
+    assert!(take(start).iter().all(|id| is_word(id) || *id == start || *id == model.end));
 }

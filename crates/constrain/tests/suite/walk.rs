@@ -71,7 +71,9 @@ impl Model {
 
 fn trained() -> Tokenizer {
     let text = include_str!("../../../../fixtures/text/1790_george_washington_n.txt");
-    let trained = BpeTrainer::new(700).train([text], &mut |_| {});
+    let special_tokens = ["<|endoftext|>", "<|im_start|>"].map(str::to_owned).into();
+    let trainer = BpeTrainer { special_tokens, ..BpeTrainer::new(700) };
+    let trained = trainer.train([text], &mut |_| {});
     trained.expect("a text trains a tokenizer")
 }
 

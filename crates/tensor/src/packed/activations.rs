@@ -5,10 +5,12 @@
 
 use super::dot::{Dot, X_BYTES, X_MAX};
 use super::kind::BLOCK;
+use crate::cpu::Level;
 use crate::pool::Disjoint;
 use crate::simd::dispatch;
 use crate::split::piece;
 use crate::{Buf, Pool};
+use std::ops::Range;
 
 /// Below this a block counts as zero: its scale would leave the range of normal floats.
 const AMAX_MIN: f32 = 1e-30;
@@ -54,24 +56,16 @@ impl Activations {
         self.scales.reserve_scratch(n * n_blocks);
         self.sums.reserve_scratch(2 * n * n_blocks);
         self.x_sums.reserve_scratch(n * n_blocks);
-        let (q, scales) = (Disjoint::new(&mut self.q), Disjoint::new(&mut self.scales));
-        let (sums, x_sums) = (Disjoint::new(&mut self.sums), Disjoint::new(&mut self.x_sums));
-        let quantize_cols = |task: usize| {
-            let cols = piece(task, TASK_COLS, n);
-            for b in 0..n_blocks {
-                let at = b * n + cols.start..b * n + cols.end;
-                // SAFETY: every column is quantized by one task.
-                let out = unsafe {
-                    BlockMut {
-                        q: q.slice(at.start * X_BYTES..at.end * X_BYTES),
-                        scales: scales.slice(at.clone()),
-                        sums: sums.slice(2 * at.start..2 * at.end),
-                        x_sums: x_sums.slice(at),
-                    }
-                };
-                quantize(pool.level(), out, &x_ni[cols.start * n_in + b * BLOCK..], n_in);
-            }
+        let out = Out {
+            n,
+            q: Disjoint::new(&mut self.q),
+            scales: Disjoint::new(&mut self.scales),
+            sums: Disjoint::new(&mut self.sums),
+            x_sums: Disjoint::new(&mut self.x_sums),
         };
+        // SAFETY: every column is quantized by one task.
+        let quantize_cols =
+            |task: usize| unsafe { quantize(pool.level(), &out, x_ni, piece(task, TASK_COLS, n)) };
         let n_tasks = n.div_ceil(TASK_COLS);
         if x_ni.len() < INLINE_MAX {
             (0..n_tasks).for_each(quantize_cols);
@@ -82,7 +76,7 @@ impl Activations {
 
     /// Block `b` of columns `cols`.
     #[inline(always)]
-    pub(super) fn block(&self, b: usize, cols: std::ops::Range<usize>) -> Block<'_> {
+    pub(super) fn block(&self, b: usize, cols: Range<usize>) -> Block<'_> {
         let at = b * self.n + cols.start..b * self.n + cols.end;
         Block {
             q: &self.q[at.start * X_BYTES..at.end * X_BYTES],
@@ -93,37 +87,56 @@ impl Activations {
     }
 }
 
-struct BlockMut<'a> {
-    q: &'a mut [u8],
-    scales: &'a mut [f32],
-    sums: &'a mut [i32],
-    x_sums: &'a mut [f32],
+/// [`Activations`] that are being filled.
+struct Out<'a> {
+    n: usize,
+    q: Disjoint<'a, u8>,
+    scales: Disjoint<'a, f32>,
+    sums: Disjoint<'a, i32>,
+    x_sums: Disjoint<'a, f32>,
 }
 
-dispatch!(fn quantize(out: BlockMut<'_>, x: &[f32], stride: usize) = quantize_simd);
+/// Quantizes the columns `cols` of `x_ni`.
+/// # Safety
+/// Nobody else has to do with these columns of `out`.
+unsafe fn quantize(level: Level, out: &Out<'_>, x_ni: &[f32], cols: Range<usize>) {
+    dispatch!(fn quantize_cols(out: &Out<'_>, x_ni: &[f32], cols: Range<usize>) = quantize_simd);
+    quantize_cols(level, out, x_ni, cols);
+}
 
-/// Quantizes the first 32 elements of every row of `x`, rows `stride` apart.
+/// Safe for those only who keep the promise of [`quantize`].
 #[inline(always)]
-fn quantize_simd<S: Dot>(s: S, out: BlockMut<'_>, x: &[f32], stride: usize) {
-    for (col, q) in out.q.chunks_exact_mut(X_BYTES).enumerate() {
-        let x = &x[col * stride..][..BLOCK];
-        let mut amax = s.zero();
-        for x in x.chunks_exact(S::LANES) {
-            amax = s.max(amax, s.abs(s.load(x)));
+fn quantize_simd<S: Dot>(s: S, out: &Out<'_>, x_ni: &[f32], cols: Range<usize>) {
+    let n_in = x_ni.len() / out.n;
+    // Columns inside blocks: what is written lies together.
+    for b in 0..n_in / BLOCK {
+        for col in cols.clone() {
+            let x = &x_ni[col * n_in + b * BLOCK..][..BLOCK];
+            let mut amax = s.zero();
+            for x in x.chunks_exact(S::LANES) {
+                amax = s.max(amax, s.abs(s.load(x)));
+            }
+            let amax = s.max_lane(amax);
+            let (scale, inverse) = if amax < AMAX_MIN { (0.0, 0.0) } else { (amax / X_MAX, X_MAX / amax) };
+            let at = b * out.n + col;
+            // SAFETY: the promise of `quantize`.
+            let (q, sums) = unsafe {
+                (out.q.slice(at * X_BYTES..(at + 1) * X_BYTES), out.sums.slice(2 * at..2 * at + 2))
+            };
+            // Whole numbers below 2^24: exact in f32, in any order.
+            let mut halves = [0.0f32; 2];
+            for (i, x) in x.chunks_exact(S::LANES).enumerate() {
+                let whole = s.to_i(s.mul(s.load(x), s.splat(inverse)));
+                // SAFETY: q is X_BYTES long.
+                unsafe { s.put(q.as_mut_ptr(), i * S::LANES / 4, whole) };
+                halves[2 * i * S::LANES / BLOCK] += s.sum(s.to_f(whole));
+            }
+            sums.copy_from_slice(&halves.map(|half| half as i32));
+            // SAFETY: as above.
+            unsafe {
+                out.scales.slice(at..at + 1)[0] = scale;
+                out.x_sums.slice(at..at + 1)[0] = scale * (halves[0] + halves[1]);
+            }
         }
-        let amax = s.max_lane(amax);
-        let (scale, inverse) = if amax < AMAX_MIN { (0.0, 0.0) } else { (amax / X_MAX, X_MAX / amax) };
-        // Whole numbers below 2^24: exact in f32, in any order.
-        let mut sums = [0.0f32; 2];
-        for (i, x) in x.chunks_exact(S::LANES).enumerate() {
-            let whole = s.to_i(s.mul(s.load(x), s.splat(inverse)));
-            // SAFETY: q is X_BYTES long.
-            unsafe { s.put(q.as_mut_ptr(), i * S::LANES / 4, whole) };
-            sums[2 * i * S::LANES / BLOCK] += s.sum(s.to_f(whole));
-        }
-        out.scales[col] = scale;
-        out.sums[2 * col] = sums[0] as i32;
-        out.sums[2 * col + 1] = sums[1] as i32;
-        out.x_sums[col] = scale * (sums[0] + sums[1]);
     }
 }

@@ -18,6 +18,7 @@ mod kernels;
 mod kind;
 mod layout;
 mod quantize;
+mod tasks;
 #[cfg(test)]
 mod tests;
 
@@ -33,6 +34,7 @@ use float_kernels::{FloatTiles, float_tiles, interleave, interleave_pairs, uses_
 use kernels::{BATCH_TILES, BatchTiles, COLS_MAX, DecodeTile, Sums, TILES_MAX, batch_tiles, decode_tile};
 use layout::{Form, TILE};
 use std::ops::Range;
+use tasks::Tasks;
 
 /// A weight matrix of `n_out` rows and `n_in` columns, packed for [`project`].
 pub struct Packed {
@@ -155,6 +157,21 @@ impl std::fmt::Debug for Packed {
 /// # Panics
 /// If the matrices differ in `n_in`, or the slices do not fit.
 pub fn project(pool: &Pool, y_no: &mut [f32], stack: &[&Packed], x_ni: &[f32], scratch: &mut PackedScratch) {
+    project_before(pool, y_no, (stack, &[]), x_ni, scratch);
+}
+
+/// As [`project`], and `next` is the stack that will be multiplied next: until then threads without work fetch what they
+/// will read of it first.
+///
+/// # Panics
+/// As [`project`].
+pub fn project_before(
+    pool: &Pool,
+    y_no: &mut [f32],
+    (stack, next): (&[&Packed], &[Packed]),
+    x_ni: &[f32],
+    scratch: &mut PackedScratch,
+) {
     let n_in = stack[0].n_in;
     let n_out: usize = stack.iter().map(|w| w.n_out).sum();
     let n = x_ni.len() / n_in;
@@ -183,10 +200,10 @@ pub fn project(pool: &Pool, y_no: &mut [f32], stack: &[&Packed], x_ni: &[f32], s
     };
     let x = Input { columns, pairs: &scratch.pairs, quantized: &scratch.activations, n, level };
     let y = Disjoint::new(y_no);
-    let tasks = Tasks::new(pool, stack, n);
-    pool.run(tasks.tile_groups * tasks.col_groups, &|task| {
-        let cols = piece(task / tasks.tile_groups, COLS_MAX, n);
-        let tiles = piece(task % tasks.tile_groups, tasks.tiles_per_group, tasks.n_tiles);
+    let tasks = Tasks::new(pool, stack.iter().copied(), n);
+    let next_tasks = Tasks::new(pool, next.iter(), n);
+    let multiply_task = |task: usize| {
+        let (tiles, cols) = (tasks.tiles(task), tasks.cols(task));
         // The task's tiles run over the whole stack; each matrix takes those that are its own.
         let (mut first_tile, mut o) = (0, 0);
         for w in stack {
@@ -200,29 +217,9 @@ pub fn project(pool: &Pool, y_no: &mut [f32], stack: &[&Packed], x_ni: &[f32], s
             first_tile += w.n_tiles();
             o += w.n_out;
         }
-    });
+    };
+    pool.run_shares(tasks.n(), &multiply_task, &|thread| next_tasks.first_read(next, thread));
 }
-
-/// How a product is cut into tasks: groups of tiles times groups of columns.
-struct Tasks {
-    n_tiles: usize,
-    tiles_per_group: usize,
-    tile_groups: usize,
-    col_groups: usize,
-}
-
-impl Tasks {
-    fn new(pool: &Pool, stack: &[&Packed], n: usize) -> Self {
-        let n_tiles: usize = stack.iter().map(|w| w.n_tiles()).sum();
-        let col_groups = n.div_ceil(COLS_MAX);
-        let wanted = (TASKS_PER_THREAD * pool.n_threads()).div_ceil(col_groups);
-        let tiles_per_group = n_tiles.div_ceil(wanted).next_multiple_of(TILES_MAX);
-        Self { n_tiles, tiles_per_group, tile_groups: n_tiles.div_ceil(tiles_per_group), col_groups }
-    }
-}
-
-/// Enough that a thread which was held up by another process leaves its share to the others.
-const TASKS_PER_THREAD: usize = 8;
 
 /// The inputs in every form; a kernel takes the one it needs.
 struct Input<'a> {
