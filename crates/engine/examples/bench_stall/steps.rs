@@ -5,7 +5,7 @@ use std::fs::read_to_string;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use engine::{ModelRunner, Runner, RunnerError, StepInput};
+use engine::{ModelRunner, Runner, RunnerError, RunnerShape, StepInput};
 use tensor::Pool;
 
 /// A runner whose steps are written down.
@@ -54,20 +54,8 @@ impl Recorded {
 }
 
 impl Runner for Recorded {
-    fn vocab(&self) -> usize {
-        self.runner.vocab()
-    }
-
-    fn n_blocks(&self) -> usize {
-        self.runner.n_blocks()
-    }
-
-    fn block_tokens(&self) -> usize {
-        self.runner.block_tokens()
-    }
-
-    fn context_max(&self) -> usize {
-        self.runner.context_max()
+    fn shape(&self) -> RunnerShape {
+        self.runner.shape()
     }
 
     fn pool(&self) -> Option<Arc<Pool>> {
