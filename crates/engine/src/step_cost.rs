@@ -53,8 +53,9 @@ pub(crate) struct Extra {
     pub(crate) pairs: f64,
 }
 
-/// Tokens that a step's own cost weighs like, and positions to read, and pairs, that weigh like a token, where a measurement does not tell them apart. Of the size that
-/// they have in models of a hundred million parameters; what is learned does not depend on it, only how soon.
+/// Tokens that a step's own cost weighs like, and positions to read, and pairs, that weigh like a token, where a measurement
+/// does not tell them apart. Of the size that they have in models of a hundred million parameters; what is learned does not
+/// depend on them, only how soon.
 const ONCE_TOKENS: f64 = 4.0;
 const READ_PER_TOKEN: f64 = 2048.0;
 const PAIRS_PER_TOKEN: f64 = 4096.0;
