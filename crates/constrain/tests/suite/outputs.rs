@@ -1,7 +1,10 @@
 //! Whatever is drawn, the output fits; whatever fits can be drawn.
 
+use std::collections::BTreeMap;
+
 use constrain::{CompileError, Source};
 use engine::Continuation;
+use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 
 use crate::walk::{Model, ids_of};
@@ -60,7 +63,9 @@ fn any_object_is_json() {
     for seed in 0..20 {
         // Strings have no bound here, so not every walk ends.
         if let Some(text) = model.walk(&mut *constraint.fork(), seed, 3000) {
-            assert!(serde_json::from_str::<Value>(&text).unwrap().is_object(), "{text}");
+            // Numbers are not read: JSON has larger ones than f64.
+            let object = serde_json::from_str::<BTreeMap<String, IgnoredAny>>(&text);
+            assert!(object.is_ok(), "{object:?}: {text}");
         }
     }
 }
