@@ -99,7 +99,7 @@ fn forward_backward_simd<S: Simd>(
         let mut sum = s.zero();
         let mut whole = logits_v.chunks_exact_mut(S::LANES);
         for logits in &mut whole {
-            let e = s.exp(s.sub(s.load(logits), s.splat(max)));
+            let e = s.exp_or_zero(s.sub(s.load(logits), s.splat(max)));
             sum = s.add(sum, e);
             s.store(logits, e);
         }

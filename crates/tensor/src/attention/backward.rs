@@ -186,7 +186,7 @@ fn softmax_backward<S: Simd>(s: S, [p, dp]: [&mut [f32]; 2], seen: Range<usize>,
     p[..seen.start].fill(MASKED);
     p[seen.end..].fill(MASKED);
     for (p_at, dp_at) in p.chunks_exact_mut(S::LANES).zip(dp.chunks_exact_mut(S::LANES)) {
-        let p = s.exp(s.sub(s.load(p_at), s.splat(lse)));
+        let p = s.exp_or_zero(s.sub(s.load(p_at), s.splat(lse)));
         let ds = s.mul(p, s.sub(s.load(dp_at), s.splat(dot)));
         s.store(p_at, p);
         s.store(dp_at, ds);

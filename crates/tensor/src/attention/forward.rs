@@ -96,7 +96,7 @@ fn softmax<S: Simd>(s: S, p: &mut [f32], seen: Range<usize>) -> (f32, f32) {
     let max = s.max_lane(max);
     let mut sum = s.zero();
     for x in p.chunks_exact_mut(S::LANES) {
-        let e = s.exp(s.sub(s.load(x), s.splat(max)));
+        let e = s.exp_or_zero(s.sub(s.load(x), s.splat(max)));
         sum = s.add(sum, e); // what is masked adds at most 1e-38
         s.store(x, e);
     }

@@ -179,3 +179,25 @@ fn exp_is_accurate_and_saturates() {
         );
     }
 }
+
+#[inline(always)]
+fn exp_or_zero_all_simd<S: Simd>(s: S, y: &mut [f32], x: &[f32]) {
+    for (y, x) in y.chunks_mut(S::LANES).zip(x.chunks(S::LANES)) {
+        s.store(y, s.exp_or_zero(s.load(x)));
+    }
+}
+dispatch!(fn exp_or_zero_all(y: &mut [f32], x: &[f32]) = exp_or_zero_all_simd);
+
+/// A gradient of 1e-5 times any of them is nothing or a normal number.
+#[test]
+fn small_probabilities_are_nothing() {
+    let x: Vec<f32> = (0..100_000).map(|i| -110.0 + 110.0 * i as f32 / 100_000.0).collect();
+    for level in Level::all_available() {
+        let mut y = vec![0.0; x.len()];
+        exp_or_zero_all(level, &mut y, &x);
+        for (&x, &y) in x.iter().zip(&y) {
+            assert!(y == 0.0 || y * 1e-5 >= f32::MIN_POSITIVE, "{level:?}: {y} for {x}");
+            assert!((f64::from(y) - f64::from(x).exp()).abs() <= 1e-24 + 2.4e-7 * f64::from(x).exp());
+        }
+    }
+}
