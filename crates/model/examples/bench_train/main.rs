@@ -134,19 +134,15 @@ impl Run {
         let mean = 1.0 / loss.n_tokens as f64;
         let norm = sum_squares(pool, &self.dparams, &mut self.scratch).sqrt() * mean;
         self.n_steps += 1;
-        let settings = AdamW {
-            lr: 1e-3,
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            weight_decay: 0.1,
-            step: self.n_steps,
-            grad_scale: (mean * (CLIP / norm).min(1.0)) as f32,
-        };
+        let settings = settings(self.n_steps, (mean * (CLIP / norm).min(1.0)) as f32);
         let state = AdamWState { params: &mut self.params, m: &mut self.m, v: &mut self.v };
         adamw(pool, state, &self.dparams, &self.model.trainable().decayed(), &settings);
         loss
     }
+}
+
+fn settings(step: u64, grad_scale: f32) -> AdamW {
+    AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step, grad_scale }
 }
 
 impl Case {

@@ -7,7 +7,7 @@
 use std::time::Instant;
 
 use model::Config;
-use tensor::adamw::{AdamW, AdamWState, adamw, sum_squares};
+use tensor::adamw::{AdamWState, adamw, sum_squares};
 use tensor::attention::{Attended, AttentionDims, Mask, attention_backward, attention_forward};
 use tensor::cross_entropy::cross_entropy_forward_backward;
 use tensor::embedding::{embedding_backward, embedding_forward};
@@ -329,15 +329,7 @@ impl Parts<'_> {
         let mut scratch = Vec::new();
         let of = |passes: f64| Cost { flops: 0.0, bytes: passes * F32 * n as f64 };
         table.line("size of the gradient", 1, of(1.0), |pool| _ = sum_squares(pool, &dparams, &mut scratch));
-        let settings = AdamW {
-            lr: 1e-3,
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            weight_decay: 0.1,
-            step: 1,
-            grad_scale: 1.0,
-        };
+        let settings = super::settings(1, 1.0);
         table.line("AdamW", 1, of(7.0), |pool| {
             let state = AdamWState { params: &mut params, m: &mut m, v: &mut v };
             adamw(pool, state, &dparams, &[], &settings);
