@@ -17,11 +17,12 @@ use tensor::Pool;
 
 use steps::Recorded;
 
-/// Tokens of each stream before the long prompt comes.
+/// Tokens of each stream before the long prompt comes, and after it: what is usual for streams that have grown meanwhile.
 const N_QUIET: usize = 100;
+const QUIET_MAX: Duration = Duration::from_secs(60);
 const STREAM_PROMPT: usize = 64;
 /// Enough to outlast the long prompt.
-const STREAM_NEW: usize = 2000;
+const STREAM_NEW: usize = 2400;
 const RATIO_MAX: f64 = 3.0;
 
 type Failure = Box<dyn std::error::Error>;
@@ -43,7 +44,7 @@ fn main() -> Result<(), Failure> {
     let engine = Engine::start(Box::new(runner), limits, Metrics::new().engine("bench", n_prompt));
     println!("{n_streams} streams, then a prompt of {n_prompt} tokens | {n_rounds} rounds");
     println!(
-        "gap without: p50    p99 ms | with: p50    p99    max ms | p99 / p50 without | prompt read in s"
+        "gap before: p50    p99 ms | beside: p50    p99    max ms | after: p50 ms | p99 / p50 before, after | prompt read in s"
     );
     let mut best = f64::INFINITY;
     for round in 0..n_rounds {
@@ -94,10 +95,17 @@ fn run(engine: &Engine, n_streams: usize, n_prompt: usize, round: usize) -> Resu
             std::thread::spawn(move || read(stream, start, &stopped))
         })
         .collect();
-    let n_before = engine.stats().generation_tokens;
-    while engine.stats().generation_tokens < n_before + (n_streams * N_QUIET) as u64 {
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    let wait = || {
+        let (began, n_before) = (Instant::now(), engine.stats().generation_tokens);
+        while engine.stats().generation_tokens < n_before + (n_streams * N_QUIET) as u64 {
+            if began.elapsed() > QUIET_MAX {
+                return Err("the streams ended too early");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    };
+    wait()?;
     let arrival = start.elapsed();
     let mut long = submit(engine, 77 + round, n_prompt, 1)?;
     let first = long.recv();
@@ -105,20 +113,25 @@ fn run(engine: &Engine, n_streams: usize, n_prompt: usize, round: usize) -> Resu
     if !matches!(first, Some(Event::Token { .. })) {
         return Err(format!("the long prompt gave {first:?}").into());
     }
+    wait()?;
     drop(stop);
     let times: Vec<_> = readers.into_iter().map(|r| r.join().expect("a reader does not panic")).collect();
     let quiet = gaps(&times, arrival / 2, arrival);
     let beside = gaps(&times, arrival, read_at);
-    let (usual, p99) = (quiet[quiet.len() / 2], beside[beside.len() * 99 / 100]);
+    let after = gaps(&times, read_at, Duration::MAX);
+    let [usual, grown] = [&quiet, &after].map(|gaps| gaps[gaps.len() / 2]);
+    let p99 = beside[beside.len() * 99 / 100];
     println!(
-        "{:16.2} {:6.2}    | {:9.2} {:6.2} {:6.2}    | {:17.2} | {:7.2}",
+        "{:15.2} {:6.2}    | {:11.2} {:6.2} {:6.2}    | {:13.2} | {:16.2}, {:5.2} | {:7.2}",
         usual,
         // On a busy machine this is large without any prompt.
         quiet[quiet.len() * 99 / 100],
         beside[beside.len() / 2],
         p99,
         beside[beside.len() - 1],
+        grown,
         p99 / usual,
+        p99 / grown,
         (read_at - arrival).as_secs_f64()
     );
     Ok(p99 / usual)

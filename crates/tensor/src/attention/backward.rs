@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::forward::MASKED;
 use super::product::Product;
-use super::{Attended, AttentionDims, Head, Mask, TILE, take};
+use super::{Attended, AttentionDims, Head, Mask, TILE, ask_for, take};
 use crate::Buf;
 use crate::pool::Disjoint;
 use crate::simd::{Simd, dispatch};
@@ -81,16 +81,17 @@ fn group_simd<S: Simd>(s: S, job: &Job, row: usize, group: usize, scratch: &mut 
     job.head(row, value_head, 0, t).transpose(s, kv.values_dt, stride);
     kv.dkeys_td.fill(0.0);
     kv.dvalues_td.fill(0.0);
-    let per_group = dims.heads_per_group();
-    for h in group * per_group..(group + 1) * per_group {
-        for first in (0..t).step_by(TILE) {
-            load_tile(s, job, &mut tile, [row, h, first]);
-            for first_key in (job.mask.first_tile(dims, row, first)..first + TILE).step_by(BLOCK) {
-                let n_keys = BLOCK.min(first + TILE - first_key);
-                block(s, &mut tile, &mut kv, dims, first_key..first_key + n_keys);
-            }
-            job.store_rows(s, tile.dquery, [row, h, first], tile.n_queries, dims.scale);
+    let mut tiles = dims.tiles(group).peekable();
+    while let Some((h, first)) = tiles.next() {
+        load_tile(s, job, &mut tile, [row, h, first]);
+        let next = tiles.peek().copied();
+        let ask = |i| job.ask_for(s, row, (h, first + i), next.map(|(h, first)| (h, first + i)));
+        let mut ask = Some(ask);
+        for first_key in (job.mask.first_tile(dims, row, first)..first + TILE).step_by(BLOCK) {
+            let n_keys = BLOCK.min(first + TILE - first_key);
+            block(s, &mut tile, &mut kv, (dims, first_key..first_key + n_keys), ask.take());
         }
+        job.store_rows(s, tile.dquery, [row, h, first], tile.n_queries, dims.scale);
     }
     job.store_rows(s, kv.dkeys_td, [row, key_head, 0], t, 1.0);
     job.store_rows(s, kv.dvalues_td, [row, value_head, 0], t, 1.0);
@@ -123,7 +124,13 @@ fn load_tile<'a, S: Simd>(s: S, job: &Job<'a>, tile: &mut Tile<'a>, [row, h, fir
 
 /// Adds what the tile and the keys in `range` contribute to each other's gradients.
 #[inline(always)]
-fn block<S: Simd>(s: S, tile: &mut Tile, kv: &mut Group, dims: AttentionDims, range: Range<usize>) {
+fn block<S: Simd>(
+    s: S,
+    tile: &mut Tile,
+    kv: &mut Group,
+    (dims, range): (AttentionDims, Range<usize>),
+    ask: Option<impl Fn(usize)>,
+) {
     let (d, stride, d_padded) = (dims.head_width, dims.transposed_stride(), dims.padded_width::<S>());
     let n_keys = range.len();
     let scores = [TILE, n_keys, d];
@@ -146,6 +153,7 @@ fn block<S: Simd>(s: S, tile: &mut Tile, kv: &mut Group, dims: AttentionDims, ra
     }
     .run(s, tile.dp, BLOCK, false);
     for i in 0..TILE {
+        ask.iter().for_each(|ask| ask(i));
         let (p, dp) = (&mut tile.p[i * BLOCK..][..n_keys], &mut tile.dp[i * BLOCK..][..n_keys]);
         if i >= tile.n_queries {
             p.fill(0.0);
@@ -198,6 +206,21 @@ fn softmax_backward<S: Simd>(s: S, [p, dp]: [&mut [f32]; 2], seen: Range<usize>,
 }
 
 impl<'a> Job<'a> {
+    /// Asks for what is needed of a query and its head when a tile's keys are through: from one row to the next it is too far
+    /// for the processor to fetch it unasked.
+    #[inline(always)]
+    fn ask_for<S: Simd>(&self, s: S, row: usize, gradient: (usize, usize), next: Option<(usize, usize)>) {
+        let dims = self.dims;
+        let d = dims.head_width;
+        let at = |(head, i): (usize, usize), width: usize| (row * dims.n_positions + i) * width + head * d;
+        ask_for(s, self.dqkv.as_ptr().wrapping_add(at(gradient, dims.qkv_width())), d);
+        let Some(next) = next else { return };
+        ask_for(s, self.attended.qkv.as_ptr().wrapping_add(at(next, dims.qkv_width())), d);
+        for of_out in [self.attended.out_nhd, self.dout_nhd] {
+            ask_for(s, of_out.as_ptr().wrapping_add(at(next, dims.out_width())), d);
+        }
+    }
+
     /// Head `head` of `n_rows` rows of qkv from position `first` of row `row` on.
     #[inline(always)]
     fn head(&self, row: usize, head: usize, first: usize, n_rows: usize) -> Head<'a> {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::product::Product;
-use super::{AttentionDims, Head, Mask, TILE, take};
+use super::{AttentionDims, Head, Mask, TILE, ask_for, take};
 use crate::Buf;
 use crate::pool::Disjoint;
 use crate::simd::{Simd, dispatch};
@@ -41,44 +41,47 @@ fn group_simd<S: Simd>(s: S, job: &Job, row: usize, group: usize, scratch: &mut 
     };
     head(dims.n_heads + group, 0, t).transpose(s, keys_dt, keys_stride);
     head(dims.n_heads + dims.n_kv_heads + group, 0, t).copy(s, values_td, d_padded, 1.0);
-    let per_group = dims.heads_per_group();
-    for h in group * per_group..(group + 1) * per_group {
-        for first in (0..t).step_by(TILE) {
-            let n_queries = TILE.min(t - first);
-            // Whole tiles: what is too far back, and the padding, is masked.
-            let first_key = job.mask.first_tile(dims, row, first);
-            let n_keys = first + TILE - first_key;
-            head(h, first, n_queries).copy(s, query, d, dims.scale);
-            let scores = [TILE, n_keys, d];
-            let keys = &keys_dt[first_key..];
-            Product { a: query, a_row: d, a_col: 1, b: keys, b_stride: keys_stride, dims: scores }
-                .run(s, p, t_padded, false);
-            let lse_at = (row * dims.n_heads + h) * t + first;
-            // SAFETY: this task alone has this head of this row.
-            let lse = unsafe { job.lse_bht.slice(lse_at..lse_at + n_queries) };
-            let mut scales = [0.0; TILE];
-            for i in 0..n_queries {
-                let p = &mut p[i * t_padded..][..n_keys];
-                let seen = job.mask.first(dims, row, first + i) - first_key..first + i + 1 - first_key;
-                (lse[i], scales[i]) = softmax(s, p, seen);
+    let mut tiles = dims.tiles(group).peekable();
+    while let Some((h, first)) = tiles.next() {
+        let n_queries = TILE.min(t - first);
+        let next = tiles.peek().map(|&(h, first)| head(h, first, 1).data.as_ptr());
+        // Whole tiles: what is too far back, and the padding, is masked.
+        let first_key = job.mask.first_tile(dims, row, first);
+        let n_keys = first + TILE - first_key;
+        head(h, first, n_queries).copy(s, query, d, dims.scale);
+        let scores = [TILE, n_keys, d];
+        let keys = &keys_dt[first_key..];
+        Product { a: query, a_row: d, a_col: 1, b: keys, b_stride: keys_stride, dims: scores }
+            .run(s, p, t_padded, false);
+        let lse_at = (row * dims.n_heads + h) * t + first;
+        // SAFETY: this task alone has this head of this row.
+        let lse = unsafe { job.lse_bht.slice(lse_at..lse_at + n_queries) };
+        let out_at = |i: usize| (row * t + first + i) * dims.out_width() + h * d;
+        let mut scales = [0.0; TILE];
+        for i in 0..n_queries {
+            ask_for(s, job.out_nhd.as_ptr().wrapping_add(out_at(i)), d);
+            if let Some(query) = next {
+                ask_for(s, query.wrapping_add(i * dims.qkv_width()), d);
             }
-            Product {
-                a: p,
-                a_row: t_padded,
-                a_col: 1,
-                b: &values_td[first_key * d_padded..],
-                b_stride: d_padded,
-                dims: [TILE, d_padded, n_keys],
-            }
-            .run(s, out, d_padded, false);
-            for i in 0..n_queries {
-                let at = (row * t + first + i) * dims.out_width() + h * d;
-                // SAFETY: as above.
-                let to = unsafe { job.out_nhd.slice(at..at + d) };
-                let from = &out[i * d_padded..][..d];
-                for (to, from) in to.chunks_mut(S::LANES).zip(from.chunks(S::LANES)) {
-                    s.store(to, s.mul(s.load(from), s.splat(scales[i])));
-                }
+            let p = &mut p[i * t_padded..][..n_keys];
+            let seen = job.mask.first(dims, row, first + i) - first_key..first + i + 1 - first_key;
+            (lse[i], scales[i]) = softmax(s, p, seen);
+        }
+        Product {
+            a: p,
+            a_row: t_padded,
+            a_col: 1,
+            b: &values_td[first_key * d_padded..],
+            b_stride: d_padded,
+            dims: [TILE, d_padded, n_keys],
+        }
+        .run(s, out, d_padded, false);
+        for i in 0..n_queries {
+            // SAFETY: as above.
+            let to = unsafe { job.out_nhd.slice(out_at(i)..out_at(i) + d) };
+            let from = &out[i * d_padded..][..d];
+            for (to, from) in to.chunks_mut(S::LANES).zip(from.chunks(S::LANES)) {
+                s.store(to, s.mul(s.load(from), s.splat(scales[i])));
             }
         }
     }

@@ -25,6 +25,9 @@ use crate::{Buf, Pool};
 /// Queries in a tile. A tile of probabilities has TILE · t · 4 B (32 KiB at t = 256).
 const TILE: usize = 32;
 
+/// Elements of a line of the cache.
+const LINE: usize = 16;
+
 thread_local! {
     /// Tiles of the task this thread works on; kept, so that a step allocates nothing after the first.
     static SCRATCH: RefCell<Buf<f32>> = RefCell::new(Buf::default());
@@ -99,6 +102,13 @@ impl AttentionDims {
 
     fn heads_per_group(&self) -> usize {
         self.n_heads / self.n_kv_heads
+    }
+
+    /// The tiles of a group in the order in which they are computed: their heads and first queries.
+    fn tiles(&self, group: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let (per_group, t) = (self.heads_per_group(), self.n_positions);
+        let heads = group * per_group..(group + 1) * per_group;
+        heads.flat_map(move |h| (0..t).step_by(TILE).map(move |first| (h, first)))
     }
 
     /// Positions rounded up to whole tiles.
@@ -223,6 +233,12 @@ fn take<'a>(rest: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
     let (first, others) = std::mem::take(rest).split_at_mut(len);
     *rest = others;
     first
+}
+
+/// Asks for the lines of `n` elements from `p` on, which are needed in some thousand cycles.
+#[inline(always)]
+fn ask_for<S: Simd>(s: S, p: *const f32, n: usize) {
+    (0..n).step_by(LINE).for_each(|i| s.prefetch_l2(p.wrapping_add(i)));
 }
 
 /// One head of some rows: where its first element is, how far its rows are apart, how many there are.
