@@ -10,21 +10,18 @@ const THREADS: &str = "2";
 /// Streams of 128 tokens in, 128 out.
 const STREAMS: [usize; 2] = [8, 32];
 
-/// One test in both programs' words.
+/// One test, in words that both programs know.
 struct Test {
     name: &'static str,
-    ours: &'static [&'static str],
-    rival: &'static [&'static str],
+    /// How often, of which the median is taken. At depth each time reads the whole prompt first: a minute of llama.cpp's.
+    times: &'static str,
+    args: &'static [&'static str],
 }
 
 const TESTS: [Test; 3] = [
-    Test { name: "prefill 512", ours: &["-p", "512", "-n", "0"], rival: &["-p", "512", "-n", "0"] },
-    Test { name: "decode 128", ours: &["-p", "0", "-n", "128"], rival: &["-p", "0", "-n", "128"] },
-    Test {
-        name: "decode 32 at 8,000",
-        ours: &["-p", "0", "-n", "32", "-d", "8000"],
-        rival: &["-p", "0", "-n", "32", "-d", "8000"],
-    },
+    Test { name: "prefill 512", times: "5", args: &["-p", "512", "-n", "0"] },
+    Test { name: "decode 128", times: "5", args: &["-p", "0", "-n", "128"] },
+    Test { name: "decode 32 at 8,000", times: "1", args: &["-p", "0", "-n", "32", "-d", "8000"] },
 ];
 
 /// Medians, tokens/s.
@@ -65,24 +62,24 @@ pub(crate) fn run(root: &Path, models: &[String], llama_bench: Option<&Path>) ->
 
 /// Ours, the rival, ours again: a drift of the machine shows as a difference of the two, of which the mean is taken.
 fn side_by_side(root: &Path, model: &str, test: &Test, llama_bench: Option<&Path>) -> Result<Row> {
-    let (first, share) = ours(root, model, test.ours)?;
+    let (first, share) = ours(root, model, test.times, test.args)?;
     let rival = match llama_bench {
         None => None,
         Some(program) => {
-            let fixed = ["-m", model, "-t", THREADS, "-r", "5", "-o", "jsonl"];
-            let line = last_json(root, program, &[&fixed[..], test.rival].concat())?;
+            let fixed = ["-m", model, "-t", THREADS, "-r", test.times, "-o", "jsonl"];
+            let line = last_json(root, program, &[&fixed[..], test.args].concat())?;
             let samples = line["samples_ts"].as_array().context("llama-bench's samples_ts")?;
             let samples: Vec<f64> = samples.iter().filter_map(Value::as_f64).collect();
             Some(median(samples).context("llama-bench measured nothing")?)
         }
     };
-    let (second, _) = ours(root, model, test.ours)?;
+    let (second, _) = ours(root, model, test.times, test.args)?;
     Ok(Row { ours: (first + second) / 2.0, share, rival })
 }
 
 fn streams(root: &Path, model: &str, n_streams: usize, llama_bench: Option<&Path>) -> Result<Row> {
     let streams = n_streams.to_string();
-    let (ours, share) = ours(root, model, &["-p", "0", "-n", "128", "-d", "128", "-b", &streams])?;
+    let (ours, share) = ours(root, model, "5", &["-p", "0", "-n", "128", "-d", "128", "-b", &streams])?;
     let rival = match llama_bench.map(|program| program.with_file_name("llama-batched-bench")) {
         None => None,
         Some(program) => {
@@ -97,8 +94,8 @@ fn streams(root: &Path, model: &str, n_streams: usize, llama_bench: Option<&Path
 }
 
 /// Median tokens/s, and the share of the limit.
-fn ours(root: &Path, model: &str, test: &[&str]) -> Result<(f64, f64)> {
-    let fixed = ["bench", model, "-t", THREADS, "-r", "5", "-o", "jsonl"];
+fn ours(root: &Path, model: &str, times: &str, test: &[&str]) -> Result<(f64, f64)> {
+    let fixed = ["bench", model, "-t", THREADS, "-r", times, "-o", "jsonl"];
     let line = last_json(root, &root.join("target/release/loquat"), &[&fixed[..], test].concat())?;
     let number = |name: &str| line[name].as_f64().with_context(|| format!("loquat bench's {name}"));
     Ok((number("tokens_per_s")?, number("limit_share")?))

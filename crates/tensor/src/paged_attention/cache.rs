@@ -68,9 +68,9 @@ pub struct KvCache {
 }
 
 enum Layers {
-    Int8(Vec<Layer<i8>>),
-    Bf16(Vec<Layer<bf16>>),
-    F32(Vec<Layer<f32>>),
+    Int8(LayersOf<i8>),
+    Bf16(LayersOf<bf16>),
+    F32(LayersOf<f32>),
 }
 
 /// Runs `$body` with `$layers` the layers of whatever type.
@@ -84,11 +84,11 @@ macro_rules! with_layers {
     };
 }
 
-/// Keys and values of one layer.
-struct Layer<E: Cached> {
-    /// `[block][g][keys, values]`
+/// Keys and values of all layers.
+struct LayersOf<E: Cached> {
+    /// Of each layer `[block][g][keys, values]`.
     data: Staggered<E>,
-    /// `[block][g][keys, values][16]`, where the type has factors.
+    /// Of each layer `[block][g][keys, values][16]`, where the type has factors.
     scales: Staggered<f32>,
 }
 
@@ -151,9 +151,9 @@ impl KvCache {
     pub fn new(dims: KvDims, kv_type: KvType, n_blocks: usize) -> Self {
         assert!(dims.n_kv_heads > 0 && dims.n_heads.is_multiple_of(dims.n_kv_heads), "{dims:?}");
         let layers = match kv_type {
-            KvType::Int8 => Layers::Int8(new_layers(dims, n_blocks)),
-            KvType::Bf16 => Layers::Bf16(new_layers(dims, n_blocks)),
-            KvType::F32 => Layers::F32(new_layers(dims, n_blocks)),
+            KvType::Int8 => Layers::Int8(LayersOf::new(dims, n_blocks)),
+            KvType::Bf16 => Layers::Bf16(LayersOf::new(dims, n_blocks)),
+            KvType::F32 => Layers::F32(LayersOf::new(dims, n_blocks)),
         };
         Self { dims, n_blocks, layers, pieces: Vec::new() }
     }
@@ -201,7 +201,7 @@ impl KvCache {
         let pieces = &self.pieces;
         let qkv = Disjoint::new(qkv_no);
         with_layers!(&mut self.layers, layers => {
-            let store = layers[layer].store(dims);
+            let store = layers.store(layer, dims);
             pool.run(pieces.len().div_ceil(TASK_PIECES), &|task| {
                 for piece in &pieces[piece(task, TASK_PIECES, pieces.len())] {
                     let cells = piece.tokens.start * width..piece.tokens.end * width;
@@ -233,7 +233,7 @@ impl KvCache {
         assert!(n_positions <= BLOCK_TOKENS, "copying {n_positions} positions of a block");
         let dims = self.dims;
         with_layers!(&mut self.layers, layers => {
-            layers.iter_mut().for_each(|layer| layer.copy_block(dims, [from, to], n_positions));
+            (0..dims.n_layers).for_each(|layer| layers.copy_block(layer, dims, [from, to], n_positions));
         });
     }
 
@@ -254,9 +254,9 @@ impl KvCache {
 
     pub(super) fn head(&self, layer: usize, kv_head: usize) -> AnyHeadKv<'_> {
         match &self.layers {
-            Layers::Int8(layers) => AnyHeadKv::Int8(layers[layer].head(self.dims, kv_head)),
-            Layers::Bf16(layers) => AnyHeadKv::Bf16(layers[layer].head(self.dims, kv_head)),
-            Layers::F32(layers) => AnyHeadKv::F32(layers[layer].head(self.dims, kv_head)),
+            Layers::Int8(layers) => AnyHeadKv::Int8(layers.head(layer, self.dims, kv_head)),
+            Layers::Bf16(layers) => AnyHeadKv::Bf16(layers.head(layer, self.dims, kv_head)),
+            Layers::F32(layers) => AnyHeadKv::F32(layers.head(layer, self.dims, kv_head)),
         }
     }
 }
@@ -302,37 +302,36 @@ fn lay_out_pieces(pieces: &mut Vec<Piece>, rows: &[PagedRow<'_>]) {
     }
 }
 
-fn new_layers<E: Cached>(dims: KvDims, n_blocks: usize) -> Vec<Layer<E>> {
-    let n_scales = if E::SCALED { n_blocks * dims.n_kv_heads * HEAD_SCALES } else { 0 };
-    let layer = |part| Layer {
-        data: Staggered::zeroed(n_blocks * block_elems(dims), part),
-        scales: Staggered::zeroed(n_scales, part),
-    };
-    (0..dims.n_layers).map(|i| layer([i, dims.n_layers])).collect()
-}
-
-impl<E: Cached> Layer<E> {
-    fn head(&self, dims: KvDims, kv_head: usize) -> HeadKv<'_, E> {
-        HeadKv { data: &self.data, scales: &self.scales, kv_head, dims }
+impl<E: Cached> LayersOf<E> {
+    fn new(dims: KvDims, n_blocks: usize) -> Self {
+        let n_scales = if E::SCALED { n_blocks * dims.n_kv_heads * HEAD_SCALES } else { 0 };
+        let data = Staggered::zeroed(n_blocks * block_elems(dims), dims.n_layers);
+        Self { data, scales: Staggered::zeroed(n_scales, dims.n_layers) }
     }
 
-    fn store(&mut self, dims: KvDims) -> Store<'_, E> {
-        Store { data: Disjoint::new(&mut self.data), scales: Disjoint::new(&mut self.scales), dims }
+    fn head(&self, layer: usize, dims: KvDims, kv_head: usize) -> HeadKv<'_, E> {
+        HeadKv { data: self.data.layer(layer), scales: self.scales.layer(layer), kv_head, dims }
     }
 
-    fn copy_block(&mut self, dims: KvDims, [from, to]: [u32; 2], n_positions: usize) {
+    fn store(&mut self, layer: usize, dims: KvDims) -> Store<'_, E> {
+        let (data, scales) = (self.data.layer_mut(layer), self.scales.layer_mut(layer));
+        Store { data: Disjoint::new(data), scales: Disjoint::new(scales), dims }
+    }
+
+    fn copy_block(&mut self, layer: usize, dims: KvDims, [from, to]: [u32; 2], n_positions: usize) {
+        let (data, scales) = (self.data.layer_mut(layer), self.scales.layer_mut(layer));
         let (half, width) = (half_elems(dims), padded(dims.head_width));
         for g in 0..dims.n_kv_heads {
             let [from, to] = [from, to].map(|block| block as usize * dims.n_kv_heads + g);
             for slot in 0..n_positions {
                 for i in 0..dims.head_width {
                     let (k, v) = (E::at(i, slot, BLOCK_TOKENS), half + E::at(slot, i, width));
-                    self.data[to * 2 * half + k] = self.data[from * 2 * half + k];
-                    self.data[to * 2 * half + v] = self.data[from * 2 * half + v];
+                    data[to * 2 * half + k] = data[from * 2 * half + k];
+                    data[to * 2 * half + v] = data[from * 2 * half + v];
                 }
                 if E::SCALED {
                     for i in [slot, BLOCK_TOKENS + slot] {
-                        self.scales[to * HEAD_SCALES + i] = self.scales[from * HEAD_SCALES + i];
+                        scales[to * HEAD_SCALES + i] = scales[from * HEAD_SCALES + i];
                     }
                 }
             }
