@@ -155,6 +155,9 @@ fn give_up(error: &CommError, board: Board, (own, record): (Hello, Record)) -> !
         std::thread::sleep(LAST_POSTS);
         if tells {
             eprintln!("what every rank was doing:\n{}", board.lines(own.n_ranks).join("\n"));
+        } else {
+            // Who tells may have noticed later; mpirun ends all of them with the first that goes.
+            std::thread::sleep(2 * LAST_POSTS);
         }
         // Nobody may wait any more.
         let _ = done.send(());
