@@ -2,6 +2,9 @@
 
 use std::sync::OnceLock;
 
+/// A line of the cache.
+pub(crate) const LINE_BYTES: usize = 64;
+
 /// Instruction set a kernel runs on. Ordered: a processor that has one has all before it.
 ///
 /// Which one is used travels with the [`crate::Pool`] (`pool.level()`), so a test can run any op at any level this

@@ -18,15 +18,13 @@ mod product;
 
 use std::cell::RefCell;
 
+use crate::cpu::LINE_BYTES;
 use crate::pool::Disjoint;
 use crate::simd::Simd;
 use crate::{Buf, Pool};
 
 /// Queries in a tile. A tile of probabilities has TILE · t · 4 B (32 KiB at t = 256).
 const TILE: usize = 32;
-
-/// Elements of a line of the cache.
-const LINE: usize = 16;
 
 thread_local! {
     /// Tiles of the task this thread works on; kept, so that a step allocates nothing after the first.
@@ -238,7 +236,7 @@ fn take<'a>(rest: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
 /// Asks for the lines of `n` elements from `p` on, which are needed in some thousand cycles.
 #[inline(always)]
 fn ask_for<S: Simd>(s: S, p: *const f32, n: usize) {
-    (0..n).step_by(LINE).for_each(|i| s.prefetch_l2(p.wrapping_add(i)));
+    (0..n).step_by(LINE_BYTES / size_of::<f32>()).for_each(|i| s.prefetch_l2(p.wrapping_add(i)));
 }
 
 /// One head of some rows: where its first element is, how far its rows are apart, how many there are.

@@ -1,5 +1,6 @@
 //! The tile kernel: R rows × two registers of columns of c, over one block of k.
 
+use crate::cpu::LINE_BYTES;
 use crate::simd::{MAX_LANES, Simd};
 
 /// What a tile is computed from: `n_words` rows of packed words each.
@@ -15,7 +16,7 @@ pub(super) struct Packed {
 }
 
 /// Words of a line of the cache.
-pub(super) const LINE: usize = 16;
+pub(super) const LINE: usize = LINE_BYTES / size_of::<f32>();
 
 /// A tile of c to be written.
 #[derive(Clone, Copy)]

@@ -14,6 +14,7 @@ use super::dot::{Dot, STEPS, X_BYTES};
 use super::groups::{affine, ints};
 use super::kind::BLOCK;
 use super::layout::{Form, TILE};
+use crate::cpu::LINE_BYTES;
 use crate::simd::{Simd, dispatch};
 
 /// Columns a task takes at a time: their sums (32 rows × 48 × 4 B = 6 KiB) stay in L1, their inputs in L2. A multiple of
@@ -124,9 +125,6 @@ fn prefetch<S: Simd>(s: S, tile: &[u8], ahead: usize, [g, n_groups]: [usize; 2])
         s.prefetch(tile.as_ptr().wrapping_add(ahead + g * share + line).cast());
     }
 }
-
-/// A cache line.
-const LINE_BYTES: usize = 64;
 
 /// Up to [`BATCH_TILES`] tiles times several columns of quantized inputs.
 pub(super) struct BatchTiles<'a> {

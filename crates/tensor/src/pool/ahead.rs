@@ -1,10 +1,10 @@
 //! [`Ahead`]: memory that a thread asks for while it has nothing else to do.
 
+use crate::cpu::LINE_BYTES;
+
 /// A quarter of a second-level cache of 2 MiB, and as much as is read in some 20 us: longer gaps are not filled.
 const AHEAD_MAX: usize = 512 << 10;
 
-/// A cache line.
-const LINE_BYTES: usize = 64;
 /// Lines asked for between two looks for work: about as many as may be on their way at once.
 const LINES: usize = 8;
 
