@@ -2,13 +2,16 @@
 //!
 //! `cargo run --release -p engine --example bench_stall -- MODEL [THREADS] [STREAMS] [PROMPT_TOKENS] [ROUNDS] [KV_TYPE] [CSV]`
 //!
+//! Then the same streams write the same tokens without the prompt: they grow meanwhile, and that alone makes gaps longer.
 //! Keys and values are bf16 or int8. Each step is written to the file CSV, if there is one to be: see `steps.rs`.
 //! Ends with an error if the 99th percentile beside the prompt reaches three times the median without it.
 
 mod steps;
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use engine::{Engine, EngineLimits, Event, ModelRunner, Request, Sampling, Stream};
@@ -17,9 +20,9 @@ use tensor::Pool;
 
 use steps::Recorded;
 
-/// Tokens of each stream before the long prompt comes, and after it: what is usual for streams that have grown meanwhile.
+/// Tokens of each stream before the long prompt comes.
 const N_QUIET: usize = 100;
-const QUIET_MAX: Duration = Duration::from_secs(60);
+const WAIT_MAX: Duration = Duration::from_secs(300);
 const STREAM_PROMPT: usize = 64;
 /// Enough to outlast the long prompt.
 const STREAM_NEW: usize = 2400;
@@ -44,7 +47,7 @@ fn main() -> Result<(), Failure> {
     let engine = Engine::start(Box::new(runner), limits, Metrics::new().engine("bench", n_prompt));
     println!("{n_streams} streams, then a prompt of {n_prompt} tokens | {n_rounds} rounds");
     println!(
-        "gap before: p50    p99 ms | beside: p50    p99    max ms | after: p50 ms | p99 / p50 before, after | prompt read in s"
+        "gap before: p50    p99 ms | beside: p50    p99    max ms | same tokens alone: p50    p99 ms | p99 / p50 before, alone | prompt read in s"
     );
     let mut best = f64::INFINITY;
     for round in 0..n_rounds {
@@ -83,80 +86,108 @@ fn submit(engine: &Engine, seed: usize, n_prompt: usize, n_new: usize) -> Result
 
 /// One round; returns the 99th percentile beside the prompt over the median without it.
 fn run(engine: &Engine, n_streams: usize, n_prompt: usize, round: usize) -> Result<f64, Failure> {
-    let start = Instant::now();
-    let streams = (0..n_streams).map(|i| submit(engine, 1000 * round + i, STREAM_PROMPT, STREAM_NEW));
-    let streams = streams.collect::<Result<Vec<_>, _>>()?;
-    let (stop, stopped) = std::sync::mpsc::channel::<()>();
-    let stopped = Arc::new(std::sync::Mutex::new(stopped));
-    let readers: Vec<_> = streams
-        .into_iter()
-        .map(|stream| {
-            let stopped = stopped.clone();
-            std::thread::spawn(move || read(stream, start, &stopped))
-        })
-        .collect();
-    let wait = || {
-        let (began, n_before) = (Instant::now(), engine.stats().generation_tokens);
-        while engine.stats().generation_tokens < n_before + (n_streams * N_QUIET) as u64 {
-            if began.elapsed() > QUIET_MAX {
-                return Err("the streams ended too early");
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        Ok(())
-    };
-    wait()?;
-    let arrival = start.elapsed();
+    let streams = Streams::start(engine, n_streams, round)?;
+    streams.until(engine, n_streams * N_QUIET)?;
+    let arrival = streams.start.elapsed();
     let mut long = submit(engine, 77 + round, n_prompt, 1)?;
     let first = long.recv();
-    let read_at = start.elapsed();
+    let read_at = streams.start.elapsed();
     if !matches!(first, Some(Event::Token { .. })) {
         return Err(format!("the long prompt gave {first:?}").into());
     }
-    wait()?;
-    drop(stop);
-    let times: Vec<_> = readers.into_iter().map(|r| r.join().expect("a reader does not panic")).collect();
-    let quiet = gaps(&times, arrival / 2, arrival);
-    let beside = gaps(&times, arrival, read_at);
-    let after = gaps(&times, read_at, Duration::MAX);
-    let [usual, grown] = [&quiet, &after].map(|gaps| gaps[gaps.len() / 2]);
+    let times = streams.stop();
+    let quiet = gaps(times.iter().map(|at| within(at, arrival / 2, arrival)));
+    let beside = gaps(times.iter().map(|at| within(at, arrival, read_at)));
+    // The same streams once more, greedy as they are, and without the prompt: what the same tokens take alone.
+    let streams = Streams::start(engine, n_streams, round)?;
+    streams.until(engine, times.iter().map(Vec::len).sum())?;
+    let alone = streams.stop();
+    let alone = gaps(times.iter().zip(&alone).map(|(beside, alone)| {
+        let [first, end] = [arrival, read_at].map(|t| beside.partition_point(|&at| at <= t).min(alone.len()));
+        &alone[first.saturating_sub(1)..end]
+    }));
+    let [usual, same] = [&quiet, &alone].map(|gaps| gaps[gaps.len() / 2]);
     let p99 = beside[beside.len() * 99 / 100];
     println!(
-        "{:15.2} {:6.2}    | {:11.2} {:6.2} {:6.2}    | {:13.2} | {:16.2}, {:5.2} | {:7.2}",
+        "{:15.2} {:6.2}    | {:11.2} {:6.2} {:6.2}    | {:16.2} {:6.2}    | {:16.2}, {:5.2} | {:7.2}",
         usual,
         // On a busy machine this is large without any prompt.
         quiet[quiet.len() * 99 / 100],
         beside[beside.len() / 2],
         p99,
         beside[beside.len() - 1],
-        grown,
+        same,
+        alone[alone.len() * 99 / 100],
         p99 / usual,
-        p99 / grown,
+        p99 / same,
         (read_at - arrival).as_secs_f64()
     );
     Ok(p99 / usual)
 }
 
-/// When tokens came, until the round is over; then the stream is dropped.
-fn read(
-    mut stream: Stream,
+/// Running streams, each read by a thread.
+struct Streams {
     start: Instant,
-    stopped: &std::sync::Mutex<std::sync::mpsc::Receiver<()>>,
-) -> Vec<Duration> {
+    n_before: u64,
+    /// Dropped when they are to end.
+    stop: Sender<()>,
+    readers: Vec<JoinHandle<Vec<Duration>>>,
+}
+
+impl Streams {
+    fn start(engine: &Engine, n_streams: usize, round: usize) -> Result<Self, Failure> {
+        let (start, n_before) = (Instant::now(), engine.stats().generation_tokens);
+        let streams = (0..n_streams).map(|i| submit(engine, 1000 * round + i, STREAM_PROMPT, STREAM_NEW));
+        let streams = streams.collect::<Result<Vec<_>, _>>()?;
+        let (stop, stopped) = channel();
+        let stopped = Arc::new(Mutex::new(stopped));
+        let reader = |stream| {
+            let stopped = stopped.clone();
+            std::thread::spawn(move || read(stream, start, &stopped))
+        };
+        Ok(Self { start, n_before, stop, readers: streams.into_iter().map(reader).collect() })
+    }
+
+    /// Waits until all together have written so many tokens.
+    fn until(&self, engine: &Engine, n_tokens: usize) -> Result<(), Failure> {
+        while engine.stats().generation_tokens < self.n_before + n_tokens as u64 {
+            if self.start.elapsed() > WAIT_MAX {
+                return Err("the streams ended too early".into());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// When each stream's tokens came.
+    fn stop(self) -> Vec<Vec<Duration>> {
+        drop(self.stop);
+        self.readers.into_iter().map(|reader| reader.join().expect("a reader does not panic")).collect()
+    }
+}
+
+/// When tokens came, until the streams are stopped; then the stream is dropped.
+fn read(mut stream: Stream, start: Instant, stopped: &Mutex<Receiver<()>>) -> Vec<Duration> {
     let mut at = Vec::new();
     while let Some(Event::Token { .. }) = stream.recv() {
         at.push(start.elapsed());
         let stopped = stopped.lock().map(|stopped| stopped.try_recv());
-        if matches!(stopped, Ok(Err(std::sync::mpsc::TryRecvError::Disconnected))) {
+        if matches!(stopped, Ok(Err(TryRecvError::Disconnected))) {
             break;
         }
     }
     at
 }
 
-/// Gaps in ms whose end lies in the span, in order of size.
-fn gaps(times: &[Vec<Duration>], from: Duration, to: Duration) -> Vec<f64> {
-    let pairs = times.iter().flat_map(|at| at.windows(2)).filter(|pair| pair[1] > from && pair[1] <= to);
+/// The times in a span, and the one before them.
+fn within(at: &[Duration], from: Duration, to: Duration) -> &[Duration] {
+    let [first, end] = [from, to].map(|t| at.partition_point(|&at| at <= t));
+    &at[first.saturating_sub(1)..end]
+}
+
+/// Gaps in ms between times that follow each other, in order of size.
+fn gaps<'a>(times: impl Iterator<Item = &'a [Duration]>) -> Vec<f64> {
+    let pairs = times.flat_map(|at| at.windows(2));
     let mut gaps: Vec<_> = pairs.map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3).collect();
     gaps.sort_by(f64::total_cmp);
     gaps

@@ -19,12 +19,8 @@ pub(super) unsafe fn ints<S: Simd, const BITS: usize>(s: S, group: *const u8) ->
         }
         return q;
     }
-    let nibble = s.splat_i(0x0f0f_0f0f);
-    for w in 0..4 {
-        let both = word(w);
-        q[2 * w] = s.and_i(both, nibble);
-        q[2 * w + 1] = s.and_i(s.shr_i::<4>(both), nibble);
-    }
+    // SAFETY: as above.
+    q = nibbles(s, unsafe { nibble_words(s, group) });
     if BITS == 5 {
         let (mask, bits) = (s.splat_i(0x1010_1010), word(4));
         q[0] = s.or_i(q[0], s.and_i(s.shl_i::<4>(bits), mask));
@@ -45,6 +41,32 @@ pub(super) unsafe fn ints<S: Simd, const BITS: usize>(s: S, group: *const u8) ->
             q[2] = s.or_i(q[2], s.and_i(bits, mask));
             q[3] = s.or_i(q[3], s.and_i(s.shr_i::<2>(bits), mask));
         }
+    }
+    q
+}
+
+/// The words of one group for LANES rows that hold the low four bits.
+///
+/// # Safety
+/// As [`ints`], of fewer than 8 bits.
+#[inline(always)]
+pub(super) unsafe fn nibble_words<S: Simd>(s: S, group: *const u8) -> [S::I; STEPS / 2] {
+    let mut words = [s.splat_i(0); STEPS / 2];
+    for (w, word) in words.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *word = unsafe { s.load_i_ptr(group.add(w * WORD_BYTES).cast()) };
+    }
+    words
+}
+
+/// From two steps a word to one: low nibbles, then high ones.
+#[inline(always)]
+pub(super) fn nibbles<S: Simd>(s: S, words: [S::I; STEPS / 2]) -> [S::I; STEPS] {
+    let nibble = s.splat_i(0x0f0f_0f0f);
+    let mut q = [s.splat_i(0); STEPS];
+    for (w, word) in words.into_iter().enumerate() {
+        q[2 * w] = s.and_i(word, nibble);
+        q[2 * w + 1] = s.and_i(s.shr_i::<4>(word), nibble);
     }
     q
 }

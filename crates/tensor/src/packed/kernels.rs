@@ -10,8 +10,8 @@
 //! does not depend on which kernel made it.
 
 use super::activations::{Activations, Block};
-use super::dot::{Dot, STEPS, X_BYTES};
-use super::groups::{affine, ints};
+use super::dot::{Dot, STEPS, X_BYTES, dot_steps};
+use super::groups::{affine, ints, nibble_words};
 use super::kind::BLOCK;
 use super::layout::{Form, TILE};
 use crate::cpu::LINE_BYTES;
@@ -44,69 +44,73 @@ dispatch!(pub(super) fn decode_tile(task: &DecodeTile<'_>, sums: &mut [f32; TILE
 fn decode_tile_simd<S: Dot>(s: S, task: &DecodeTile<'_>, sums: &mut [f32; TILE]) {
     // Bound here, outside the loops, so that each form is a loop of its own.
     let Form { bits, min, k } = task.form;
-    for (r, sums) in sums.chunks_exact_mut(S::LANES).enumerate() {
-        let row = r * S::LANES;
-        let acc = match (bits, min, k) {
-            (4, false, false) => decode::<S, 4, false, false>(s, task, row),
-            (4, true, false) => decode::<S, 4, true, false>(s, task, row),
-            (5, false, false) => decode::<S, 5, false, false>(s, task, row),
-            (5, true, false) => decode::<S, 5, true, false>(s, task, row),
-            (8, false, false) => decode::<S, 8, false, false>(s, task, row),
-            (4, true, true) => decode::<S, 4, true, true>(s, task, row),
-            (5, true, true) => decode::<S, 5, true, true>(s, task, row),
-            (6, false, true) => decode::<S, 6, false, true>(s, task, row),
-            _ => unreachable!("no kind has groups of {bits} bits, {min}, {k}"),
-        };
-        s.store(sums, acc);
+    match (bits, min, k) {
+        (4, false, false) => decode::<S, 4, false, false>(s, task, sums),
+        (4, true, false) => decode::<S, 4, true, false>(s, task, sums),
+        (5, false, false) => decode::<S, 5, false, false>(s, task, sums),
+        (5, true, false) => decode::<S, 5, true, false>(s, task, sums),
+        (8, false, false) => decode::<S, 8, false, false>(s, task, sums),
+        (4, true, true) => decode::<S, 4, true, true>(s, task, sums),
+        (5, true, true) => decode::<S, 5, true, true>(s, task, sums),
+        (6, false, true) => decode::<S, 6, false, true>(s, task, sums),
+        _ => unreachable!("no kind has groups of {bits} bits, {min}, {k}"),
     }
 }
 
-/// LANES rows from `row` on.
 #[inline(always)]
 fn decode<S: Dot, const BITS: usize, const MIN: bool, const K: bool>(
     s: S,
     task: &DecodeTile<'_>,
-    row: usize,
-) -> S::F {
+    sums: &mut [f32; TILE],
+) {
+    match S::LANES {
+        8 => decode_rows::<S, 2, BITS, MIN, K>(s, task, sums),
+        _ => decode_rows::<S, 1, BITS, MIN, K>(s, task, sums),
+    }
+}
+
+/// The whole tile, `R` registers of rows: each input that was fetched meets all of them.
+#[inline(always)]
+fn decode_rows<S: Dot, const R: usize, const BITS: usize, const MIN: bool, const K: bool>(
+    s: S,
+    task: &DecodeTile<'_>,
+    sums: &mut [f32; TILE],
+) {
     let form = Form { bits: BITS, min: MIN, k: K };
     let (group_bytes, steps) = (form.group_bytes(), STEPS / form.parts());
     let (ints_part, scales) = task.tile.split_at(form.ints_bytes(task.n_in));
-    let mut acc = s.zero();
+    let mut acc = [s.zero(); R];
     for (g, group) in ints_part.chunks_exact(group_bytes).enumerate() {
         let x = task.x.block(g, 0..1);
         prefetch(s, task.tile, task.tile.len(), [g, task.n_in / BLOCK]);
-        // SAFETY: LANES rows from `row` on of a group, and of its scales.
-        let (q, (a, b)) = unsafe {
-            (
-                ints::<S, BITS>(s, group.as_ptr().add(4 * row)),
-                affine(s, form, scales.as_ptr().add(2 * row), g),
-            )
-        };
-        for part in 0..form.parts() {
-            // Two chains a pass, for the latency of a product.
-            let mut sums = [[s.splat_i(0); 2]; 2];
-            for pass in 0..S::PASSES {
-                for step in part * steps..(part + 1) * steps {
-                    let sum = &mut sums[pass][step % 2];
-                    // SAFETY: x.q is one block.
-                    *sum = unsafe { s.dot(*sum, q[step], x.q.as_ptr(), pass, step) };
-                }
+        for (r, acc) in acc.iter_mut().enumerate() {
+            let row = r * S::LANES;
+            // SAFETY: LANES rows from `row` on of a group, and of its scales.
+            let (group, (a, b)) =
+                unsafe { (group.as_ptr().add(4 * row), affine(s, form, scales.as_ptr().add(2 * row), g)) };
+            for part in 0..form.parts() {
+                // SAFETY: as above; x.q is one block.
+                let total = unsafe {
+                    match BITS {
+                        4 => s.dot_nibbles(nibble_words(s, group), x.q.as_ptr()),
+                        _ => dot_steps(s, &ints::<S, BITS>(s, group), x.q.as_ptr(), part * steps..(part + 1) * steps),
+                    }
+                };
+                let zero = match form.parts() {
+                    2 => offset::<2>(form.zero(), &x, 0, part),
+                    _ => offset::<1>(form.zero(), &x, 0, part),
+                };
+                let total = if MIN { total } else { s.add_i(total, s.splat_i(zero)) };
+                *acc = s.fma(s.to_f(total), s.mul(a[part], s.splat(x.scales[0])), *acc);
             }
-            let first = s.add_i(sums[0][0], sums[0][1]);
-            let second = s.add_i(sums[1][0], sums[1][1]);
-            let total = if S::PASSES == 2 { s.add_i(s.shl_i::<8>(first), second) } else { first };
-            let zero = match form.parts() {
-                2 => offset::<2>(form.zero(), &x, 0, part),
-                _ => offset::<1>(form.zero(), &x, 0, part),
-            };
-            let total = if MIN { total } else { s.add_i(total, s.splat_i(zero)) };
-            acc = s.fma(s.to_f(total), s.mul(a[part], s.splat(x.scales[0])), acc);
-        }
-        if MIN {
-            acc = s.fma(b, s.splat(x.x_sums[0]), acc);
+            if MIN {
+                *acc = s.fma(b, s.splat(x.x_sums[0]), *acc);
+            }
         }
     }
-    acc
+    for (sums, acc) in sums.chunks_exact_mut(S::LANES).zip(acc) {
+        s.store(sums, acc);
+    }
 }
 
 /// What the zero point adds to the products of a part of column `c`.
