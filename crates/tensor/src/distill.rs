@@ -134,7 +134,7 @@ fn sums<S: Simd>(s: S, [logits_v, teacher_v]: [&[f32]; 2], max: [f32; 2], cold: 
         cross = s.fma(e, s.sub(y_cold, z_cold), cross);
     }
     let [mut of_tokens, mut of_model, mut of_teacher, mut cross] =
-        [tokens, model, teacher, cross].map(|sum| s.sum(sum));
+        [s.sum(tokens), s.sum(model), s.sum(teacher), s.sum(cross)];
     for (z, y) in rest.0.iter().zip(rest.1) {
         let (z, y) = (z - max[0], y - max[1]);
         let e = (y * cold).exp();

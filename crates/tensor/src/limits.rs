@@ -107,10 +107,19 @@ fn chains<T: Copy>(mut sums: [T; 12], step: impl Fn(T) -> T) -> [T; 12] {
 }
 
 #[inline(always)]
+fn total<S: Simd>(s: S, sums: &[S::F]) -> f32 {
+    let mut all = 0.0;
+    for &sum in sums {
+        all += s.sum(sum);
+    }
+    all
+}
+
+#[inline(always)]
 fn chains_f32_simd<S: Simd>(s: S) -> f32 {
     let (a, b) = (s.splat(black_box(0.999)), s.splat(black_box(0.001)));
     let sums = chains([s.splat(1.0); 12], |x| s.fma(a, x, b));
-    sums.into_iter().map(|x| s.sum(x)).sum()
+    total(s, &sums)
 }
 dispatch!(fn chains_f32() -> f32 = chains_f32_simd);
 
@@ -130,7 +139,11 @@ fn chains_int16_simd<S: Simd>(s: S) -> f32 {
             *sums = [s.madd(sums[0], a, b[0]), s.madd(sums[1], a, b[1])];
         }
     }
-    sums.into_iter().flatten().map(|x| s.sum(s.to_f(x))).sum()
+    let mut all = 0.0;
+    for sum in sums.into_iter().flatten() {
+        all += s.sum(s.to_f(sum));
+    }
+    all
 }
 dispatch!(fn chains_int16() -> f32 = chains_int16_simd);
 
@@ -142,7 +155,7 @@ fn chains_bf16() -> f32 {
         fn avx512_bf16(s: crate::simd::Avx512) -> f32 {
             let (a, b) = (s.splat(black_box(1.5)), s.splat(black_box(0.001)));
             let sums = chains([s.splat(1.0); 12], |x| s.dot_bf16(a, b, x));
-            sums.into_iter().map(|x| s.sum(x)).sum()
+            total(s, &sums)
         }
         assert!(features().bf16);
         // SAFETY: the processor has it, and with it the level Avx512.
@@ -197,7 +210,7 @@ fn sum_simd<S: Simd>(s: S, x: &[f32]) -> f32 {
             *sum = s.add(*sum, s.load(&x[i * S::LANES..]));
         }
     }
-    sums.into_iter().map(|x| s.sum(x)).sum()
+    total(s, &sums)
 }
 dispatch!(fn sum(x: &[f32]) -> f32 = sum_simd);
 

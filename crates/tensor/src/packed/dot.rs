@@ -4,7 +4,8 @@
 //! differs:
 //! - VNNI multiplies four bytes a lane with signed bytes (`vpdpbusd`), so x = 256·high + low is multiplied in two
 //!   passes: all of high, a shift, all of low on top of it.
-//! - AVX2 multiplies two int16 a lane (`vpmaddwd`): the even bytes of a lane with the even inputs, then the odd ones.
+//! - AVX2 multiplies two int16 a lane (`vpmaddwd`), so a step has two halves: the even bytes of a lane with the even
+//!   inputs, then the odd ones.
 
 use super::groups::nibbles;
 use super::kind::BLOCK;
@@ -27,15 +28,21 @@ pub(super) trait Dot: Simd {
     /// Passes over the inputs; between two the sums so far are multiplied with 256.
     const PASSES: usize;
 
+    /// Registers of weights that a step is multiplied as.
+    const HALVES: usize;
+
+    /// Half `half` of the bytes of a step, in the form [`Dot::dot`] takes.
+    fn half(self, w: Self::I, half: usize) -> Self::I;
+
     /// Lays out inputs `4·step .. 4·step + LANES` of a block for [`Dot::dot`].
     /// # Safety
     /// [`X_BYTES`] are writable at `block`.
     unsafe fn put(self, block: *mut u8, step: usize, x: Self::I);
 
-    /// Adds the products of step `step` in pass `pass`: in every lane four bytes of `w` with the four inputs.
+    /// Adds the products of one (pass, step, half): in every lane the bytes of `w` with their inputs.
     /// # Safety
     /// [`X_BYTES`] are readable at `block`.
-    unsafe fn dot(self, sum: Self::I, w: Self::I, block: *const u8, pass: usize, step: usize) -> Self::I;
+    unsafe fn dot(self, sum: Self::I, w: Self::I, block: *const u8, at: [usize; 3]) -> Self::I;
 
     /// All products of a group of 4-bit integers: word w has steps 2w and 2w + 1, in the low and high nibbles of its bytes.
     /// # Safety
@@ -52,14 +59,21 @@ pub(super) trait Dot: Simd {
 /// # Safety
 /// [`X_BYTES`] are readable at `block`.
 #[inline(always)]
-pub(super) unsafe fn dot_steps<S: Dot>(s: S, q: &[S::I; STEPS], block: *const u8, steps: Range<usize>) -> S::I {
+pub(super) unsafe fn dot_steps<S: Dot>(
+    s: S,
+    q: &[S::I; STEPS],
+    block: *const u8,
+    steps: Range<usize>,
+) -> S::I {
     // Two chains a pass, for the latency of a product.
     let mut sums = [[s.splat_i(0); 2]; 2];
     for pass in 0..S::PASSES {
         for step in steps.clone() {
             let sum = &mut sums[pass][step % 2];
-            // SAFETY: the caller's promise.
-            *sum = unsafe { s.dot(*sum, q[step], block, pass, step) };
+            for half in 0..S::HALVES {
+                // SAFETY: the caller's promise.
+                *sum = unsafe { s.dot(*sum, s.half(q[step], half), block, [pass, step, half]) };
+            }
         }
     }
     let first = s.add_i(sums[0][0], sums[0][1]);
@@ -78,6 +92,12 @@ unsafe fn put_pairs(block: *mut u8, step: usize, x: &[i32]) {
 
 impl<const N: usize> Dot for Portable<N> {
     const PASSES: usize = 1;
+    const HALVES: usize = 1;
+
+    #[inline(always)]
+    fn half(self, w: Self::I, _half: usize) -> Self::I {
+        w
+    }
 
     #[inline(always)]
     unsafe fn put(self, block: *mut u8, step: usize, x: Self::I) {
@@ -86,7 +106,7 @@ impl<const N: usize> Dot for Portable<N> {
     }
 
     #[inline(always)]
-    unsafe fn dot(self, sum: Self::I, w: Self::I, block: *const u8, _pass: usize, step: usize) -> Self::I {
+    unsafe fn dot(self, sum: Self::I, w: Self::I, block: *const u8, [_, step, _]: [usize; 3]) -> Self::I {
         // SAFETY: the caller's promise: 8 bytes for each step.
         let [x0, x2, x1, x3] =
             unsafe { block.add(8 * step).cast::<[i16; 4]>().read_unaligned() }.map(i32::from);
@@ -100,6 +120,13 @@ impl<const N: usize> Dot for Portable<N> {
 #[cfg(target_arch = "x86_64")]
 impl Dot for Avx2 {
     const PASSES: usize = 1;
+    const HALVES: usize = 2;
+
+    /// An int32 of two bytes with zeros between is a pair of int16.
+    #[inline(always)]
+    fn half(self, w: Self::I, half: usize) -> Self::I {
+        if half == 0 { self.and_h(w, self.splat_h(0xff)) } else { self.shr_h::<8>(w) }
+    }
 
     #[inline(always)]
     unsafe fn put(self, block: *mut u8, step: usize, x: Self::I) {
@@ -112,14 +139,9 @@ impl Dot for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn dot(self, sum: Self::I, w: Self::I, block: *const u8, _pass: usize, step: usize) -> Self::I {
+    unsafe fn dot(self, sum: Self::I, w: Self::I, block: *const u8, [_, step, half]: [usize; 3]) -> Self::I {
         // SAFETY: the caller's promise: 8 bytes for each step.
-        let [even_x, odd_x] = unsafe { block.add(8 * step).cast::<[[i16; 2]; 2]>().read_unaligned() };
-        // An int32 of two bytes with zeros between is a pair of int16.
-        let even_w = self.and_h(w, self.splat_h(0xff));
-        let odd_w = self.shr_h::<8>(w);
-        let sum = self.madd(sum, even_w, self.splat_pair(even_x));
-        self.madd(sum, odd_w, self.splat_pair(odd_x))
+        self.madd(sum, w, unsafe { pair(block, 2 * step + half) })
     }
 
     /// Nibbles are multiplied where they stand in an int16, as 1, 16 or 256 times what they are, and each place has a sum of
@@ -131,12 +153,13 @@ impl Dot for Avx2 {
         let mut sums = [self.splat_i(0); 4];
         for (w, word) in words.into_iter().enumerate() {
             // The int16s of a lane have (in this order of nibbles) inputs 0, 4, 1, 5 and 2, 6, 3, 7 of the two steps.
-            // SAFETY: the caller's promise: 16 bytes for each two steps.
-            let [x02, x13, x46, x57] = unsafe { block.add(16 * w).cast::<[[i16; 2]; 4]>().read_unaligned() };
-            sums[0] = self.madd(sums[0], self.and_h(word, self.splat_h(0x000f)), self.splat_pair(x02));
-            sums[1] = self.madd(sums[1], self.and_h(word, self.splat_h(0x00f0)), self.splat_pair(x46));
-            sums[2] = self.madd(sums[2], self.and_h(word, self.splat_h(0x0f00)), self.splat_pair(x13));
-            sums[3] = self.madd(sums[3], self.shr_h::<12>(word), self.splat_pair(x57));
+            // SAFETY: the caller's promise: four pairs for each two steps.
+            unsafe {
+                sums[0] = self.madd(sums[0], self.and_h(word, self.splat_h(0x000f)), pair(block, 4 * w));
+                sums[1] = self.madd(sums[1], self.and_h(word, self.splat_h(0x00f0)), pair(block, 4 * w + 2));
+                sums[2] = self.madd(sums[2], self.and_h(word, self.splat_h(0x0f00)), pair(block, 4 * w + 1));
+                sums[3] = self.madd(sums[3], self.shr_h::<12>(word), pair(block, 4 * w + 3));
+            }
         }
         // SAFETY: the processor has AVX2. The shifts divide whole multiples.
         let (by_16, by_256) = unsafe { (_mm256_srai_epi32::<4>(sums[1]), _mm256_srai_epi32::<8>(sums[2])) };
@@ -144,9 +167,25 @@ impl Dot for Avx2 {
     }
 }
 
+/// Pair `i` of a block of inputs, in all lanes: one instruction that loads.
+/// # Safety
+/// The block has that many, and the processor has AVX2.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn pair(block: *const u8, i: usize) -> std::arch::x86_64::__m256i {
+    // SAFETY: the caller's promise.
+    unsafe { std::arch::x86_64::_mm256_set1_epi32(block.cast::<i32>().add(i).read_unaligned()) }
+}
+
 #[cfg(target_arch = "x86_64")]
 impl Dot for Avx512 {
     const PASSES: usize = 2;
+    const HALVES: usize = 1;
+
+    #[inline(always)]
+    fn half(self, w: Self::I, _half: usize) -> Self::I {
+        w
+    }
 
     #[inline(always)]
     unsafe fn put(self, block: *mut u8, step: usize, x: Self::I) {
@@ -161,7 +200,7 @@ impl Dot for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn dot(self, sum: Self::I, w: Self::I, block: *const u8, pass: usize, step: usize) -> Self::I {
+    unsafe fn dot(self, sum: Self::I, w: Self::I, block: *const u8, [pass, step, _]: [usize; 3]) -> Self::I {
         use std::arch::x86_64::*;
         // SAFETY: the processor has VNNI; the caller's promise: 4 bytes for each step and pass.
         unsafe {

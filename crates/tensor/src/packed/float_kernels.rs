@@ -73,8 +73,17 @@ fn tiles<S: Simd, W: Word>(s: S, task: &FloatTiles<'_>, sums: &mut Sums) {
         // One column: the chains of several tiles hide each other's latency.
         (1, 8, 4) => _ = chains::<S, W, 8, 1>(s, task, [0, 0], sums),
         (1, 16, 4) => _ = chains::<S, W, 4, 1>(s, task, [0, 0], sums),
-        (_, 8, _) => (0..task.n_tiles).for_each(|tile| columns::<S, W, 2>(s, task, tile, sums)),
-        (1, _, _) => (0..task.n_tiles).for_each(|tile| columns::<S, W, 1>(s, task, tile, sums)),
+        // Loops, because a closure is a function without the instructions of this one.
+        (_, 8, _) => {
+            for tile in 0..task.n_tiles {
+                columns::<S, W, 2>(s, task, tile, sums);
+            }
+        }
+        (1, _, _) => {
+            for tile in 0..task.n_tiles {
+                columns::<S, W, 1>(s, task, tile, sums);
+            }
+        }
         (_, _, 2) => columns::<S, W, 2>(s, task, 0, sums),
         (_, _, _) => columns::<S, W, 1>(s, task, 0, sums),
     }
@@ -253,6 +262,7 @@ trait Word {
     /// As [`Word::step`], of a word of which the second input is missing.
     /// # Safety
     /// The columns have the first input.
+    #[inline(always)]
     unsafe fn last<S: Simd, const C: usize>(
         s: S,
         w: [S::F; 2],

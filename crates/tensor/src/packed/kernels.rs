@@ -82,6 +82,7 @@ fn decode_rows<S: Dot, const R: usize, const BITS: usize, const MIN: bool, const
     let mut acc = [s.zero(); R];
     for (g, group) in ints_part.chunks_exact(group_bytes).enumerate() {
         let x = task.x.block(g, 0..1);
+        let q_sums = [x.sums[0], x.sums[1]];
         prefetch(s, task.tile, task.tile.len(), [g, task.n_in / BLOCK]);
         for (r, acc) in acc.iter_mut().enumerate() {
             let row = r * S::LANES;
@@ -93,12 +94,17 @@ fn decode_rows<S: Dot, const R: usize, const BITS: usize, const MIN: bool, const
                 let total = unsafe {
                     match BITS {
                         4 => s.dot_nibbles(nibble_words(s, group), x.q.as_ptr()),
-                        _ => dot_steps(s, &ints::<S, BITS>(s, group), x.q.as_ptr(), part * steps..(part + 1) * steps),
+                        _ => dot_steps(
+                            s,
+                            &ints::<S, BITS>(s, group),
+                            x.q.as_ptr(),
+                            part * steps..(part + 1) * steps,
+                        ),
                     }
                 };
                 let zero = match form.parts() {
-                    2 => offset::<2>(form.zero(), &x, 0, part),
-                    _ => offset::<1>(form.zero(), &x, 0, part),
+                    2 => offset::<2>(form.zero(), q_sums, part),
+                    _ => offset::<1>(form.zero(), q_sums, part),
                 };
                 let total = if MIN { total } else { s.add_i(total, s.splat_i(zero)) };
                 *acc = s.fma(s.to_f(total), s.mul(a[part], s.splat(x.scales[0])), *acc);
@@ -113,11 +119,10 @@ fn decode_rows<S: Dot, const R: usize, const BITS: usize, const MIN: bool, const
     }
 }
 
-/// What the zero point adds to the products of a part of column `c`.
+/// What the zero point adds to the products of a part of a column; `q_sums` are those of the halves of its block.
 #[inline(always)]
-fn offset<const PARTS: usize>(zero: i32, x: &Block<'_>, c: usize, part: usize) -> i32 {
-    let sum = if PARTS == 2 { x.sums[2 * c + part] } else { x.sums[2 * c] + x.sums[2 * c + 1] };
-    -zero * sum
+fn offset<const PARTS: usize>(zero: i32, q_sums: [i32; 2], part: usize) -> i32 {
+    -zero * if PARTS == 2 { q_sums[part] } else { q_sums[0] + q_sums[1] }
 }
 
 /// Asks for the part of the tile `ahead` bytes after `tile` that falls to group `g` of `n_groups`: by the time the kernel
@@ -174,7 +179,7 @@ fn batch_tiles_simd<S: Dot>(s: S, task: &BatchTiles<'_>, sums: &mut Sums) {
 /// A group of `R` registers of rows in the form the products need: 2 KiB at most, in L1.
 #[repr(align(64))]
 struct WideGroup {
-    /// `[step][R][LANES]`: four bytes each.
+    /// `[step][half][R][LANES]`: as [`Dot::half`] makes them.
     ints: [i32; STEPS * BATCH_TILES * TILE],
     /// `[part][R][LANES]`
     a: [f32; 2 * BATCH_TILES * TILE],
@@ -207,7 +212,7 @@ fn batch<S: Dot, const R: usize, const PARTS: usize, const MIN: bool>(
         while c < n {
             let place = Place { form: task.form, c, tile };
             c += match (n - c, S::LANES) {
-                (3.., 8) => columns::<S, R, 3, PARTS, MIN>(s, &w, x, place, sums),
+                (4.., 8) => columns::<S, R, 4, PARTS, MIN>(s, &w, x, place, sums),
                 (8.., 16) => columns::<S, R, 8, PARTS, MIN>(s, &w, x, place, sums),
                 (4.., 16) => columns::<S, R, 4, PARTS, MIN>(s, &w, x, place, sums),
                 (2.., _) => columns::<S, R, 2, PARTS, MIN>(s, &w, x, place, sums),
@@ -238,7 +243,10 @@ fn widen<S: Dot, const R: usize, const BITS: usize>(
         unsafe {
             let q = ints::<S, BITS>(s, group.as_ptr().add(4 * row));
             for (step, q) in q.into_iter().enumerate() {
-                s.store_i_ptr(w.ints.as_mut_ptr().add((step * R + r) * S::LANES), q);
+                for half in 0..S::HALVES {
+                    let at = ((step * S::HALVES + half) * R + r) * S::LANES;
+                    s.store_i_ptr(w.ints.as_mut_ptr().add(at), s.half(q, half));
+                }
             }
             let (a, b) = affine(s, form, scales.as_ptr().add(2 * row), g);
             for (part, a) in a.into_iter().enumerate() {
@@ -261,8 +269,8 @@ struct Place {
 
 /// `R` registers of rows times `C` columns; returns `C`.
 ///
-/// Per step of four inputs and pass: R loads of weights, C of inputs, R·C products. With R = 2 and C = 8 a group of 32 is
-/// 256 products and some 80 steps to scale and sum them.
+/// Per pass, step and half: R loads of weights, C of inputs, R·C products. With R = 2 and C = 8 a group of 32 is 256
+/// products and some 80 steps to scale and sum them.
 #[inline(always)]
 fn columns<S: Dot, const R: usize, const C: usize, const PARTS: usize, const MIN: bool>(
     s: S,
@@ -271,9 +279,15 @@ fn columns<S: Dot, const R: usize, const C: usize, const PARTS: usize, const MIN
     Place { form, c, tile }: Place,
     sums: &mut Sums,
 ) -> usize {
+    // All that could fail comes first: past a branch the compiler would move the products of all but the first column, and
+    // with them go the registers.
     let q = x.q[c * X_BYTES..(c + C) * X_BYTES].as_ptr();
-    let (scales, x_sums) = (&x.scales[c..c + C], &x.x_sums[c..c + C]);
-    let sums = &mut sums[c..c + C];
+    let (scales, x_sums): (&[f32; C], &[f32; C]) = (array(x.scales, c), array(x.x_sums, c));
+    let q_sums: &[[i32; 2]; C] = array(x.sums.as_chunks().0, c);
+    let sums: [*mut f32; C] = {
+        let sums: &mut [_; C] = (&mut sums[c..c + C]).try_into().expect("C of them");
+        sums.each_mut().map(|sums| sums.as_flattened_mut()[tile * TILE..][..R * S::LANES].as_mut_ptr())
+    };
     for part in 0..PARTS {
         let mut total = [[s.splat_i(0); C]; R];
         for pass in 0..S::PASSES {
@@ -285,15 +299,19 @@ fn columns<S: Dot, const R: usize, const C: usize, const PARTS: usize, const MIN
                 }
             }
             for step in part * STEPS / PARTS..(part + 1) * STEPS / PARTS {
-                // SAFETY: `w` holds R registers for each step, `q` C blocks.
-                unsafe {
-                    let mut rows = [s.splat_i(0); R];
-                    for r in 0..R {
-                        rows[r] = s.load_i_ptr(w.ints.as_ptr().add((step * R + r) * S::LANES));
-                    }
-                    for j in 0..C {
+                for half in 0..S::HALVES {
+                    // SAFETY: `w` holds R registers for each half, `q` C blocks.
+                    unsafe {
+                        let mut rows = [s.splat_i(0); R];
                         for r in 0..R {
-                            total[r][j] = s.dot(total[r][j], rows[r], q.add(j * X_BYTES), pass, step);
+                            let at = ((step * S::HALVES + half) * R + r) * S::LANES;
+                            rows[r] = s.load_i_ptr(w.ints.as_ptr().add(at));
+                        }
+                        for j in 0..C {
+                            for r in 0..R {
+                                total[r][j] =
+                                    s.dot(total[r][j], rows[r], q.add(j * X_BYTES), [pass, step, half]);
+                            }
                         }
                     }
                 }
@@ -303,12 +321,11 @@ fn columns<S: Dot, const R: usize, const C: usize, const PARTS: usize, const MIN
         // keep it in memory, and the loop above at half its speed.
         for j in 0..C {
             let scale = s.splat(scales[j]);
-            let zero = s.splat_i(if MIN { 0 } else { offset::<PARTS>(form.zero(), &x, c + j, part) });
-            let sums = sums[j].as_flattened_mut()[tile * TILE..][..R * S::LANES].as_mut_ptr();
+            let zero = s.splat_i(if MIN { 0 } else { offset::<PARTS>(form.zero(), q_sums[j], part) });
             for r in 0..R {
                 // SAFETY: R registers of each.
                 unsafe {
-                    let sums = sums.add(r * S::LANES);
+                    let sums = sums[j].add(r * S::LANES);
                     let all = if MIN { total[r][j] } else { s.add_i(total[r][j], zero) };
                     let a = s.load_ptr(w.a.as_ptr().add((part * R + r) * S::LANES));
                     let mut acc = s.fma(s.to_f(all), s.mul(a, scale), s.load_ptr(sums));
@@ -322,4 +339,10 @@ fn columns<S: Dot, const R: usize, const C: usize, const PARTS: usize, const MIN
         }
     }
     C
+}
+
+/// C elements from `at` on.
+#[inline(always)]
+fn array<T, const C: usize>(of: &[T], at: usize) -> &[T; C] {
+    of[at..at + C].try_into().expect("C of them")
 }
