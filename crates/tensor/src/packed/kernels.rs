@@ -28,7 +28,7 @@ pub(super) const BATCH_TILES: usize = 2;
 pub(super) const TILES_MAX: usize = 4;
 
 /// Results of some columns, in turn for each of up to [`TILES_MAX`] tiles.
-pub(super) type Sums = [[[f32; TILE]; TILES_MAX]; COLS_MAX];
+pub(super) type Sums = [[[f32; TILE]; TILES_MAX]];
 
 /// One tile times one column of quantized inputs.
 pub(super) struct DecodeTile<'a> {

@@ -31,7 +31,7 @@ use crate::{Buf, Pool};
 use activations::Activations;
 use arena::Piece;
 use float_kernels::{FloatTiles, float_tiles, interleave, interleave_pairs, uses_pairs};
-use kernels::{BATCH_TILES, BatchTiles, COLS_MAX, DecodeTile, Sums, TILES_MAX, batch_tiles, decode_tile};
+use kernels::{BATCH_TILES, BatchTiles, COLS_MAX, DecodeTile, TILES_MAX, batch_tiles, decode_tile};
 use layout::{Form, TILE};
 use std::ops::Range;
 use tasks::Tasks;
@@ -209,11 +209,17 @@ pub fn project_before(
         for w in stack {
             let mine = |tile: usize| tile.clamp(first_tile, first_tile + w.n_tiles()) - first_tile;
             let out = |col: usize, row: usize| col * n_out + o + row;
-            multiply(w, mine(tiles.start)..mine(tiles.end), &x, cols.clone(), &|col, row, sums| {
+            let tiles = mine(tiles.start)..mine(tiles.end);
+            let put = |col: usize, row: usize, sums: &[f32; TILE]| {
                 let sums = &sums[..(w.n_out - row).min(TILE)];
                 // SAFETY: each (column, row) belongs to one task.
                 unsafe { y.slice(out(col, row)..out(col, row) + sums.len()) }.copy_from_slice(sums);
-            });
+            };
+            // Zeros for all columns would take a tenth of what one column takes.
+            match n {
+                1 => multiply::<1>(w, tiles, &x, cols.clone(), put),
+                _ => multiply::<COLS_MAX>(w, tiles, &x, cols.clone(), put),
+            }
             first_tile += w.n_tiles();
             o += w.n_out;
         }
@@ -230,15 +236,15 @@ struct Input<'a> {
     level: Level,
 }
 
-/// Multiplies tiles with columns and passes each result on: `put(column, first row, 16 rows)`.
-fn multiply(
+/// Multiplies tiles with up to `COLS` columns and passes each result on: `put(column, first row, 16 rows)`.
+fn multiply<const COLS: usize>(
     w: &Packed,
     tiles: Range<usize>,
     x: &Input<'_>,
     cols: Range<usize>,
-    put: &dyn Fn(usize, usize, &[f32; TILE]),
+    put: impl Fn(usize, usize, &[f32; TILE]),
 ) {
-    let mut sums: Sums = [[[0.0; TILE]; TILES_MAX]; COLS_MAX];
+    let mut sums = [[[0.0; TILE]; TILES_MAX]; COLS];
     let form = Form::of(w.kind);
     let step = match (form, x.n) {
         (Some(_), 1) => 1,
