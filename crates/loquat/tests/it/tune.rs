@@ -48,13 +48,13 @@ fn pretrain(home: &Path, dir: &Path) {
         &["ingest", "--name", "d", "--vocab", "512", "--validation", "0.2", text.to_str().unwrap()],
     );
     let words = format!(
-        "--run base --dataset d --publish base --steps 100 --lr 3e-2 --config {} --eval-tasks {} --eval-every 60",
+        "--run base --dataset d --publish base --steps 300 --lr 1e-2 --config {} --eval-tasks {} --eval-every 200",
         config.display(),
         task.display()
     );
     let events = train(home, &words);
     let asked: Vec<&Value> = events.iter().filter(|e| e["event"] == "task").collect();
-    assert_eq!(asked.iter().map(|e| e["step"].as_u64().unwrap()).collect::<Vec<_>>(), [0, 60, 100]);
+    assert_eq!(asked.iter().map(|e| e["step"].as_u64().unwrap()).collect::<Vec<_>>(), [0, 200, 300]);
     let alone = ["eval", "tasks", "base", task.to_str().unwrap(), "--kv", "f32", "--json"];
     let alone: Value = serde_json::from_str(&succeed(home, &alone)).unwrap();
     assert_eq!(asked[2]["metrics"], alone["metrics"], "in the loop as alone");
@@ -78,7 +78,7 @@ fn adapters_are_learned_served_beside_their_base_and_exported() {
         home,
         dir.path(),
         "chats",
-        |i| json!({"prompt": format!("Is {i} even?"), "response": "the people of the United States"}),
+        |i| json!({"prompt": format!("Is {i} even?"), "response": "a green bird sings at noon"}),
     );
     let words =
         "--run tuned --dataset chats --init base --lora-rank 16 --lr 1e-2 --steps 100 --publish tuned";
@@ -89,8 +89,8 @@ fn adapters_are_learned_served_beside_their_base_and_exported() {
     command.args(["serve", "base", "--port", "0", "--lora-modules", "tuned=tuned", "--api-key", "k"]);
     let mut server = Running::start(&mut command);
     let (base, tuned) = (answer(&mut server, "base"), answer(&mut server, "tuned"));
-    assert!(tuned.contains("of the United States"), "{tuned:?}");
-    assert!(!base.contains("United States"), "{base:?}");
+    assert!(tuned.contains("bird sings at noon"), "{tuned:?}");
+    assert!(!base.contains("bird"), "{base:?}");
     assert_eq!(server.stop(), Some(0));
 
     let out = dir.path().join("peft");
