@@ -51,31 +51,23 @@ impl Window {
 /// What a canary must keep to.
 #[derive(Clone, Debug)]
 pub struct CanaryPolicy {
-    /// Samples before anything good is said.
+    /// Samples before anything good is said, or that it is slow: the first answers of a replica that has just started are.
     pub n_good: u64,
     /// Samples before anything bad is said.
     pub n_bad: u64,
-    /// Samples before it is called slow: the first answers of a replica that has just started are.
-    pub n_slow: u64,
+    /// Samples of the live version before speeds are compared.
+    pub n_live: u64,
     /// Errors above those of the live version, as a share.
     pub error_rate_more: f64,
     /// How much slower than the live version half of its answers may begin.
     pub slower: f64,
-    /// Differences below this are noise, whatever the ratio: a replica that has just started beside busy neighbours was seen
-    /// 69 ms late, and nobody waits for less than a tenth of a second.
+    /// Differences below this are noise, whatever the ratio.
     pub slower_ms: f64,
 }
 
 impl Default for CanaryPolicy {
     fn default() -> CanaryPolicy {
-        CanaryPolicy {
-            n_good: 50,
-            n_bad: 5,
-            n_slow: 20,
-            error_rate_more: 0.05,
-            slower: 2.0,
-            slower_ms: 100.0,
-        }
+        CanaryPolicy { n_good: 50, n_bad: 5, n_live: 20, error_rate_more: 0.05, slower: 2.0, slower_ms: 20.0 }
     }
 }
 
@@ -99,9 +91,12 @@ pub fn judge(canary: &Window, live: &Window, policy: &CanaryPolicy) -> Verdict {
             "{errors:.0} % of its answers failed, {live_errors:.0} % of the live version's"
         ));
     }
+    if canary.n_seen() < policy.n_good {
+        return Verdict::Wait;
+    }
     // Half of the answers: its best tell nothing, its worst are noise at this number.
     if let (Some(ms), Some(live_ms)) = (canary.quantile_ms(0.5), live.quantile_ms(0.5))
-        && canary.n_seen().min(live.n_seen()) >= policy.n_slow
+        && live.n_seen() >= policy.n_live
         && ms > policy.slower * live_ms
         && ms > live_ms + policy.slower_ms
     {
@@ -109,7 +104,7 @@ pub fn judge(canary: &Window, live: &Window, policy: &CanaryPolicy) -> Verdict {
             "half of its answers begin after {ms:.0} ms, the live version's after {live_ms:.0} ms"
         ));
     }
-    if canary.n_seen() < policy.n_good { Verdict::Wait } else { Verdict::Promote }
+    Verdict::Promote
 }
 
 #[cfg(test)]
@@ -139,9 +134,13 @@ mod tests {
         check(window(50, |_| true, 12.0), "Promote");
         check(window(50, |i| i % 10 > 0, 12.0), "10 % of its answers failed");
         check(window(60, |i| i % 50 > 0, 12.0), "Promote");
-        check(window(19, |_| true, 200.0), "Wait");
-        check(window(20, |_| true, 200.0), "after 200 ms");
-        check(window(50, |_| true, 100.0), "Promote");
+        check(window(49, |_| true, 100.0), "Wait");
+        check(window(50, |_| true, 100.0), "after 100 ms");
+        check(window(50, |_| true, 25.0), "Promote");
+        // Slow while it starts, and then as fast as the other.
+        let mut started = window(24, |_| true, 100.0);
+        (0..26).for_each(|_| started.add(Sample { ok: true, ms: 12.0 }));
+        check(started, "Promote");
         // Errors of both are not the canary's fault.
         let bad = window(200, |i| i % 2 == 0, 10.0);
         assert_eq!(judge(&window(50, |i| i % 2 == 0, 10.0), &bad, &policy), Verdict::Promote);
