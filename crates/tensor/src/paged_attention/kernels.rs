@@ -3,6 +3,7 @@
 use super::cache::{AnyHeadKv, BLOCK_TOKENS, HeadKv, padded};
 use super::element::Cached;
 use crate::simd::{Simd, dispatch};
+use std::hint::black_box;
 use std::ops::Range;
 
 /// Positions whose softmax is taken at once.
@@ -110,8 +111,11 @@ fn attend_spans<S: Simd, E: Cached>(
 /// Queries whose softmax is taken together: their chains of additions hide each other's latency.
 const TOGETHER: usize = 3;
 
-/// See [`Span::ahead`].
-const AHEAD: usize = 8;
+/// See [`Span::ahead`]. By turns on a processor of each kind: on one with AVX-512 8 were best, on one without (Zen 3) 2 to 4, and
+/// 8 took a fifth longer there than 3.
+const fn matrices_ahead<S: Simd>() -> usize {
+    if S::REGISTERS == 32 { 8 } else { 3 }
+}
 
 /// One span of a sequence.
 struct Span<'a, E> {
@@ -124,13 +128,13 @@ struct Span<'a, E> {
 }
 
 impl<E: Cached> Span<'_, E> {
-    /// The matrix that is read [`AHEAD`] matrices after number `i`: the keys of the span's blocks are read first, then
+    /// The matrix that is read [`matrices_ahead`] after number `i`: the keys of the span's blocks are read first, then
     /// their values, then the keys of the next span. Memory is asked for that much before it is used: the hardware's own
     /// guesses end with a matrix, and 8 of 2 KiB are some 1,000 cycles of work for three queries, more than a trip to
     /// memory. It is asked for to L2: L1 has places for few lines that are on their way, and would wait for one.
     #[inline(always)]
-    fn ahead(&self, i: usize) -> &[E] {
-        let (n, i) = (self.blocks.len(), i + AHEAD);
+    fn ahead<S: Simd>(&self, i: usize) -> &[E] {
+        let (n, i) = (self.blocks.len(), i + matrices_ahead::<S>());
         match (self.blocks.get(i), self.blocks.get(i.wrapping_sub(n)), self.next.get(i.wrapping_sub(2 * n))) {
             (Some(&block), _, _) | (_, _, Some(&block)) => self.kv.block(block).0,
             (_, Some(&block), _) => self.kv.block(block).1,
@@ -178,7 +182,7 @@ macro_rules! in_groups {
                 (4.., 32) => { $f::<S, E, 4, 6>($($arg),*); 6 }
                 (_, 32) => { $f::<S, E, 4, 3>($($arg),*); 3 }
                 (4.., 16) => { $f::<S, E, 2, 6>($($arg),*); 6 }
-                (_, 16) => { $f::<S, E, 4, 3>($($arg),*); 3 }
+                (_, 16) => { $f::<S, E, 2, 3>($($arg),*); 3 }
                 _ => { $f::<S, E, 2, 2>($($arg),*); 2 }
             };
         }
@@ -211,7 +215,7 @@ fn scores_of<S: Simd, E: Cached, const R: usize, const C: usize>(
         });
         let ahead: [*const E; R] = std::array::from_fn(|r| {
             let (block, part) = ((first + r) / registers, (first + r) % registers);
-            let matrix = if i == 0 { span.ahead(block) } else { &[] };
+            let matrix = if i == 0 { span.ahead::<S>(block) } else { &[] };
             matrix.as_ptr().wrapping_add(E::at(0, part * S::LANES, BLOCK_TOKENS))
         });
         let mut acc = [[s.zero(); R]; C];
@@ -358,7 +362,7 @@ fn columns_of<S: Simd, E: Cached, const R: usize, const C: usize>(
     let mut ahead = [[std::ptr::null(); R]; SPAN_BLOCKS];
     for (b, &block) in span.blocks.iter().enumerate() {
         let values = span.kv.block(block).1;
-        let next = if i == 0 { span.ahead(n_blocks + b) } else { &[] };
+        let next = if i == 0 { span.ahead::<S>(n_blocks + b) } else { &[] };
         for r in 0..R {
             let at = E::at(0, col + r * S::LANES, width);
             rows[b][r] = values[at..].as_ptr();
@@ -398,6 +402,7 @@ unsafe fn whole_blocks<S: Simd, E: Cached, const R: usize, const C: usize>(
     w: *const f32,
 ) -> [[S::F; R]; C] {
     const PAIRS: usize = BLOCK_TOKENS / 2;
+    let again = again::<S, _>(rows);
     // SAFETY: the caller's promise.
     unsafe {
         for pair in 0..n_blocks * PAIRS {
@@ -406,7 +411,7 @@ unsafe fn whole_blocks<S: Simd, E: Cached, const R: usize, const C: usize>(
                 s.prefetch_l2(ahead[b][r].wrapping_add(k * width).cast());
             }
             acc = row::<S, E, R, C, SPAN, false>(s, acc, rows[b], (k, width), w.add(2 * pair));
-            acc = row::<S, E, R, C, SPAN, true>(s, acc, rows[b], (k, width), w.add(2 * pair + 1));
+            acc = row::<S, E, R, C, SPAN, true>(s, acc, again[b], (k, width), w.add(2 * pair + 1));
         }
     }
     acc
@@ -425,6 +430,7 @@ unsafe fn chains<S: Simd, E: Cached, const R: usize, const C: usize, const XK: u
     (n, width): (usize, usize),
     x: *const f32,
 ) -> [[S::F; R]; C] {
+    let again = again::<S, _>(&rows);
     // SAFETY: the caller's promise.
     unsafe {
         for k in (0..n & !1).step_by(2) {
@@ -432,13 +438,20 @@ unsafe fn chains<S: Simd, E: Cached, const R: usize, const C: usize, const XK: u
                 s.prefetch_l2(ahead[r].wrapping_add(k * width).cast());
             }
             acc = row::<S, E, R, C, XJ, false>(s, acc, rows, (k, width), x.add(k * XK));
-            acc = row::<S, E, R, C, XJ, true>(s, acc, rows, (k, width), x.add((k + 1) * XK));
+            acc = row::<S, E, R, C, XJ, true>(s, acc, *again, (k, width), x.add((k + 1) * XK));
         }
         if n % 2 == 1 {
             acc = row::<S, E, R, C, XJ, false>(s, acc, rows, (n - 1, width), x.add((n - 1) * XK));
         }
     }
     acc
+}
+
+/// The same, which the compiler does not know: with 16 registers it would keep what an even row was made of for the odd
+/// one, and the sums in memory for it.
+#[inline(always)]
+fn again<S: Simd, T>(rows: &T) -> &T {
+    if S::REGISTERS == 16 { black_box(rows) } else { rows }
 }
 
 /// One row of [`chains`]: `k`, which is even, or (`ODD`) the one after it.
