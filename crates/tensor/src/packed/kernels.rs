@@ -185,6 +185,8 @@ struct WideGroup {
     a: [f32; 2 * BATCH_TILES * TILE],
     /// `[R][LANES]`
     b: [f32; BATCH_TILES * TILE],
+    /// What the zero point adds to the products of each column: `[part][column]`
+    offsets: [[i32; COLS_MAX]; 2],
 }
 
 /// `R` registers of rows from tile `tile` on: a group of weights is widened once and then multiplied with all columns.
@@ -199,7 +201,12 @@ fn batch<S: Dot, const R: usize, const PARTS: usize, const MIN: bool>(
     for sums in &mut sums[..n] {
         sums.as_flattened_mut()[tile * TILE..][..R * S::LANES].fill(0.0);
     }
-    let mut w = WideGroup { ints: [0; STEPS * BATCH_TILES * TILE], a: [0.0; 64], b: [0.0; 32] };
+    let mut w = WideGroup {
+        ints: [0; STEPS * BATCH_TILES * TILE],
+        a: [0.0; 2 * BATCH_TILES * TILE],
+        b: [0.0; BATCH_TILES * TILE],
+        offsets: [[0; COLS_MAX]; 2],
+    };
     for g in 0..task.n_in / BLOCK {
         match task.form.bits {
             4 => widen::<S, R, 4>(s, task, tile, g, &mut w),
@@ -208,9 +215,16 @@ fn batch<S: Dot, const R: usize, const PARTS: usize, const MIN: bool>(
             _ => widen::<S, R, 8>(s, task, tile, g, &mut w),
         }
         let x = task.x.block(g, task.cols.clone());
+        if !MIN {
+            for (part, offsets) in w.offsets[..PARTS].iter_mut().enumerate() {
+                for (to, q_sums) in offsets.iter_mut().zip(x.sums.as_chunks().0) {
+                    *to = offset::<PARTS>(task.form.zero(), *q_sums, part);
+                }
+            }
+        }
         let mut c = 0;
         while c < n {
-            let place = Place { form: task.form, c, tile };
+            let place = Place { c, tile };
             c += match (n - c, S::LANES) {
                 (4.., 8) => columns::<S, R, 4, PARTS, MIN>(s, &w, x, place, sums),
                 (8.., 16) => columns::<S, R, 8, PARTS, MIN>(s, &w, x, place, sums),
@@ -260,7 +274,6 @@ fn widen<S: Dot, const R: usize, const BITS: usize>(
 /// Where the results of [`columns`] go.
 #[derive(Clone, Copy)]
 struct Place {
-    form: Form,
     /// First column.
     c: usize,
     /// First tile.
@@ -276,14 +289,14 @@ fn columns<S: Dot, const R: usize, const C: usize, const PARTS: usize, const MIN
     s: S,
     w: &WideGroup,
     x: Block<'_>,
-    Place { form, c, tile }: Place,
+    Place { c, tile }: Place,
     sums: &mut Sums,
 ) -> usize {
     // All that could fail comes first: past a branch the compiler would move the products of all but the first column, and
     // with them go the registers.
     let q = x.q[c * X_BYTES..(c + C) * X_BYTES].as_ptr();
     let (scales, x_sums): (&[f32; C], &[f32; C]) = (array(x.scales, c), array(x.x_sums, c));
-    let q_sums: &[[i32; 2]; C] = array(x.sums.as_chunks().0, c);
+    let offsets: [&[i32; C]; PARTS] = std::array::from_fn(|part| array(&w.offsets[part], c));
     let sums: [*mut f32; C] = {
         let sums: &mut [_; C] = (&mut sums[c..c + C]).try_into().expect("C of them");
         sums.each_mut().map(|sums| sums.as_flattened_mut()[tile * TILE..][..R * S::LANES].as_mut_ptr())
@@ -295,6 +308,15 @@ fn columns<S: Dot, const R: usize, const C: usize, const PARTS: usize, const MIN
                 for r in 0..R {
                     for j in 0..C {
                         total[r][j] = s.shl_i::<8>(total[r][j]);
+                    }
+                }
+            }
+            // Where there is one pass the sums begin with it, which saves an addition.
+            if !MIN && pass == S::PASSES - 1 {
+                for j in 0..C {
+                    let offset = s.splat_i(offsets[part][j]);
+                    for r in 0..R {
+                        total[r][j] = if pass == 0 { offset } else { s.add_i(total[r][j], offset) };
                     }
                 }
             }
@@ -321,14 +343,12 @@ fn columns<S: Dot, const R: usize, const C: usize, const PARTS: usize, const MIN
         // keep it in memory, and the loop above at half its speed.
         for j in 0..C {
             let scale = s.splat(scales[j]);
-            let zero = s.splat_i(if MIN { 0 } else { offset::<PARTS>(form.zero(), q_sums[j], part) });
             for r in 0..R {
                 // SAFETY: R registers of each.
                 unsafe {
                     let sums = sums[j].add(r * S::LANES);
-                    let all = if MIN { total[r][j] } else { s.add_i(total[r][j], zero) };
                     let a = s.load_ptr(w.a.as_ptr().add((part * R + r) * S::LANES));
-                    let mut acc = s.fma(s.to_f(all), s.mul(a, scale), s.load_ptr(sums));
+                    let mut acc = s.fma(s.to_f(total[r][j]), s.mul(a, scale), s.load_ptr(sums));
                     if MIN {
                         let b = s.load_ptr(w.b.as_ptr().add(r * S::LANES));
                         acc = s.fma(b, s.splat(x_sums[j]), acc);
