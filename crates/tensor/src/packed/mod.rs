@@ -215,9 +215,11 @@ pub fn project_before(
                 // SAFETY: each (column, row) belongs to one task.
                 unsafe { y.slice(out(col, row)..out(col, row) + sums.len()) }.copy_from_slice(sums);
             };
-            // Zeros for all columns would take a tenth of what one column takes.
+            // Zeros for more columns than there are would take a tenth of what one column takes, a fortieth of eight.
             match n {
+                _ if tiles.is_empty() => {}
                 1 => multiply::<1>(w, tiles, &x, cols.clone(), put),
+                2..=8 => multiply::<8>(w, tiles, &x, cols.clone(), put),
                 _ => multiply::<COLS_MAX>(w, tiles, &x, cols.clone(), put),
             }
             first_tile += w.n_tiles();
