@@ -12,6 +12,7 @@
 use std::time::Duration;
 
 use crate::scheduler::{Crowd, Pace};
+use crate::speculation::GuessCosts;
 use crate::step_cost::{Costs, Extra, Learned, StepWork};
 
 /// Steps beside a prompt, in units of steps without. Three is the limit for 99 of 100; the rest is for what the
@@ -71,15 +72,15 @@ impl Pacer {
         Pace { n_tokens: self.prefill_tokens_max, seconds, costs }
     }
 
-    /// How likely a guess must be right so that verifying it gains time: its share of the step's time
-    /// against its share of the step's tokens.
-    pub(crate) fn acceptance_min(&self, n_decodes: usize) -> f64 {
+    /// What guesses cost beside `n_decodes` sequences; nothing before anything was measured.
+    pub(crate) fn guess_costs(&self, n_decodes: usize) -> GuessCosts {
         let (Some(usual), Some(costs)) = (self.usual(n_decodes), self.costs()) else {
-            return 0.0;
+            return GuessCosts::default();
         };
         let n_seen = usual.n_read / usual.n.max(1.0);
-        let seconds_per_token = costs.token + costs.pair * n_seen;
-        n_decodes as f64 * (seconds_per_token + self.seconds_per_guess) / usual.seconds.max(1e-9)
+        let seconds_each = costs.token + costs.pair * n_seen + self.seconds_per_guess;
+        let usual = usual.seconds.max(1e-9);
+        GuessCosts { once: costs.once / usual, each: n_decodes as f64 * seconds_each / usual }
     }
 
     /// A step took `time`.
@@ -289,9 +290,9 @@ mod tests {
     #[test]
     fn guesses_pay_where_tokens_are_cheap_beside_decoding() {
         let pacer = settled(20.0, 0.5);
-        assert!((pacer.acceptance_min(8) - 0.2).abs() < 0.01);
+        assert!((pacer.guess_costs(8).each - 0.2).abs() < 0.01);
         // 50 ms, if half of the 20 ms of eight are fixed.
-        assert!((pacer.acceptance_min(32) - 0.32).abs() < 0.02);
-        assert_eq!(Pacer::new(5).acceptance_min(8), 0.0);
+        assert!((pacer.guess_costs(32).each - 0.32).abs() < 0.02);
+        assert_eq!(Pacer::new(5).guess_costs(8), GuessCosts::default());
     }
 }

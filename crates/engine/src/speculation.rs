@@ -36,6 +36,15 @@ impl Speculation {
     }
 }
 
+/// What guesses cost, in units of what a sequence's next token costs without any.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct GuessCosts {
+    /// Of a step that verifies any: several columns take another kernel than one.
+    pub(crate) once: f64,
+    /// Of making and verifying one.
+    pub(crate) each: f64,
+}
+
 /// A sequence that could use a draft of up to `n_max` tokens.
 pub(crate) struct Wish<'a> {
     pub(crate) id: SequenceId,
@@ -64,19 +73,19 @@ impl Speculator {
         self.k_max > 0
     }
 
-    /// A draft, maybe empty, for each wish. Guesses less likely than `acceptance_min` are not made.
+    /// A draft, maybe empty, for each wish: as long as it pays.
     ///
     /// # Errors
     /// If the draft model fails. From then on nothing is guessed.
     pub(crate) fn propose(
         &mut self,
         wishes: &mut [Wish],
-        acceptance_min: f64,
+        costs: GuessCosts,
         draw: &mut Draw,
     ) -> Result<Vec<Vec<TokenId>>, RunnerError> {
         for wish in &mut *wishes {
             let acceptance = self.acceptance.entry(wish.id).or_default();
-            wish.n_max = wish.n_max.min(self.k_max).min(acceptance.draft_len(acceptance_min));
+            wish.n_max = acceptance.draft_len(costs, wish.n_max.min(self.k_max));
         }
         let Some(model) = &mut self.model else {
             return Ok(wishes.iter().map(|wish| look_up(wish.tokens, wish.n_max)).collect());
@@ -116,8 +125,10 @@ struct Acceptance {
     n_steps: u32,
 }
 
-/// Every so many steps one guess tells whether things have changed.
-const PROBE_EVERY: u32 = 16;
+/// Every so many steps, or fewer where that costs much, one guess tells whether things have changed.
+const PROBE_EVERY: f64 = 16.0;
+/// What such guesses cost at most, of the time without any.
+const PROBE_SHARE: f64 = 0.02;
 /// A guess less likely than this costs more than the estimates can tell.
 const RATE_MIN: f64 = 0.25;
 const SMOOTHING: f64 = 0.1;
@@ -129,17 +140,28 @@ impl Default for Acceptance {
 }
 
 impl Acceptance {
-    /// The i-th guess is right with probability rate^i; guesses are worth it while that exceeds the minimum.
-    fn draft_len(&mut self, acceptance_min: f64) -> usize {
+    /// Up to `n_max` guesses. The i-th is right with probability rate^i, so n of them bring Σ rate^i tokens beside the one
+    /// that comes anyway: as many are made as bring most tokens in the time.
+    fn draft_len(&mut self, costs: GuessCosts, n_max: usize) -> usize {
         self.n_steps += 1;
         // The first step is plain: it shows what a step without a draft costs.
         if self.n_steps == 1 {
             return 0;
         }
-        let worth = acceptance_min.max(RATE_MIN);
-        let n = if worth >= 1.0 { 0 } else { (worth.ln() / self.rate.min(0.99).ln()) as usize };
-        let is_probe = n == 0 && self.n_steps.is_multiple_of(PROBE_EVERY);
-        if is_probe { 1 } else { n }
+        let (mut right, mut n_tokens, mut best) = (1.0, 1.0, (1.0, 0));
+        for n in 1..=n_max {
+            right *= self.rate;
+            n_tokens += right;
+            let speed = n_tokens / (1.0 + costs.once + n as f64 * costs.each);
+            if right < RATE_MIN {
+                break;
+            }
+            best = if speed > best.0 { (speed, n) } else { best };
+        }
+        // A cast of a float saturates.
+        let probe_every = PROBE_EVERY.max((costs.once + costs.each) / PROBE_SHARE) as u32;
+        let is_probe = best.1 == 0 && self.n_steps.is_multiple_of(probe_every);
+        if is_probe { n_max.min(1) } else { best.1 }
     }
 
     fn learn(&mut self, n_draft: usize, n_accepted: usize) {
@@ -196,17 +218,32 @@ mod tests {
 
     #[test]
     fn drafts_are_as_long_as_they_are_worth() {
+        let [free, dear, more] =
+            [(0.0, 0.0), (0.0, 0.6), (0.0, 1.5)].map(|(once, each)| GuessCosts { once, each });
         let mut acceptance = Acceptance::default();
-        assert_eq!(acceptance.draft_len(0.0), 0, "the first step is plain");
-        assert_eq!(acceptance.draft_len(0.0), 3);
-        assert_eq!(acceptance.draft_len(0.6), 1);
-        assert_eq!(acceptance.draft_len(1.5), 0);
+        assert_eq!(acceptance.draft_len(free, 64), 0, "the first step is plain");
+        assert_eq!(acceptance.draft_len(free, 64), 3);
+        assert_eq!(acceptance.draft_len(free, 2), 2);
+        assert_eq!(acceptance.draft_len(dear, 64), 1);
+        assert_eq!(acceptance.draft_len(more, 64), 0);
         (0..100).for_each(|_| acceptance.learn(3, 3));
-        assert!(acceptance.draft_len(0.0) > 50);
+        assert!(acceptance.draft_len(free, 64) > 50);
         (0..100).for_each(|_| acceptance.learn(3, 0));
-        let lens: Vec<_> = (0..2 * PROBE_EVERY).map(|_| acceptance.draft_len(0.0)).collect();
-        assert_eq!(lens.iter().sum::<usize>(), 2, "probes only: {lens:?}");
+        let mut n_guesses = |costs| (0..160).map(|_| acceptance.draft_len(costs, 8)).sum::<usize>();
+        assert_eq!(n_guesses(free), 10, "probes only");
+        assert_eq!(n_guesses(dear), 5, "fewer of them where each costs more than half a step");
         (0..20).for_each(|_| acceptance.learn(1, 1));
-        assert!(acceptance.draft_len(0.0) > 3, "{acceptance:?}");
+        assert!(acceptance.draft_len(free, 64) > 3, "{acceptance:?}");
+    }
+
+    #[test]
+    fn a_step_that_costs_more_once_wants_guesses_that_pay_for_it() {
+        let mut acceptance = Acceptance { rate: 0.8, n_steps: 1 };
+        let mut n_guesses = |once| acceptance.draft_len(GuessCosts { once, each: 0.3 }, 8);
+        assert!(n_guesses(0.0) >= 1);
+        // Six guesses: 3.95 / 4.8.
+        assert_eq!(n_guesses(2.0), 0);
+        // Three pay for what one would not: 2.95 / 2.7, 1.8 / 2.1.
+        assert!(n_guesses(0.8) > 2);
     }
 }

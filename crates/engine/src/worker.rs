@@ -215,11 +215,11 @@ impl Worker {
             Wish { id, tokens, n_max }
         };
         let mut wishes: Vec<_> = self.scheduler.decoding().map(wish).collect();
-        let acceptance_min = self.pacer.acceptance_min(wishes.len());
+        let costs = self.pacer.guess_costs(wishes.len());
         let mut sampler =
             self.samplers.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
         let mut draw = |id, n_ahead, logits_v: &[f32]| live.get(&id)?.guess(&mut sampler, logits_v, n_ahead);
-        let drafts = self.speculator.propose(&mut wishes, acceptance_min, &mut draw);
+        let drafts = self.speculator.propose(&mut wishes, costs, &mut draw);
         let ids: Vec<_> = wishes.iter().map(|wish| wish.id).collect();
         self.samplers.lock().unwrap_or_else(PoisonError::into_inner).push(sampler);
         let drafts = drafts.unwrap_or_else(|error| {
