@@ -72,9 +72,11 @@ impl Pacer {
         Pace { n_tokens: self.prefill_tokens_max, seconds, costs }
     }
 
-    /// What guesses cost beside `n_decodes` sequences; nothing before anything was measured.
+    /// What guesses cost beside `n_decodes` sequences; nothing before anything was measured. Before tokens were measured beside
+    /// decoding they cost what they do alone: guesses that cost more are few, and show it.
     pub(crate) fn guess_costs(&self, n_decodes: usize) -> GuessCosts {
-        let (Some(usual), Some(costs)) = (self.usual(n_decodes), self.costs()) else {
+        let costs = self.beside.as_ref().map(Learned::costs).or(self.seconds_alone.map(Costs::of_tokens));
+        let (Some(usual), Some(costs)) = (self.usual(n_decodes), costs) else {
             return GuessCosts::default();
         };
         let n_seen = usual.n_read / usual.n.max(1.0);

@@ -85,7 +85,7 @@ impl Speculator {
     ) -> Result<Vec<Vec<TokenId>>, RunnerError> {
         for wish in &mut *wishes {
             let acceptance = self.acceptance.entry(wish.id).or_default();
-            wish.n_max = acceptance.draft_len(costs, wish.n_max.min(self.k_max));
+            wish.n_max = acceptance.draft_len(costs, wish.n_max.min(self.k_max), self.model.is_some());
         }
         let Some(model) = &mut self.model else {
             return Ok(wishes.iter().map(|wish| look_up(wish.tokens, wish.n_max)).collect());
@@ -123,26 +123,32 @@ struct Acceptance {
     rate: f64,
     /// Decoding steps so far.
     n_steps: u32,
+    /// Guesses that only tried, since drafts were worth it.
+    n_probes: u32,
 }
 
-/// Every so many steps, or fewer where that costs much, one guess tells whether things have changed.
-const PROBE_EVERY: f64 = 16.0;
-/// What such guesses cost at most, of the time without any.
+/// While drafts are not worth it one guess tells now and then whether that has changed: after so many steps,
+const PROBE_EVERY: u32 = 16;
+/// as often as this from then on, and never again where a model guesses: it falls behind, and to read what it missed takes
+/// longer than the guess;
+const PROBES_SOON: u32 = 2;
+/// later only as often as takes so much of the time, or after so many steps.
 const PROBE_SHARE: f64 = 0.02;
+const PROBE_EVERY_MAX: f64 = 64.0;
 /// A guess less likely than this costs more than the estimates can tell.
 const RATE_MIN: f64 = 0.25;
 const SMOOTHING: f64 = 0.1;
 
 impl Default for Acceptance {
     fn default() -> Acceptance {
-        Acceptance { rate: 0.7, n_steps: 0 }
+        Acceptance { rate: 0.7, n_steps: 0, n_probes: 0 }
     }
 }
 
 impl Acceptance {
     /// Up to `n_max` guesses. The i-th is right with probability rate^i, so n of them bring Σ rate^i tokens beside the one
     /// that comes anyway: as many are made as bring most tokens in the time.
-    fn draft_len(&mut self, costs: GuessCosts, n_max: usize) -> usize {
+    fn draft_len(&mut self, costs: GuessCosts, n_max: usize, is_model: bool) -> usize {
         self.n_steps += 1;
         // The first step is plain: it shows what a step without a draft costs.
         if self.n_steps == 1 {
@@ -158,10 +164,19 @@ impl Acceptance {
             }
             best = if speed > best.0 { (speed, n) } else { best };
         }
-        // A cast of a float saturates.
-        let probe_every = PROBE_EVERY.max((costs.once + costs.each) / PROBE_SHARE) as u32;
-        let is_probe = best.1 == 0 && self.n_steps.is_multiple_of(probe_every);
-        if is_probe { n_max.min(1) } else { best.1 }
+        if best.1 > 0 || n_max == 0 {
+            self.n_probes = 0;
+            return best.1;
+        }
+        let later = (costs.once + costs.each) / PROBE_SHARE;
+        let probe_every = match self.n_probes {
+            0..PROBES_SOON => PROBE_EVERY,
+            _ if is_model => return 0,
+            _ => later.clamp(f64::from(PROBE_EVERY), PROBE_EVERY_MAX) as u32,
+        };
+        let is_probe = self.n_steps.is_multiple_of(probe_every);
+        self.n_probes += u32::from(is_probe);
+        usize::from(is_probe)
     }
 
     fn learn(&mut self, n_draft: usize, n_accepted: usize) {
@@ -218,28 +233,35 @@ mod tests {
 
     #[test]
     fn drafts_are_as_long_as_they_are_worth() {
-        let [free, dear, more] =
-            [(0.0, 0.0), (0.0, 0.6), (0.0, 1.5)].map(|(once, each)| GuessCosts { once, each });
+        let [free, dear, more] = [0.0, 0.6, 1.5].map(|each| GuessCosts { once: 0.0, each });
         let mut acceptance = Acceptance::default();
-        assert_eq!(acceptance.draft_len(free, 64), 0, "the first step is plain");
-        assert_eq!(acceptance.draft_len(free, 64), 3);
-        assert_eq!(acceptance.draft_len(free, 2), 2);
-        assert_eq!(acceptance.draft_len(dear, 64), 1);
-        assert_eq!(acceptance.draft_len(more, 64), 0);
+        let draft_len = |acceptance: &mut Acceptance, costs| acceptance.draft_len(costs, 64, false);
+        assert_eq!(draft_len(&mut acceptance, free), 0, "the first step is plain");
+        assert_eq!(draft_len(&mut acceptance, free), 3);
+        assert_eq!(acceptance.draft_len(free, 2, false), 2);
+        assert_eq!(draft_len(&mut acceptance, dear), 1);
+        assert_eq!(draft_len(&mut acceptance, more), 0);
         (0..100).for_each(|_| acceptance.learn(3, 3));
-        assert!(acceptance.draft_len(free, 64) > 50);
+        assert!(draft_len(&mut acceptance, free) > 50);
         (0..100).for_each(|_| acceptance.learn(3, 0));
-        let mut n_guesses = |costs| (0..160).map(|_| acceptance.draft_len(costs, 8)).sum::<usize>();
-        assert_eq!(n_guesses(free), 10, "probes only");
-        assert_eq!(n_guesses(dear), 5, "fewer of them where each costs more than half a step");
+        // Of 160 steps.
+        let n_probes = |costs, is_model| {
+            let mut acceptance = Acceptance { rate: 0.1, ..Acceptance::default() };
+            (0..160).map(|_| acceptance.draft_len(costs, 8, is_model)).sum::<usize>()
+        };
+        assert_eq!([n_probes(free, false), n_probes(free, true)], [10, 2]);
+        // After 16, 32, 60, 90, 120, 150; after 16, 32, 64, 128.
+        assert_eq!([n_probes(dear, false), n_probes(more, false), n_probes(more, true)], [6, 4, 2]);
         (0..20).for_each(|_| acceptance.learn(1, 1));
-        assert!(acceptance.draft_len(free, 64) > 3, "{acceptance:?}");
+        assert!(draft_len(&mut acceptance, free) > 3, "{acceptance:?}");
     }
 
     #[test]
     fn a_step_that_costs_more_once_wants_guesses_that_pay_for_it() {
-        let mut acceptance = Acceptance { rate: 0.8, n_steps: 1 };
-        let mut n_guesses = |once| acceptance.draft_len(GuessCosts { once, each: 0.3 }, 8);
+        let n_guesses = |once| {
+            let mut acceptance = Acceptance { rate: 0.8, n_steps: 1, n_probes: 0 };
+            acceptance.draft_len(GuessCosts { once, each: 0.3 }, 8, true)
+        };
         assert!(n_guesses(0.0) >= 1);
         // Six guesses: 3.95 / 4.8.
         assert_eq!(n_guesses(2.0), 0);
