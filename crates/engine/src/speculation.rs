@@ -127,13 +127,14 @@ struct Acceptance {
     n_probes: u32,
 }
 
-/// While drafts are not worth it one guess tells now and then whether that has changed: after so many steps,
+/// Steps after which one guess tries whether drafts have become worth it.
 const PROBE_EVERY: u32 = 16;
-/// as often as this from then on, and never again where a model guesses: it falls behind, and to read what it missed takes
-/// longer than the guess;
+/// Such guesses in vain, after which they become rare. A draft model is asked no more then: it falls behind, and to read what
+/// it missed takes longer than the guess.
 const PROBES_SOON: u32 = 2;
-/// later only as often as takes so much of the time, or after so many steps.
+/// Share of the time that the rare ones may take,
 const PROBE_SHARE: f64 = 0.02;
+/// and steps after which one is made in any case.
 const PROBE_EVERY_MAX: f64 = 64.0;
 /// A guess less likely than this costs more than the estimates can tell.
 const RATE_MIN: f64 = 0.25;
